@@ -1,0 +1,350 @@
+// Redis: in-flight fetches, and the bounded pool of connections that carries them out in batches.
+//
+// Only this file knows redigo. A fetch is registered before its GET is sent, and there is at most one
+// for a key whose reply may be stored. Waiting is the business of those who asked: a fetch itself ends
+// with the reply, or with the connection.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+const (
+	// maxPipeline bounds the GETs in one batch.
+	maxPipeline = 256
+	// maxQueue bounds the fetches that wait for a connection. Who comes later is told that Redis is too
+	// slow, which is then true.
+	maxQueue = 1 << 16
+	// grace is how much longer than anybody waits a connection may take for a reply: it still fills
+	// the cache.
+	grace = time.Second
+)
+
+// A pool fetches keys from Redis. It is safe for concurrent use.
+type pool struct {
+	store   store
+	now     func() time.Duration
+	log     *slog.Logger
+	timeout time.Duration // how long those who ask for a fetch wait
+
+	node *node // with Redis Cluster: one for each master, chosen by the key's slot
+
+	mu      sync.Mutex // guards the following, the node's queue and dirty of a fetch
+	flights map[string]*fetch
+	poolCounts
+}
+
+// poolCounts says what became of fetches since the start.
+type poolCounts struct {
+	fetches, batches, errors int64
+}
+
+// A node is one Redis server.
+type node struct {
+	conns *redis.Pool
+	slots chan struct{} // holds an element for each connection in use
+	queue []*fetch      // waiting for a connection; the pool's lock guards it
+
+	suspect atomic.Int64 // unix nanoseconds; connections idle since before may be dead
+	down    atomic.Int64 // unix nanoseconds of the first failure since the last success, or 0
+}
+
+func newPool(cfg config, s store, now func() time.Duration, log *slog.Logger) *pool {
+	n := &node{slots: make(chan struct{}, cfg.clientLimit)}
+	n.conns = &redis.Pool{
+		MaxIdle: cfg.clientLimit,
+		Dial:    dialer(cfg.redis, cfg.redisTimeout),
+		TestOnBorrow: func(_ redis.Conn, idleSince time.Time) error {
+			if idleSince.UnixNano() < n.suspect.Load() {
+				return errors.New("a connection of the same age was dead")
+			}
+			return nil
+		},
+	}
+	return &pool{store: s, now: now, log: log, timeout: cfg.redisTimeout, node: n, flights: make(map[string]*fetch)}
+}
+
+// dialer makes connections on which every step has at most the timeout plus grace.
+func dialer(to redisAddress, timeout time.Duration) func() (redis.Conn, error) {
+	return func() (redis.Conn, error) {
+		return redis.Dial("tcp", to.address(),
+			redis.DialNetDial(func(network, addr string) (net.Conn, error) {
+				c, err := net.DialTimeout(network, addr, timeout)
+				return wire{c, timeout + grace}, err
+			}),
+			redis.DialTLSHandshakeTimeout(timeout), redis.DialUseTLS(to.tls),
+			redis.DialUsername(to.user), redis.DialPassword(to.password), redis.DialDatabase(to.db))
+	}
+}
+
+// A wire is a connection whose every read and write has a deadline. It replaces redigo's own timeouts,
+// which cost two system clock readings and timer changes for each GET, not for each batch.
+type wire struct {
+	net.Conn
+	timeout time.Duration
+}
+
+func (w wire) Read(p []byte) (int, error) {
+	w.Conn.SetReadDeadline(time.Now().Add(w.timeout))
+	return w.Conn.Read(p)
+}
+
+func (w wire) Write(p []byte) (int, error) {
+	w.Conn.SetWriteDeadline(time.Now().Add(w.timeout))
+	return w.Conn.Write(p)
+}
+
+func (wire) SetReadDeadline(time.Time) error  { return nil }
+func (wire) SetWriteDeadline(time.Time) error { return nil }
+
+// close drops the idle connections; those in use go when their batch ends.
+func (p *pool) close() { p.node.conns.Close() }
+
+// fetch has those keys fetched whose answers are not complete: it joins a fetch in flight, or queues
+// a new one.
+func (p *pool) fetch(now time.Duration, keys [][]byte, answers []answer) {
+	p.mu.Lock()
+	for i := range answers {
+		if answers[i].source == fromRedis {
+			p.fetchLocked(now, keys[i:i+1], answers[i:i+1])
+		}
+	}
+	p.mu.Unlock()
+	p.start(p.node)
+}
+
+// fetchLocked has one key fetched. Key and answer come as slices of length 1.
+func (p *pool) fetchLocked(now time.Duration, key [][]byte, as []answer) {
+	a, f := &as[0], p.flights[string(key[0])]
+	if f != nil && now < f.asked+p.timeout {
+		a.source, a.fetch = fromAnother, f
+		return
+	}
+	if p.store.get(now, key, as) == 0 {
+		return // a fetch has ended since the cache was asked
+	}
+	if len(p.node.queue) >= maxQueue {
+		a.err = errTimeout
+		return
+	}
+	if f != nil {
+		f.dirty = true // it is late, and what the new one brings must not be replaced by something older
+	}
+	f = &fetch{key: string(key[0]), asked: now, done: make(chan struct{})}
+	p.flights[f.key] = f
+	p.node.queue = append(p.node.queue, f)
+	a.fetch = f
+}
+
+// start has the queue worked on, if a slot is free; else those who hold the slots will come to it.
+func (p *pool) start(n *node) bool {
+	select {
+	case n.slots <- struct{}{}:
+		go p.work(n) // ends when the queue is empty
+		return true
+	default:
+		return false
+	}
+}
+
+// work owns a slot. It carries out what is queued until nothing is.
+func (p *pool) work(n *node) {
+	var fs []*fetch
+	for {
+		runtime.Gosched() // all who are about to ask do so first, and share a round trip
+		fs = p.batch(n, fs[:0])
+		clear(fs)
+		if p.queued(n) {
+			continue
+		}
+		<-n.slots
+		// Who queued after the look and before the release found no slot.
+		if p.queued(n) {
+			p.start(n)
+		}
+		return
+	}
+}
+
+func (p *pool) queued(n *node) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(n.queue) > 0
+}
+
+// take moves what is queued to fs, at most as much as fits a pipeline.
+func (p *pool) take(n *node, fs []*fetch) []*fetch {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	fs = append(fs, n.queue[:min(len(n.queue), maxPipeline)]...)
+	rest := copy(n.queue, n.queue[len(fs):])
+	clear(n.queue[rest:])
+	n.queue = n.queue[:rest]
+	if len(fs) > 0 {
+		p.fetches += int64(len(fs))
+		p.batches++
+	}
+	return fs
+}
+
+// batch takes a connection, and then all that has been queued meanwhile. It returns that, completed.
+//
+// If the connection breaks, the rest is tried once more on another: it may have died while it was
+// idle, and GET does no harm twice.
+func (p *pool) batch(n *node, fs []*fetch) []*fetch {
+	conn := n.conns.Get()
+	fs = p.take(n, fs)
+	rest := fs
+	for retried := false; len(rest) > 0; retried = true {
+		err := conn.Err()
+		dialled := err == nil
+		if dialled {
+			var done int
+			done, err = p.exchange(conn, rest)
+			rest = rest[done:]
+		}
+		if err == nil {
+			n.worked(p.log)
+			break
+		}
+		if dialled {
+			hangUp(conn)
+			n.suspect.Store(time.Now().UnixNano())
+		}
+		if late := p.now() - 2*p.timeout; retried || !dialled || rest[len(rest)-1].asked < late {
+			p.fail(n, rest, err)
+			break
+		}
+		conn.Close()
+		conn = n.conns.Get()
+	}
+	conn.Close()
+	return fs
+}
+
+// exchange sends a GET for each fetch and completes it with the reply. It returns how many it completed.
+func (p *pool) exchange(conn redis.Conn, fs []*fetch) (done int, err error) {
+	defer func() {
+		if r := recover(); r != nil { // redigo allocates whatever length a reply states
+			err = fmt.Errorf("reading a reply: %v", r)
+		}
+	}()
+	sent := p.now()
+	for _, f := range fs {
+		if err := conn.Send("GET", f.key); err != nil {
+			return 0, err
+		}
+	}
+	if err := conn.Flush(); err != nil {
+		return 0, err
+	}
+	for i, f := range fs {
+		reply, err := conn.Receive()
+		var refusal redis.Error
+		switch val := reply.(type) {
+		case []byte:
+			p.finish(f, newValue(f.key, val, sent), nil)
+		case nil:
+			if err == nil {
+				err = errAbsent
+			} else if errors.As(err, &refusal) {
+				err = refused(refusal)
+			} else {
+				return i, err
+			}
+			p.finish(f, value{}, err)
+		default:
+			return i, fmt.Errorf("GET was answered by a %T", reply)
+		}
+	}
+	return len(fs), nil
+}
+
+// finish completes a fetch. It is stored before anybody who waits learns of it, and before anybody can
+// start another for the same key.
+func (p *pool) finish(f *fetch, v value, err error) {
+	f.value, f.err = v, err
+	p.mu.Lock()
+	if p.flights[f.key] == f {
+		delete(p.flights, f.key)
+	}
+	if err == nil && !f.dirty {
+		f.stored = p.store.put(p.now(), v)
+	}
+	p.mu.Unlock()
+	close(f.done)
+}
+
+// fail completes fetches that brought nothing.
+func (p *pool) fail(n *node, fs []*fetch, err error) {
+	n.failed(p.log, err)
+	p.mu.Lock()
+	p.errors += int64(len(fs))
+	p.mu.Unlock()
+	var refusal redis.Error
+	switch {
+	case errors.As(err, &refusal):
+		err = refused(refusal)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		err = errTimeout
+	default:
+		err = errUnavailable
+	}
+	for _, f := range fs {
+		p.finish(f, value{}, err)
+	}
+}
+
+// usage tells how many connections are open, how many of them are in use, and the counts.
+func (p *pool) usage() (open, used int, counts poolCounts) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.node.conns.ActiveCount(), len(p.node.slots), p.poolCounts
+}
+
+// failed and worked log the first failure and the first success after it.
+func (n *node) failed(log *slog.Logger, err error) {
+	if n.down.CompareAndSwap(0, time.Now().UnixNano()) {
+		log.Warn("Redis cannot be read; entries are served until their TTL", "error", err)
+	}
+}
+
+func (n *node) worked(log *slog.Logger) {
+	if n.down.Load() == 0 {
+		return
+	}
+	if since := n.down.Swap(0); since != 0 {
+		log.Info("Redis can be read again", "after", time.Since(time.Unix(0, since)).Round(time.Millisecond))
+	}
+}
+
+// hangUp has the pool close a connection when it is put back. redigo does so only after errors of its
+// own; this is the one that can be had without a round trip.
+func hangUp(conn redis.Conn) {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	redis.DoContext(conn, ctx, "PING")
+}
+
+// refused is an error reply as it is passed on. What concerns the proxy's own standing with Redis is
+// marked, so that a client does not take it for its own.
+func refused(reply redis.Error) replyError {
+	code, _, _ := strings.Cut(string(reply), " ")
+	switch code {
+	case "NOAUTH", "NOPERM", "WRONGPASS", "MOVED", "ASK":
+		return replyError("ERR upstream refused: " + string(reply))
+	}
+	return replyError(reply)
+}
