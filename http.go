@@ -1,0 +1,196 @@
+// HTTP: the key from the path, the answer and its headers.
+//
+// net/http reads, frames and times requests; RFC 9110 (semantics), RFC 9111 (caching) and RFC 9211
+// (Cache-Status) say what goes into the answers.
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+)
+
+const (
+	headerTimeout   = 10 * time.Second
+	httpIdleTimeout = 2 * time.Minute
+	maxHeaderBytes  = 128 << 10
+)
+
+// A web is the HTTP front end. It is the net.Listener of its own http.Server, to which it gives the
+// connections that were found to speak HTTP.
+type web struct {
+	proxy  *proxy
+	server http.Server
+	conns  chan net.Conn
+	closed chan struct{} // closed when conns is no longer received from
+	addr   net.Addr
+}
+
+func newWeb(p *proxy, addr net.Addr) *web {
+	w := &web{proxy: p, conns: make(chan net.Conn), closed: make(chan struct{}), addr: addr}
+	w.server = http.Server{
+		Handler:                      w,
+		DisableGeneralOptionsHandler: true,
+		ReadHeaderTimeout:            headerTimeout,
+		IdleTimeout:                  httpIdleTimeout,
+		MaxHeaderBytes:               maxHeaderBytes,
+		ErrorLog:                     slog.NewLogLogger(p.log.Handler(), slog.LevelWarn),
+		Protocols:                    new(http.Protocols),
+	}
+	w.server.Protocols.SetHTTP1(true)
+	w.server.Protocols.SetHTTP2(true)
+	w.server.Protocols.SetUnencryptedHTTP2(true)
+	return w
+}
+
+// run serves until shutdown.
+func (w *web) run() { w.server.Serve(w) }
+
+// serve takes over a connection that speaks HTTP.
+func (w *web) serve(c net.Conn) {
+	select {
+	case w.conns <- c:
+	case <-w.closed:
+		c.Close()
+	}
+}
+
+// drain has connections closed with their next answer.
+func (w *web) drain() { w.server.SetKeepAlivesEnabled(false) }
+
+// shutdown closes idle connections, and the others when they are answered or ctx is done.
+func (w *web) shutdown(ctx context.Context) {
+	if w.server.Shutdown(ctx) != nil {
+		w.server.Close()
+	}
+}
+
+// Accept, Close and Addr make a net.Listener.
+func (w *web) Accept() (net.Conn, error) {
+	select {
+	case c := <-w.conns:
+		return c, nil
+	case <-w.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close is called once, by the http.Server.
+func (w *web) Close() error   { close(w.closed); return nil }
+func (w *web) Addr() net.Addr { return w.addr }
+
+// ServeHTTP answers GET and HEAD for the key that is everything after the path's first slash. There is
+// no ServeMux in front, as that would clean the path.
+func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
+	h := rw.Header()
+	if r.ContentLength != 0 {
+		h.Set("Connection", "close") // a body means nothing here: do not wait for it
+	}
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		h.Set("Allow", "GET, HEAD")
+		refuse(rw, http.StatusMethodNotAllowed, "only GET and HEAD are allowed")
+		return
+	}
+	path, ok := strings.CutPrefix(r.URL.Path, "/")
+	if !ok {
+		refuse(rw, http.StatusBadRequest, "the path must begin with a slash")
+		return
+	}
+	keys, answers := [1][]byte{[]byte(path)}, [1]answer{}
+	w.proxy.ask(keys[:], answers[:])
+	w.proxy.wait(answers[:])
+	w.proxy.count(protoHTTP, answers[:])
+	a := &answers[0]
+	now := w.proxy.now()
+	h["Cache-Status"] = []string{w.cacheStatus(a, now)}
+	if a.err != nil {
+		status, text := httpError(a.err)
+		refuse(rw, status, text)
+		return
+	}
+	content := a.content()
+	h["Content-Type"] = []string{contentType(content)}
+	h["X-Content-Type-Options"] = []string{"nosniff"}
+	h["Etag"] = []string{etag(content)}
+	h["Cache-Control"] = []string{"max-age=" + seconds(w.proxy.cfg.cacheTimeout)}
+	h["Age"] = []string{seconds(now - a.fetched)}
+	if r.Header.Get("Range") != "" {
+		rw = rangeWriter{rw}
+	}
+	http.ServeContent(rw, r, "", time.Time{}, strings.NewReader(content))
+}
+
+// A rangeWriter gives the one error that http.ServeContent writes the header of all errors.
+type rangeWriter struct{ http.ResponseWriter }
+
+func (w rangeWriter) WriteHeader(status int) {
+	if status == http.StatusRequestedRangeNotSatisfiable {
+		w.Header().Set("Cache-Control", "no-store")
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+// refuse answers with an error: one line of text.
+func refuse(rw http.ResponseWriter, status int, text string) {
+	rw.Header().Set("Cache-Control", "no-store")
+	http.Error(rw, text, status)
+}
+
+// httpError says over HTTP what is wrong with an answer.
+func httpError(err error) (status int, text string) {
+	var refusal replyError
+	switch {
+	case errors.Is(err, errAbsent):
+		return http.StatusNotFound, "no such key"
+	case errors.Is(err, errTimeout):
+		return http.StatusGatewayTimeout, "upstream timed out"
+	case errors.As(err, &refusal) && refusal.wrongType():
+		return http.StatusConflict, "the key holds another type than a string"
+	case errors.As(err, &refusal):
+		return http.StatusBadGateway, "upstream refused"
+	}
+	return http.StatusBadGateway, "upstream unavailable"
+}
+
+// cacheStatus tells how the cache handled a request (RFC 9211).
+func (w *web) cacheStatus(a *answer, now time.Duration) string {
+	if a.source == fromCache {
+		return "redis_proxy; hit; ttl=" + seconds(a.fetched+w.proxy.cfg.cacheTimeout-now)
+	}
+	status := "redis_proxy; fwd=miss"
+	if a.expired {
+		status = "redis_proxy; fwd=stale"
+	}
+	if a.fetch != nil && a.fetch.stored {
+		status += "; stored"
+	}
+	if a.source == fromAnother {
+		status += "; collapsed"
+	}
+	return status
+}
+
+// contentType is of what a value looks like: Redis does not say.
+func contentType(content string) string {
+	if utf8.ValidString(content) {
+		return "text/plain; charset=utf-8"
+	}
+	return "application/octet-stream"
+}
+
+// etag is a strong validator (RFC 9110 §8.8.3): a digest of the value, the same on every replica.
+func etag(content string) string {
+	sum := sha256.Sum256([]byte(content))
+	return `"` + hex.EncodeToString(sum[:16]) + `"`
+}
+
+// seconds is a duration as HTTP has it: in whole seconds.
+func seconds(d time.Duration) string { return strconv.FormatInt(int64(d/time.Second), 10) }

@@ -1,0 +1,809 @@
+// RESP: reading commands, the command table, writing replies, in RESP2 and RESP3.
+//
+// What a client sends is answered as Redis 7 answers it, to the byte, errors included (networking.c,
+// server.c). Commands are parsed in place: their arguments are parts of the read buffer, and hold until
+// more is read. The GETs of a pipeline are asked for together, before the first reply is written.
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// readBuffer is what a connection has to read into. It grows with a request that does not fit.
+	readBuffer = 4 << 10
+	// maxRequest bounds a request: all its arguments and their framing.
+	maxRequest = 1 << 20
+	// maxInline bounds a line: an inline request, a count or a length (PROTO_INLINE_MAX_SIZE).
+	maxInline = 64 << 10
+	// maxBatch bounds the keys that a connection asks for before it waits.
+	maxBatch = 128
+	// flushAt is how many bytes of replies are gathered before they are written.
+	flushAt = 16 << 10
+	// redisVersion is the Redis whose answers these are.
+	redisVersion = "7.0.15"
+)
+
+// A protocolError is answered, and then hung up on.
+type protocolError string
+
+func (e protocolError) Error() string { return "Protocol error: " + string(e) }
+
+// A reader splits what a client sends into requests.
+type reader struct {
+	src   io.Reader
+	buf   []byte // what has been read and not consumed is buf[start:end]
+	start int    // of the current request
+	end   int
+	next  int // where parsing goes on, from start
+	left  int // arguments still to come; 0 between requests
+	spans []span
+	args  [][]byte
+}
+
+// A span is where an argument lies, from the start of its request.
+type span struct{ from, to int }
+
+// fill reads once. What read has returned is invalid afterwards.
+func (r *reader) fill() error {
+	if r.start == r.end && len(r.buf) != readBuffer {
+		r.start, r.end, r.buf = 0, 0, make([]byte, readBuffer) // a large request is over
+	} else if r.start > 0 {
+		r.end = copy(r.buf, r.buf[r.start:r.end])
+		r.start = 0
+	}
+	if r.end == len(r.buf) {
+		// Requests that are too long are refused before they get here.
+		r.buf = append(r.buf, make([]byte, len(r.buf))...)
+	}
+	n, err := r.src.Read(r.buf[r.end:])
+	r.end += n
+	if n > 0 {
+		return nil
+	}
+	return err
+}
+
+// read returns the next request's arguments, or none if more must be read first.
+func (r *reader) read() ([][]byte, error) {
+	for r.start < r.end {
+		if r.left == 0 && r.buf[r.start] != '*' {
+			ok, err := r.readInline()
+			if !ok || err != nil {
+				return nil, err
+			}
+			if len(r.args) > 0 {
+				return r.args, nil
+			}
+			continue
+		}
+		if r.left == 0 {
+			n, ok, err := r.readLength('*', math.MaxInt32, "mbulk count string", "multibulk length")
+			if !ok || err != nil {
+				return nil, err
+			}
+			if n <= 0 {
+				r.consume()
+				continue
+			}
+			if n > maxRequest/len("$0\r\n\r\n") {
+				return nil, protocolError("invalid multibulk length")
+			}
+			r.left, r.spans = n, r.spans[:0]
+		}
+		for r.left > 0 {
+			if ok, err := r.readBulk(); !ok || err != nil {
+				return nil, err
+			}
+		}
+		r.args = r.args[:0]
+		for _, s := range r.spans {
+			r.args = append(r.args, r.buf[r.start+s.from:r.start+s.to:r.start+s.to])
+		}
+		r.consume()
+		return r.args, nil
+	}
+	return nil, nil
+}
+
+// consume goes on after what has been parsed.
+func (r *reader) consume() { r.start, r.next = r.start+r.next, 0 }
+
+// readBulk parses one argument.
+func (r *reader) readBulk() (ok bool, err error) {
+	header := r.next
+	n, ok, err := r.readLength('$', math.MaxInt32, "bulk count string", "bulk length")
+	if !ok || err != nil {
+		return false, err
+	}
+	if n < 0 || r.next+n > maxRequest {
+		return false, protocolError("invalid bulk length")
+	}
+	if r.start+r.next+n+2 > r.end {
+		r.next = header // the length is parsed again when more has come
+		return false, nil
+	}
+	r.spans = append(r.spans, span{r.next, r.next + n})
+	r.next += n + 2 // whatever the terminator is: Redis does not look either
+	r.left--
+	return true, nil
+}
+
+// readLength parses a line of a marker and a number.
+func (r *reader) readLength(marker byte, limit int64, line, number string) (n int, ok bool, err error) {
+	rest := r.buf[r.start+r.next : r.end]
+	// Nearly all lengths are of one digit or two.
+	if len(rest) >= 4 && rest[0] == marker && rest[2] == '\r' && '0' <= rest[1] && rest[1] <= '9' {
+		r.next += 4
+		return int(rest[1] - '0'), true, nil
+	}
+	if len(rest) >= 5 && rest[0] == marker && rest[3] == '\r' && '1' <= rest[1] && rest[1] <= '9' && '0' <= rest[2] && rest[2] <= '9' {
+		r.next += 5
+		return int(rest[1]-'0')*10 + int(rest[2]-'0'), true, nil
+	}
+	cr := lineEnd(rest, '\r')
+	if cr < 0 {
+		if len(rest) > maxInline {
+			return 0, false, protocolError("too big " + line)
+		}
+		return 0, false, nil
+	}
+	if cr+2 > len(rest) {
+		return 0, false, nil
+	}
+	if rest[0] != marker {
+		return 0, false, protocolError("expected '$', got '" + strings.TrimRight(string(rest[:1]), "\x00") + "'")
+	}
+	v, ok := parseInt(rest[1:cr])
+	if !ok || v > limit {
+		return 0, false, protocolError("invalid " + number)
+	}
+	r.next += cr + 2
+	return int(max(v, -1)), true, nil
+}
+
+// readInline parses a line of words into args.
+func (r *reader) readInline() (ok bool, err error) {
+	rest := r.buf[r.start:r.end]
+	lf := lineEnd(rest, '\n')
+	if lf < 0 {
+		if len(rest) > maxInline {
+			return false, protocolError("too big inline request")
+		}
+		return false, nil
+	}
+	r.args, err = splitWords(r.args[:0], bytes.TrimSuffix(rest[:lf], []byte("\r")))
+	r.next = lf + 1
+	r.consume()
+	return true, err
+}
+
+// lineEnd finds the end of a line as C's strchr does: a zero byte hides it.
+func lineEnd(b []byte, end byte) int {
+	i := bytes.IndexByte(b, end)
+	if i >= 0 && bytes.IndexByte(b[:i], 0) >= 0 {
+		return -1
+	}
+	return i
+}
+
+// parseInt is Redis' string2ll: no sign but a minus, no leading zeros.
+func parseInt(b []byte) (n int64, ok bool) {
+	n, err := strconv.ParseInt(string(b), 10, 64)
+	if err != nil || len(b) > 1 && b[0] == '0' || b[0] == '+' || b[0] == '-' && b[1] == '0' {
+		return 0, false
+	}
+	return n, true
+}
+
+// splitWords splits an inline request as sdssplitargs does (sds.c).
+func splitWords(words [][]byte, line []byte) ([][]byte, error) {
+	unbalanced := protocolError("unbalanced quotes in request")
+	for {
+		line = bytes.TrimLeft(line, " \t\n\v\f\r")
+		if len(line) == 0 {
+			return words, nil
+		}
+		word := make([]byte, 0, len(line))
+		var quote byte
+		for len(line) > 0 && (quote != 0 || !isSpace(line[0])) {
+			ch := line[0]
+			switch {
+			case quote == 0 && (ch == '"' || ch == '\''):
+				quote = ch
+			case quote != 0 && ch == quote:
+				if len(line) > 1 && !isSpace(line[1]) {
+					return nil, unbalanced
+				}
+				quote = 0
+			case quote == '"' && ch == '\\' && len(line) > 3 && line[1] == 'x' && isHex(line[2]) && isHex(line[3]):
+				n, _ := strconv.ParseUint(string(line[2:4]), 16, 8)
+				word, line = append(word, byte(n)), line[3:]
+			case quote == '"' && ch == '\\' && len(line) > 1:
+				word, line = append(word, unescape(line[1])), line[1:]
+			case quote == '\'' && ch == '\\' && len(line) > 1 && line[1] == '\'':
+				word, line = append(word, '\''), line[1:]
+			default:
+				word = append(word, ch)
+			}
+			line = line[1:]
+		}
+		if quote != 0 {
+			return nil, unbalanced
+		}
+		words = append(words, word)
+	}
+}
+
+func isSpace(b byte) bool { return b == ' ' || '\t' <= b && b <= '\r' }
+func isHex(b byte) bool {
+	return '0' <= b && b <= '9' || 'a' <= b && b <= 'f' || 'A' <= b && b <= 'F'
+}
+
+func unescape(b byte) byte {
+	if i := strings.IndexByte("nrtba", b); i >= 0 {
+		return "\n\r\t\b\a"[i]
+	}
+	return b
+}
+
+// A resp is the RESP front end.
+type resp struct {
+	proxy  *proxy
+	nextID atomic.Int64
+
+	mu      sync.Mutex // guards the following, and in each client what others may see of it
+	clients map[*client]struct{}
+}
+
+// A client is a connection that speaks RESP. Only its own goroutine uses it.
+type client struct {
+	resp    *resp
+	conn    net.Conn
+	in      reader
+	id      int64
+	since   time.Time
+	proto   int // 2 or 3
+	name    string
+	library [2]string // name and version
+	*batch            // while there is something to answer
+}
+
+// A batch is what a client needs only while it is being answered, and borrows for that.
+type batch struct {
+	keys    [][]byte // asked for by GETs whose replies are not written yet
+	answers []answer
+	out     []byte // replies that are not flushed yet
+}
+
+var batches = sync.Pool{New: func() any { return &batch{out: make([]byte, 0, flushAt)} }}
+
+// errQuit ends a connection because the client asked for it.
+var errQuit = errors.New("quit")
+
+func newRESP(p *proxy) *resp { return &resp{proxy: p, clients: make(map[*client]struct{})} }
+
+// serve answers a connection until it ends. The caller closes it.
+func (s *resp) serve(nc net.Conn) {
+	c := &client{resp: s, conn: nc, in: reader{src: nc, buf: make([]byte, readBuffer)}, id: s.nextID.Add(1), since: time.Now(), proto: 2}
+	s.mu.Lock()
+	s.clients[c] = struct{}{}
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.clients, c)
+		s.mu.Unlock()
+	}()
+	for c.in.fill() == nil {
+		if c.answer() != nil {
+			return
+		}
+	}
+}
+
+// answer answers all that has been read. An error ends the connection.
+func (c *client) answer() (err error) {
+	c.batch = batches.Get().(*batch)
+	for err == nil {
+		var args [][]byte
+		args, err = c.in.read()
+		if err == nil && args == nil {
+			break
+		}
+		if err == nil && len(args) == 2 && len(args[0]) == 3 && strings.EqualFold(string(args[0]), "get") {
+			c.keys = append(c.keys, args[1])
+			if len(c.keys) == maxBatch {
+				err = c.get()
+			}
+			continue
+		}
+		if e := c.get(); e != nil {
+			err = e
+		} else if err != nil {
+			c.fail("ERR " + err.Error())
+		} else {
+			err = c.execute(args)
+		}
+	}
+	if err == nil {
+		err = c.get()
+	}
+	if e := c.flush(); err == nil {
+		err = e
+	}
+	batches.Put(c.batch)
+	c.batch = nil
+	return err
+}
+
+// get answers the GETs that have been gathered.
+func (c *client) get() error {
+	for _, a := range c.ask(c.keys) {
+		if err := c.writeAnswer(&a); err != nil {
+			return err
+		}
+	}
+	clear(c.answers) // let go of the values
+	c.keys = c.keys[:0]
+	return nil
+}
+
+// ask returns the answers to keys, complete. They hold until the next call.
+func (c *client) ask(keys [][]byte) []answer {
+	if len(keys) == 0 {
+		return nil
+	}
+	c.answers = slices.Grow(c.answers[:0], len(keys))[:len(keys)]
+	c.resp.proxy.ask(keys, c.answers)
+	c.resp.proxy.wait(c.answers)
+	c.resp.proxy.count(protoRESP, c.answers)
+	return c.answers
+}
+
+func (c *client) writeAnswer(a *answer) error {
+	switch a.err {
+	case nil:
+		return c.write(a.bulk())
+	case errAbsent:
+		c.null()
+	default:
+		c.fail(respError(a.err))
+	}
+	return nil
+}
+
+// respError says in RESP what is wrong with an answer.
+func respError(err error) string {
+	switch err {
+	case errTimeout:
+		return "ERR upstream timed out"
+	case errUnavailable:
+		return "ERR upstream unavailable"
+	}
+	return err.Error() // a replyError, in Redis' own words
+}
+
+// write adds s to the replies. However long it is, no more than a part of it is copied at a time.
+func (c *client) write(s string) error {
+	for len(c.out)+len(s) > flushAt {
+		n := flushAt - len(c.out)
+		c.out = append(c.out, s[:n]...)
+		s = s[n:]
+		if err := c.flush(); err != nil {
+			return err
+		}
+	}
+	c.out = append(c.out, s...)
+	return nil
+}
+
+func (c *client) flush() error {
+	if len(c.out) == 0 {
+		return nil
+	}
+	_, err := c.conn.Write(c.out)
+	c.out = c.out[:0]
+	return err
+}
+
+// The following add a reply of a kind, all of them short.
+
+func (c *client) ok()             { c.status("OK") }
+func (c *client) status(s string) { c.line('+', s) }
+func (c *client) integer(n int64) { c.line(':', strconv.FormatInt(n, 10)) }
+func (c *client) array(n int)     { c.line('*', strconv.Itoa(n)) }
+
+// fail adds an error. Its text comes in part from the client, and must remain one line.
+func (c *client) fail(s string) { c.line('-', strings.NewReplacer("\r", " ", "\n", " ").Replace(s)) }
+
+func (c *client) line(kind byte, s string) {
+	c.out = append(c.out, kind)
+	c.out = append(c.out, s...)
+	c.out = append(c.out, "\r\n"...)
+}
+
+func (c *client) bulk(s string) {
+	c.line('$', strconv.Itoa(len(s)))
+	c.out = append(c.out, s...)
+	c.out = append(c.out, "\r\n"...)
+}
+
+// verbatim is a text for people.
+func (c *client) verbatim(s string) {
+	if c.proto == 2 {
+		c.bulk(s)
+		return
+	}
+	c.line('=', strconv.Itoa(len("txt:")+len(s)))
+	c.out = append(c.out, "txt:"...)
+	c.out = append(c.out, s...)
+	c.out = append(c.out, "\r\n"...)
+}
+
+// mapping begins n pairs.
+func (c *client) mapping(n int) {
+	if c.proto == 2 {
+		c.array(2 * n)
+	} else {
+		c.line('%', strconv.Itoa(n))
+	}
+}
+
+func (c *client) null() {
+	if c.proto == 2 {
+		c.out = append(c.out, "$-1\r\n"...)
+	} else {
+		c.out = append(c.out, "_\r\n"...)
+	}
+}
+
+// A command has Redis' arity: how many arguments, its name among them; at least so many if negative.
+type command struct {
+	arity int
+	run   func(c *client, args [][]byte) error // nil for those that have only subcommands
+	sub   map[string]command
+}
+
+// commands is the table of all that is answered, by name in lower case.
+var commands map[string]command
+
+func init() {
+	emptyArray := func(c *client, _ [][]byte) error { c.array(0); return nil }
+	emptyMap := func(c *client, _ [][]byte) error { c.mapping(0); return nil }
+	commands = map[string]command{
+		"get":    {arity: 2, run: (*client).mget},
+		"mget":   {arity: -2, run: (*client).mget},
+		"ping":   {arity: -1, run: (*client).ping},
+		"echo":   {arity: 2, run: func(c *client, args [][]byte) error { c.bulk(string(args[1])); return nil }},
+		"hello":  {arity: -1, run: (*client).hello},
+		"auth":   {arity: -2, run: (*client).auth},
+		"select": {arity: 2, run: (*client).selectDB},
+		"quit":   {arity: -1, run: func(c *client, _ [][]byte) error { c.ok(); return errQuit }},
+		"reset":  {arity: 1, run: (*client).reset},
+		"info":   {arity: -1, run: (*client).info},
+		"config": {arity: -2, sub: map[string]command{
+			"get": {arity: -3, run: emptyMap},
+		}},
+		"command": {arity: -1, run: emptyArray, sub: map[string]command{
+			"count":   {arity: 2, run: func(c *client, _ [][]byte) error { c.integer(0); return nil }},
+			"docs":    {arity: -2, run: emptyMap},
+			"info":    {arity: -2, run: emptyArray},
+			"list":    {arity: -2, run: emptyArray},
+			"getkeys": {arity: -3, run: emptyArray},
+		}},
+		"client": {arity: -2, sub: map[string]command{
+			"id":       {arity: 2, run: func(c *client, _ [][]byte) error { c.integer(c.id); return nil }},
+			"getname":  {arity: 2, run: (*client).getName},
+			"setname":  {arity: 3, run: (*client).setName},
+			"setinfo":  {arity: 4, run: (*client).setInfo},
+			"info":     {arity: 2, run: (*client).clientInfo},
+			"list":     {arity: -2, run: (*client).clientList},
+			"no-evict": {arity: 3, run: (*client).onOff},
+			"no-touch": {arity: 3, run: (*client).onOff},
+		}},
+	}
+}
+
+// execute answers one command. An error ends the connection.
+func (c *client) execute(args [][]byte) error {
+	name := strings.ToLower(string(args[0]))
+	if name == "post" || name == "host:" {
+		return errQuit // a browser that was made to speak to a Redis (networking.c, securityWarningCommand)
+	}
+	cmd, ok := commands[name]
+	if !ok {
+		c.fail(unknownCommand(args))
+		return nil
+	}
+	if cmd.sub != nil && len(args) > 1 {
+		sub := strings.ToLower(string(args[1]))
+		if cmd, ok = cmd.sub[sub]; !ok {
+			c.fail(fmt.Sprintf("ERR unknown subcommand '%s'. Try %s HELP.", cString(args[1], 128), strings.ToUpper(name)))
+			return nil
+		}
+		name += "|" + sub
+	}
+	if cmd.run == nil || cmd.arity > 0 && len(args) != cmd.arity || len(args) < -cmd.arity {
+		c.fail("ERR wrong number of arguments for '" + name + "' command")
+		return nil
+	}
+	return cmd.run(c, args)
+}
+
+// unknownCommand has Redis' words: as much of the arguments as fits 128 bytes (server.c).
+func unknownCommand(args [][]byte) string {
+	var b strings.Builder
+	for _, arg := range args[1:] {
+		if b.Len() >= 128 {
+			break
+		}
+		b.WriteString("'" + cString(arg, 128-b.Len()) + "' ")
+	}
+	return "ERR unknown command '" + cString(args[0], 128) + "', with args beginning with: " + b.String()
+}
+
+// cString is what C's %.*s prints of b.
+func cString(b []byte, limit int) string {
+	b, _, _ = bytes.Cut(b, []byte{0})
+	return string(b[:min(len(b), limit)])
+}
+
+// mget answers MGET as Redis does: with null for a key that holds another type. It has no other way to
+// tell of an error than instead of the array.
+func (c *client) mget(args [][]byte) error {
+	var all []answer
+	for keys := range slices.Chunk(args[1:], maxBatch) {
+		all = append(all, c.ask(keys)...)
+		clear(c.answers)
+	}
+	for i := range all {
+		var refusal replyError
+		switch err := all[i].err; {
+		case errors.As(err, &refusal) && refusal.wrongType():
+			all[i].err = errAbsent
+		case err != nil && err != errAbsent:
+			c.fail(respError(err))
+			return nil
+		}
+	}
+	c.array(len(all))
+	for i := range all {
+		if err := c.writeAnswer(&all[i]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *client) ping(args [][]byte) error {
+	switch len(args) {
+	case 1:
+		c.status("PONG")
+	case 2:
+		c.bulk(string(args[1]))
+	default:
+		c.fail("ERR wrong number of arguments for 'ping' command")
+	}
+	return nil
+}
+
+// hello switches the protocol (networking.c, helloCommand).
+func (c *client) hello(args [][]byte) error {
+	proto, name := c.proto, c.name
+	if len(args) > 1 {
+		n, ok := parseInt(args[1])
+		if !ok {
+			c.fail("ERR Protocol version is not an integer or out of range")
+			return nil
+		}
+		if n != 2 && n != 3 {
+			c.fail("NOPROTO unsupported protocol version")
+			return nil
+		}
+		proto = int(n)
+		for i := 2; i < len(args); i++ {
+			switch opt, more := strings.ToLower(string(args[i])), len(args)-1-i; {
+			case opt == "auth" && more >= 2:
+				if fault := c.authenticate(args[i+1], args[i+2]); fault != "" {
+					c.fail(fault)
+					return nil
+				}
+				i += 2
+			case opt == "setname" && more >= 1:
+				name = string(args[i+1])
+				if !validName(args[i+1]) {
+					c.fail(badName)
+					return nil
+				}
+				i++
+			default:
+				c.fail("ERR Syntax error in HELLO option '" + cString(args[i], math.MaxInt) + "'")
+				return nil
+			}
+		}
+	}
+	c.describe(func() { c.proto, c.name = proto, name })
+	c.mapping(7)
+	c.bulk("server")
+	c.bulk("redis")
+	c.bulk("version")
+	c.bulk(redisVersion)
+	c.bulk("proto")
+	c.integer(int64(proto))
+	c.bulk("id")
+	c.integer(c.id)
+	c.bulk("mode")
+	c.bulk("standalone")
+	c.bulk("role")
+	c.bulk("master")
+	c.bulk("modules")
+	c.array(0)
+	return nil
+}
+
+func (c *client) auth(args [][]byte) error {
+	user, password := []byte("default"), args[1]
+	switch len(args) {
+	case 2:
+		c.fail("ERR AUTH <password> called without any password configured for the default user. Are you sure your configuration is correct?")
+		return nil
+	case 3:
+		user, password = args[1], args[2]
+	default:
+		c.fail("ERR syntax error")
+		return nil
+	}
+	if fault := c.authenticate(user, password); fault != "" {
+		c.fail(fault)
+	} else {
+		c.ok()
+	}
+	return nil
+}
+
+// authenticate returns what is wrong, if anything is. The default user has no password, so any is right.
+func (c *client) authenticate(user, _ []byte) (fault string) {
+	if string(user) != "default" {
+		return "WRONGPASS invalid username-password pair or user is disabled."
+	}
+	return ""
+}
+
+func (c *client) selectDB(args [][]byte) error {
+	switch n, ok := parseInt(args[1]); {
+	case !ok || n != int64(int32(n)):
+		c.fail("ERR value is not an integer or out of range")
+	case n != 0:
+		c.fail("ERR DB index is out of range")
+	default:
+		c.ok()
+	}
+	return nil
+}
+
+func (c *client) reset([][]byte) error {
+	c.describe(func() { c.proto, c.name = 2, "" })
+	c.status("RESET")
+	return nil
+}
+
+func (c *client) getName([][]byte) error {
+	if c.name == "" {
+		c.null()
+	} else {
+		c.bulk(c.name)
+	}
+	return nil
+}
+
+const badName = "ERR Client names cannot contain spaces, newlines or special characters."
+
+// validName says whether a name would not confuse CLIENT LIST.
+func validName(name []byte) bool {
+	return !bytes.ContainsFunc(name, func(r rune) bool { return r < '!' || r > '~' })
+}
+
+func (c *client) setName(args [][]byte) error {
+	if !validName(args[2]) {
+		c.fail(badName)
+		return nil
+	}
+	c.describe(func() { c.name = string(args[2]) })
+	c.ok()
+	return nil
+}
+
+func (c *client) setInfo(args [][]byte) error {
+	attr := strings.ToLower(string(args[2]))
+	i := slices.Index([]string{"lib-name", "lib-ver"}, attr)
+	switch {
+	case i < 0:
+		c.fail("ERR Unrecognized option '" + cString(args[2], math.MaxInt) + "'")
+	case !validName(args[3]):
+		c.fail("ERR " + attr + " cannot contain spaces, newlines or special characters.")
+	default:
+		c.describe(func() { c.library[i] = string(args[3]) })
+		c.ok()
+	}
+	return nil
+}
+
+// onOff accepts a switch that has no meaning here.
+func (c *client) onOff(args [][]byte) error {
+	if s := strings.ToLower(string(args[2])); s == "on" || s == "off" {
+		c.ok()
+	} else {
+		c.fail("ERR syntax error")
+	}
+	return nil
+}
+
+// describe changes what others may see of the client.
+func (c *client) describe(change func()) {
+	c.resp.mu.Lock()
+	defer c.resp.mu.Unlock()
+	change()
+}
+
+func (c *client) clientInfo([][]byte) error {
+	c.resp.mu.Lock()
+	s := c.stringLocked()
+	c.resp.mu.Unlock()
+	c.verbatim(s)
+	return nil
+}
+
+// clientList lists all RESP clients, whatever its filter says.
+func (c *client) clientList([][]byte) error {
+	var lines []string
+	c.resp.mu.Lock()
+	for other := range c.resp.clients {
+		lines = append(lines, other.stringLocked())
+	}
+	c.resp.mu.Unlock()
+	slices.Sort(lines)
+	c.verbatim(strings.Join(lines, ""))
+	return nil
+}
+
+func (c *client) stringLocked() string {
+	return fmt.Sprintf("id=%d addr=%s laddr=%s name=%s age=%d db=0 user=default resp=%d lib-name=%s lib-ver=%s\n",
+		c.id, c.conn.RemoteAddr(), c.conn.LocalAddr(), c.name, time.Since(c.since)/time.Second, c.proto, c.library[0], c.library[1])
+}
+
+// info answers INFO with the sections that were asked for.
+func (c *client) info(args [][]byte) error {
+	var wanted []string
+	for _, a := range args[1:] {
+		wanted = append(wanted, strings.ToLower(string(a)))
+	}
+	all := len(wanted) == 0 || slices.ContainsFunc(wanted, func(s string) bool {
+		return s == "all" || s == "everything" || s == "default"
+	})
+	var b strings.Builder
+	for _, section := range c.resp.proxy.info() {
+		if !all && !slices.Contains(wanted, strings.ToLower(section.name)) {
+			continue
+		}
+		if b.Len() > 0 {
+			b.WriteString("\r\n")
+		}
+		fmt.Fprintf(&b, "# %s\r\n", section.name)
+		for _, f := range section.fields {
+			fmt.Fprintf(&b, "%s:%v\r\n", f.name, f.value)
+		}
+	}
+	c.verbatim(b.String())
+	return nil
+}
