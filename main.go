@@ -348,12 +348,12 @@ func (c *config) options() []option {
 		{"port", "8080", "`port` to serve on; 0 picks a free one", number(&c.port, 0, 65535)},
 		{"redis-host", "127.0.0.1", "`host` of the backing Redis", text(&c.redis.host)},
 		{"redis-port", "6379", "`port` of the backing Redis", number(&c.redis.port, 1, 65535)},
-		{"redis-url", "", "redis://[[user]:pass@]host[:port][/db], rediss:// for TLS; instead of host and port", c.setRedisURL},
+		{"redis-url", "", "`URL` redis://[[user]:pass@]host[:port][/db], rediss:// for TLS; instead of host and port", c.setRedisURL},
 		{"redis-timeout", "1s", "longest `time` a request waits for Redis in all: queue, dial, reply", duration(&c.redisTimeout, false)},
 		{"client-limit", "8", "most Redis `connections` in use at once; further misses wait their turn", number(&c.clientLimit, 1, 1000)},
 		{"cache-size", "10000", "most `keys` in the cache", number(&c.cacheSize, 1, 1<<31-1)},
 		{"cache-bytes", "256MB", "most `bytes` of keys, values and bookkeeping in the cache", size(&c.cacheBytes)},
-		{"cache-timeout", "30s", "TTL of every entry, from the moment it was fetched; 30, 1.5 (seconds) or 250ms", duration(&c.cacheTimeout, false)},
+		{"cache-timeout", "30s", "TTL of every entry, a `time` from the moment it was fetched; 30, 1.5 (seconds) or 250ms", duration(&c.cacheTimeout, false)},
 	}
 }
 

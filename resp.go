@@ -217,7 +217,7 @@ func splitWords(words [][]byte, line []byte) ([][]byte, error) {
 		}
 		word := make([]byte, 0, len(line))
 		var quote byte
-		for len(line) > 0 && (quote != 0 || !isSpace(line[0])) {
+		for len(line) > 0 && (quote != 0 || strings.IndexByte(" \n\r\t", line[0]) < 0) {
 			ch := line[0]
 			switch {
 			case quote == 0 && (ch == '"' || ch == '\''):
@@ -682,8 +682,10 @@ func (c *client) authenticate(user, _ []byte) (fault string) {
 
 func (c *client) selectDB(args [][]byte) error {
 	switch n, ok := parseInt(args[1]); {
-	case !ok || n != int64(int32(n)):
+	case !ok:
 		c.fail("ERR value is not an integer or out of range")
+	case n != int64(int32(n)):
+		c.fail("ERR value is out of range, value must between -2147483648 and 2147483647")
 	case n != 0:
 		c.fail("ERR DB index is out of range")
 	default:

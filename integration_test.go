@@ -1,0 +1,1038 @@
+// The real server in front of a real Redis, over real sockets, with faults made on purpose.
+//
+// The Redis is the one that RP_TEST_REDIS (host:port) names, or one started here; tests that stop or
+// fill a Redis always start their own. Keys carry the test's name.
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+// TestMain runs the program itself where a test has started this binary for that.
+func TestMain(m *testing.M) {
+	if os.Getenv("TEST_RUN_MAIN") != "" {
+		main()
+		os.Exit(0)
+	}
+	code := m.Run()
+	if suite.redis != nil {
+		suite.redis.kill()
+	}
+	os.Exit(code)
+}
+
+// suite holds the Redis that the tests share.
+var suite struct {
+	once  sync.Once
+	redis *redisServer // nil if RP_TEST_REDIS names one
+	addr  string
+	err   error
+}
+
+// sharedRedis returns the address of a Redis, on which only keys with the test's name may be changed.
+func sharedRedis(t testing.TB) string {
+	t.Helper()
+	suite.once.Do(func() {
+		if suite.addr = os.Getenv("RP_TEST_REDIS"); suite.addr != "" {
+			return
+		}
+		if suite.redis, suite.err = launchRedis(os.TempDir(), freePort()); suite.err == nil {
+			suite.addr = suite.redis.addr
+		}
+	})
+	if suite.err != nil {
+		t.Fatalf("no Redis to test against (redis-server on the PATH, or RP_TEST_REDIS): %v", suite.err)
+	}
+	return suite.addr
+}
+
+// A redisServer is a redis-server process.
+type redisServer struct {
+	addr, port, dir string
+	args            []string
+	cmd             *exec.Cmd
+}
+
+// startRedis starts a Redis for one test, which may do with it what it likes.
+func startRedis(t testing.TB, args ...string) *redisServer {
+	t.Helper()
+	r, err := launchRedis(t.TempDir(), freePort(), args...)
+	if err != nil {
+		t.Fatalf("starting redis-server: %v", err)
+	}
+	t.Cleanup(r.kill)
+	return r
+}
+
+func launchRedis(dir, port string, args ...string) (*redisServer, error) {
+	r := &redisServer{addr: "127.0.0.1:" + port, port: port, dir: dir, args: args}
+	return r, r.start()
+}
+
+func (r *redisServer) start() error {
+	args := append([]string{"--port", r.port, "--bind", "127.0.0.1", "--dir", r.dir, "--save", "", "--appendonly", "no"}, r.args...)
+	r.cmd = exec.Command("redis-server", args...)
+	var out bytes.Buffer
+	r.cmd.Stdout = &out
+	if err := r.cmd.Start(); err != nil {
+		return err
+	}
+	for range 400 {
+		if c, err := redis.Dial("tcp", r.addr); err == nil {
+			_, err = c.Do("PING")
+			c.Close()
+			if err == nil || !errors.Is(err, io.EOF) {
+				return nil
+			}
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	r.kill()
+	return fmt.Errorf("redis-server does not answer on %s: %s", r.addr, out.String())
+}
+
+func (r *redisServer) signal(s syscall.Signal) { r.cmd.Process.Signal(s) }
+
+func (r *redisServer) kill() {
+	r.cmd.Process.Kill()
+	r.cmd.Wait()
+}
+
+func freePort() string {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	defer l.Close()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	return port
+}
+
+// redisDo sends one command to a Redis, or to a proxy.
+func redisDo(t testing.TB, addr string, cmd string, args ...any) any {
+	t.Helper()
+	c, err := redis.Dial("tcp", addr)
+	if err != nil {
+		t.Fatalf("dialling %s: %v", addr, err)
+	}
+	defer c.Close()
+	reply, err := c.Do(cmd, args...)
+	if err != nil {
+		t.Fatalf("%s %.60q: %v", cmd, args, err)
+	}
+	return reply
+}
+
+// A testProxy is the whole program but for its process, on a free port.
+type testProxy struct {
+	addr string
+	log  *lockedBuffer
+	stop context.CancelFunc // asks it to stop
+	done chan struct{}      // closed when it has
+}
+
+// startProxy runs a proxy in front of the Redis at redisAddr, with flags added.
+func startProxy(t testing.TB, redisAddr string, flags ...string) *testProxy {
+	t.Helper()
+	host, port, err := net.SplitHostPort(redisAddr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := parseConfig(append([]string{"--redis-host", host, "--redis-port", port}, flags...), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	p := &testProxy{addr: l.Addr().String(), log: new(lockedBuffer), stop: stop, done: make(chan struct{})}
+	go func() {
+		defer close(p.done)
+		run(ctx, cfg, l, slog.New(slog.NewTextHandler(p.log, nil)))
+	}()
+	t.Cleanup(func() {
+		stop()
+		select {
+		case <-p.done:
+		case <-time.After(2 * drainTimeout):
+			buf := make([]byte, 1<<20)
+			t.Errorf("the proxy does not stop:\n%s", buf[:runtime.Stack(buf, true)])
+		}
+	})
+	return p
+}
+
+// A lockedBuffer is a log that may be read while it is written.
+type lockedBuffer struct {
+	mu sync.Mutex // guards the following
+	b  bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+// stat reads one figure of INFO.
+func (p *testProxy) stat(t testing.TB, name string) string {
+	t.Helper()
+	info, _ := redis.String(redisDo(t, p.addr, "INFO"), nil)
+	m := regexp.MustCompile(`(?m)^` + name + `:(.*)\r$`).FindStringSubmatch(info)
+	if m == nil {
+		t.Fatalf("INFO has no %s:\n%s", name, info)
+	}
+	return m[1]
+}
+
+// eventually waits until a condition holds.
+func eventually(t testing.TB, what string, cond func() bool) {
+	t.Helper()
+	for end := time.Now().Add(15 * time.Second); !cond(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("never came true: %s", what)
+		}
+	}
+}
+
+// A rawClient sends and expects bytes.
+type rawClient struct {
+	t testing.TB
+	net.Conn
+	*bufio.Reader
+}
+
+func (c *rawClient) Read(p []byte) (int, error) { return c.Reader.Read(p) }
+
+func dial(t testing.TB, addr string) *rawClient {
+	t.Helper()
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(60 * time.Second))
+	return &rawClient{t, c, bufio.NewReader(c)}
+}
+
+func (c *rawClient) send(s string) *rawClient {
+	c.t.Helper()
+	if _, err := io.WriteString(c.Conn, s); err != nil {
+		c.t.Fatalf("sending %.60q: %v", s, err)
+	}
+	return c
+}
+
+func (c *rawClient) expect(want string) *rawClient {
+	c.t.Helper()
+	got := make([]byte, len(want))
+	n, err := io.ReadFull(c.Reader, got)
+	if string(got[:n]) != want {
+		c.t.Fatalf("got %.200q (%v); want %.200q", got[:n], err, want)
+	}
+	return c
+}
+
+func (c *rawClient) expectClosed() {
+	c.t.Helper()
+	if rest, err := io.ReadAll(c.Reader); len(rest) > 0 || err != nil && !errors.Is(err, syscall.ECONNRESET) {
+		c.t.Fatalf("got %.200q (%v); want the connection closed", rest, err)
+	}
+}
+
+// exchange sends bytes on a connection of their own, ends sending, and returns all that comes back.
+func exchange(t testing.TB, addr, send string) string {
+	t.Helper()
+	c := dial(t, addr)
+	defer c.Close()
+	io.WriteString(c.Conn, send) // the other side may hang up before it has taken all
+	c.Conn.(*net.TCPConn).CloseWrite()
+	got, err := io.ReadAll(c.Reader)
+	if err != nil && !errors.Is(err, syscall.ECONNRESET) {
+		t.Fatalf("after %.200q: %v", send, err)
+	}
+	return string(got)
+}
+
+// httpDo asks over HTTP, with headers in pairs.
+func httpDo(t testing.TB, method, url string, header ...string) (*http.Response, string) {
+	t.Helper()
+	req, err := http.NewRequest(method, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; i < len(header); i += 2 {
+		req.Header.Set(header[i], header[i+1])
+	}
+	resp, err := httpClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp, string(body)
+}
+
+var httpClient = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DisableCompression: true}, Timeout: time.Minute}
+
+func bulk(s string) string { return fmt.Sprintf("$%d\r\n%s\r\n", len(s), s) }
+
+// request is a command as clients send it.
+func request(args ...string) string {
+	s := fmt.Sprintf("*%d\r\n", len(args))
+	for _, a := range args {
+		s += bulk(a)
+	}
+	return s
+}
+
+// values are what a value can look like, by a name for it.
+var values = map[string]string{
+	"empty":   "",
+	"text":    "We Accelerate Engineering Breakthroughs",
+	"zero":    "a\x00b",
+	"crlf":    "a\r\nb\r\n",
+	"utf8":    "Grüße, 世界",
+	"resp":    "$5\r\nhello\r\n",
+	"100001":  strings.Repeat("é", 100001),
+	"allByte": string(allBytes()),
+}
+
+func allBytes() []byte {
+	b := make([]byte, 256)
+	for i := range b {
+		b[i] = byte(i)
+	}
+	return b
+}
+
+// Keys that clients write in their own ways, and how a path has them.
+var oddKeys = map[string]string{
+	"a space":       "a%20space",
+	"a/slash":       "a/slash",
+	"a//double":     "a//double",
+	"/leading":      "/leading",
+	"..":            "..",
+	"a/../b":        "a/../b",
+	"zero\x00byte":  "zero%00byte",
+	"percent%41":    "percent%2541",
+	"question?mark": "question%3Fmark",
+	"plus+":         "plus+",
+	"Grüße":         "Gr%C3%BC%C3%9Fe",
+	"bytes\xff\xfe": "bytes%FF%FE",
+	"hash#":         "hash%23",
+}
+
+func TestIntegrationEveryValueOverBothProtocols(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr)
+	for name, val := range values {
+		key := t.Name() + ":" + name
+		redisDo(t, addr, "SET", key, val)
+		for _, from := range []string{"Redis", "the cache"} {
+			if got := exchange(t, p.addr, request("GET", key)); got != bulk(val) {
+				t.Errorf("%s over RESP from %s: got %.80q; want %.80q", name, from, got, bulk(val))
+			}
+		}
+		key += ":http"
+		redisDo(t, addr, "SET", key, val)
+		for _, status := range []string{"redis_proxy; fwd=miss; stored", "redis_proxy; hit; ttl=29"} {
+			resp, body := httpDo(t, "GET", "http://"+p.addr+"/"+key)
+			if resp.StatusCode != 200 || body != val || resp.ContentLength != int64(len(val)) {
+				t.Errorf("%s over HTTP: got %d, %.80q, length %d; want 200, %.80q, length %d", name, resp.StatusCode, body, resp.ContentLength, val, len(val))
+			}
+			if got := resp.Header.Get("Cache-Status"); got != status {
+				t.Errorf("%s: Cache-Status: got %q; want %q", name, got, status)
+			}
+		}
+	}
+}
+
+func TestIntegrationOddKeys(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr)
+	for key, path := range oddKeys {
+		key, path = t.Name()+key, t.Name()+path
+		redisDo(t, addr, "SET", key, "value of "+key)
+		got := exchange(t, p.addr, "GET /"+path+"?query HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+		if !strings.HasSuffix(got, "\r\n\r\nvalue of "+key) {
+			t.Errorf("GET /%s: got %q; want the value of %q", path, got, key)
+		}
+		if got := exchange(t, p.addr, request("GET", key)); got != bulk("value of "+key) {
+			t.Errorf("GET %q: got %q; want its value", key, got)
+		}
+	}
+	redisDo(t, addr, "SET", "//"+t.Name(), "slashes first")
+	if got := exchange(t, p.addr, "GET ///"+t.Name()+" HTTP/1.0\r\n\r\n"); !strings.HasSuffix(got, "\r\n\r\nslashes first") {
+		t.Errorf("a path of three slashes: got %q", got)
+	}
+}
+
+func TestIntegrationHundredMegabytes(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr, "--redis-timeout", "30s")
+	val := make([]byte, 100<<20)
+	rand.Read(val)
+	redisDo(t, addr, "SET", t.Name(), val)
+	t.Cleanup(func() { redisDo(t, addr, "DEL", t.Name()) })
+	for range 2 {
+		if got := exchange(t, p.addr, request("GET", t.Name())); got != bulk(string(val)) {
+			t.Errorf("over RESP: got %d bytes; want %d, the same", len(got), len(val))
+		}
+		if resp, body := httpDo(t, "GET", "http://"+p.addr+"/"+t.Name()); resp.StatusCode != 200 || body != string(val) {
+			t.Errorf("over HTTP: got %d, %d bytes; want 200, %d, the same", resp.StatusCode, len(body), len(val))
+		}
+	}
+	if got := p.stat(t, "upstream_fetches"); got != "1" {
+		t.Errorf("fetches: got %s; want 1", got)
+	}
+}
+
+func TestIntegrationValueOverTheByteLimitIsServedNotKept(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr, "--cache-bytes", "1KB")
+	val := strings.Repeat("v", 2000)
+	redisDo(t, addr, "SET", t.Name(), val)
+	for range 2 {
+		resp, body := httpDo(t, "GET", "http://"+p.addr+"/"+t.Name())
+		if body != val || resp.Header.Get("Cache-Status") != "redis_proxy; fwd=miss" {
+			t.Errorf("got %d bytes, %q; want %d, not stored", len(body), resp.Header.Get("Cache-Status"), len(val))
+		}
+	}
+	if got := p.stat(t, "cache_keys"); got != "0" {
+		t.Errorf("keys: got %s; want 0", got)
+	}
+}
+
+// Absent, empty, of another type and expired are four things, over both protocols.
+func TestIntegrationAbsentEmptyAndWrongType(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr)
+	empty, list, absent := t.Name()+":empty", t.Name()+":list", t.Name()+":absent"
+	redisDo(t, addr, "SET", empty, "")
+	redisDo(t, addr, "DEL", list)
+	redisDo(t, addr, "RPUSH", list, "x")
+	wrongType := "WRONGTYPE Operation against a key holding the wrong kind of value"
+	for range 2 {
+		for _, row := range []struct {
+			key    string
+			status int
+			body   string
+			resp   string
+		}{
+			{empty, 200, "", "$0\r\n\r\n"},
+			{absent, 404, "no such key\n", "$-1\r\n"},
+			{list, 409, "the key holds another type than a string\n", "-" + wrongType + "\r\n"},
+		} {
+			if got := exchange(t, p.addr, request("GET", row.key)); got != row.resp {
+				t.Errorf("%s over RESP: got %q; want %q", row.key, got, row.resp)
+			}
+			resp, body := httpDo(t, "GET", "http://"+p.addr+"/"+row.key)
+			if resp.StatusCode != row.status || body != row.body {
+				t.Errorf("%s over HTTP: got %d %q; want %d %q", row.key, resp.StatusCode, body, row.status, row.body)
+			}
+			if noStore := resp.Header.Get("Cache-Control") == "no-store"; noStore != (row.status != 200) {
+				t.Errorf("%s: Cache-Control: %q", row.key, resp.Header.Get("Cache-Control"))
+			}
+		}
+	}
+	// An absent key is not cached: it is there as soon as it is written.
+	redisDo(t, addr, "SET", absent, "now")
+	t.Cleanup(func() { redisDo(t, addr, "DEL", absent) })
+	if got := exchange(t, p.addr, request("GET", absent)); got != bulk("now") {
+		t.Errorf("a key that is there now: got %q; want %q", got, bulk("now"))
+	}
+}
+
+func TestIntegrationCacheAnswersUntilTheTTL(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr, "--cache-timeout", "300ms")
+	redisDo(t, addr, "SET", t.Name(), "old")
+	asked := time.Now()
+	exchange(t, p.addr, request("GET", t.Name()))
+	redisDo(t, addr, "SET", t.Name(), "new")
+	if got := exchange(t, p.addr, request("GET", t.Name())); got != bulk("old") && time.Since(asked) < 300*time.Millisecond {
+		t.Errorf("within the TTL: got %q; want %q", got, bulk("old"))
+	}
+	eventually(t, "the new value", func() bool { return exchange(t, p.addr, request("GET", t.Name())) == bulk("new") })
+	if waited := time.Since(asked); waited < 300*time.Millisecond {
+		t.Errorf("the new value came after %v; want the old until the TTL", waited)
+	}
+}
+
+func TestIntegrationHTTPProtocols(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr)
+	redisDo(t, addr, "SET", t.Name(), "value")
+	path := "/" + t.Name()
+	for _, row := range []struct{ name, send, want string }{
+		{"1.1", "GET " + path + " HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n", `^HTTP/1.1 200 OK\r\n(?s:.*)\r\n\r\nvalue$`},
+		{"1.0", "GET " + path + " HTTP/1.0\r\n\r\n", `^HTTP/1.0 200 OK\r\n(?s:.*)\r\n\r\nvalue$`},
+		{"1.0 keep-alive", strings.Repeat("GET "+path+" HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", 2), `^(HTTP/1.0 200 OK\r\n(?s:.*?)\r\n\r\nvalue){2}$`},
+		{"a pipeline", strings.Repeat("GET "+path+" HTTP/1.1\r\nHost: h\r\n\r\n", 20), `^(HTTP/1.1 200 OK\r\n(?s:.*?)\r\n\r\nvalue){20}$`},
+		{"HEAD", "HEAD " + path + " HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n", `^HTTP/1.1 200 OK\r\n(?s:.*)Content-Length: 5\r\n(?s:.*)\r\n\r\n$`},
+		{"absolute form", "GET http://elsewhere" + path + " HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n", `^HTTP/1.1 200 OK\r\n(?s:.*)\r\n\r\nvalue$`},
+		{"a body", "GET " + path + " HTTP/1.1\r\nHost: h\r\nContent-Length: 1000000\r\n\r\nbody", `^HTTP/1.1 200 OK\r\n(?s:.*)Connection: close\r\n(?s:.*)\r\n\r\nvalue$`},
+		{"another method", "POST " + path + " HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n", `^HTTP/1.1 405 (?s:.*)\r\nAllow: GET, HEAD\r\nCache-Control: no-store\r\n`},
+		{"OPTIONS *", "OPTIONS * HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n", `^HTTP/1.1 405 `},
+		{"no host", "GET " + path + " HTTP/1.1\r\n\r\n", `^HTTP/1.1 400 `},
+		{"a bad escape", "GET /%zz HTTP/1.1\r\nHost: h\r\n\r\n", `^HTTP/1.1 400 `},
+		{"a bad header", "GET / HTTP/1.1\r\nHost: h\r\nbad header\r\n\r\n", `^HTTP/1.1 400 `},
+		{"a version to come", "GET / HTTP/1.7\r\nHost: h\r\nConnection: close\r\n\r\n", `^HTTP/1\.\d \d\d\d `},
+	} {
+		if got := exchange(t, p.addr, row.send); !regexp.MustCompile(row.want).MatchString(got) {
+			t.Errorf("%s: got %q; want %s", row.name, got, row.want)
+		}
+	}
+	h2 := &http.Transport{Protocols: new(http.Protocols)}
+	h2.Protocols.SetUnencryptedHTTP2(true)
+	defer h2.CloseIdleConnections()
+	resp, err := (&http.Client{Transport: h2}).Get("http://" + p.addr + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if body, _ := io.ReadAll(resp.Body); resp.ProtoMajor != 2 || string(body) != "value" {
+		t.Errorf("HTTP/2 with prior knowledge: got %s, %q; want HTTP/2.0, the value", resp.Proto, body)
+	}
+}
+
+func TestIntegrationConditionalRequestsAndRanges(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr)
+	url := "http://" + p.addr + "/" + t.Name()
+	redisDo(t, addr, "SET", t.Name(), "0123456789")
+	first, _ := httpDo(t, "GET", url)
+	tag := first.Header.Get("ETag")
+	replica, _ := httpDo(t, "GET", "http://"+startProxy(t, addr).addr+"/"+t.Name())
+	if got := replica.Header.Get("ETag"); got != tag || !regexp.MustCompile(`^"[0-9a-f]{32}"$`).MatchString(tag) {
+		t.Errorf("ETag: got %q and %q; want the same strong tag", tag, got)
+	}
+	for _, row := range []struct {
+		name   string
+		header []string
+		status int
+		body   string
+	}{
+		{"the tag", []string{"If-None-Match", tag}, 304, ""},
+		{"any tag", []string{"If-None-Match", "*"}, 304, ""},
+		{"another tag", []string{"If-None-Match", `"other"`}, 200, "0123456789"},
+		{"a range", []string{"Range", "bytes=2-4"}, 206, "234"},
+		{"a suffix", []string{"Range", "bytes=-3"}, 206, "789"},
+		{"past the end", []string{"Range", "bytes=10-"}, 416, "invalid range: failed to overlap\n"},
+		{"If-Range that holds", []string{"Range", "bytes=0-0", "If-Range", tag}, 206, "0"},
+		{"If-Range that does not", []string{"Range", "bytes=0-0", "If-Range", `"other"`}, 200, "0123456789"},
+	} {
+		resp, body := httpDo(t, "GET", url, row.header...)
+		if resp.StatusCode != row.status || body != row.body {
+			t.Errorf("%s: got %d %q; want %d %q", row.name, resp.StatusCode, body, row.status, row.body)
+		}
+		if got := resp.Header.Get("Cache-Control"); (got == "no-store") != (row.status == 416) {
+			t.Errorf("%s: Cache-Control: got %q", row.name, got)
+		}
+	}
+}
+
+// Whatever arrives in how many pieces, the first line decides, and nothing of it is lost.
+func TestIntegrationDetection(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr)
+	redisDo(t, addr, "SET", t.Name(), "value")
+	silent := dial(t, p.addr)
+	for _, row := range []struct{ name, send, want string }{
+		{"RESP", request("GET", t.Name()), bulk("value")},
+		{"inline", "GET " + t.Name() + "\r\n", bulk("value")},
+		{"inline that looks like HTTP", "GET /" + t.Name() + "\r\n", "$-1\r\n"},
+		{"HTTP", "GET /" + t.Name() + " HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n", "HTTP/1.1 200 OK\r\n"},
+		{"garbage", "\x16\x03\x01\x02\r\n", "-ERR unknown command '\x16\x03\x01\x02', with args beginning with: \r\n"},
+		{"an empty line first", "\r\nPING\r\n", "+PONG\r\n"},
+	} {
+		dial(t, p.addr).send(row.send).expect(row.want)
+		slow := dial(t, p.addr)
+		slow.Conn.(*net.TCPConn).SetNoDelay(true)
+		for i := range row.send {
+			slow.send(row.send[i : i+1])
+			runtime.Gosched()
+		}
+		slow.expect(row.want)
+	}
+	if got := exchange(t, p.addr, strings.Repeat("x", 70000)); got != "-ERR Protocol error: too big inline request\r\n" {
+		t.Errorf("a line without end: got %.100q", got)
+	}
+	silent.send("PING\r\n").expect("+PONG\r\n")
+}
+
+// What both know is answered with the same bytes.
+func TestIntegrationSameBytesAsRedis(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr)
+	key, list := t.Name()+":key", t.Name()+":list"
+	redisDo(t, addr, "SET", key, "value")
+	redisDo(t, addr, "DEL", list)
+	redisDo(t, addr, "RPUSH", list, "x")
+	long := strings.Repeat("long", 100)
+	rows := []string{
+		request("GET", key), request("get", key), request("gEt", list), request("GET", "nokey"+t.Name()),
+		request("MGET", key, list, "nokey"+t.Name(), key), request("GET"), request("GET", "a", "b"), request("MGET"),
+		request("PING"), request("PING", "hello"), request("ping", "a", "b"), request("ECHO", "x\r\ny"), request("ECHO"),
+		request("SELECT", "0"), request("SELECT", "17"), request("SELECT", "x"), request("SELECT", "-1"), request("SELECT", "99999999999"), request("SELECT"),
+		request("QUIT") + request("PING"), request("QUIT", "x"), request("RESET"), request("RESET", "x"),
+		request("AUTH", "secret"), request("AUTH", "default", "x"), request("AUTH", "nobody", "x"), request("AUTH", "a", "b", "c"), request("AUTH"),
+		request("HELLO", "x"), request("HELLO", "4"), request("HELLO", "1"), request("HELLO", "3", "foo"), request("HELLO", "3", "AUTH", "nobody", "x"),
+		request("HELLO", "3", "SETNAME", "a b"), request("HELLO", "3", "AUTH", "default"), request("HELLO", ""),
+		request("HELLO", "3") + request("GET", "nokey"+t.Name()) + request("PING") + request("MGET", "nokey"+t.Name()),
+		request("HELLO", "3", "AUTH", "default", "x", "SETNAME", "me") + request("CLIENT", "GETNAME"), request("HELLO"), request("HELLO", "2"),
+		request("HELLO", "3") + request("RESET") + request("GET", "nokey"+t.Name()),
+		request("CLIENT"), request("CLIENT", "NONSENSE"), request("CLIENT", "non\r\nsense", "x"), request("CLIENT", "ID", "x"), request("CLIENT", "GETNAME"),
+		request("CLIENT", "SETNAME", "me") + request("CLIENT", "GETNAME"), request("CLIENT", "SETNAME", "a b"), request("CLIENT", "SETNAME"), request("CLIENT", "SETNAME", ""),
+		request("CLIENT", "NO-EVICT", "on"), request("CLIENT", "NO-EVICT", "x"), request("CLIENT", "NO-EVICT"), request("CLIENT", "INFO", "x"),
+		request("CONFIG"), request("CONFIG", "GET"), request("CONFIG", "GET", "nothing-of-the-kind"), request("CONFIG", "NONSENSE"),
+		request("COMMAND", "NONSENSE"), request("COMMAND", "COUNT", "x"), request("COMMAND", "GETKEYS"),
+		request("FOO"), request("FOO", "bar", "baz"), request("FOO", long, "x"), request(long, "x"), request("FOO", "a\r\nb", "c\x00d"), request("fo\x00o", "x"),
+		request("FOO", strings.Repeat("x", 100), strings.Repeat("y", 100), "z"), request(""), request("", "x"),
+		request("POST", "x") + request("PING"), request("Host:", "x") + request("PING"),
+		"PING\r\n", "PING\n", "ping hello\r\n", "GET " + key + "\r\n", "  PING  \r\n", "\tPING\r\n", "\r\n", "\n", "   \r\n", "\r\nPING\r\n",
+		"PING \"a b\"\r\n", "PING 'a b'\r\n", "PING \"a\\x41\\n\\\"\"\r\n", "PING 'a\\'b\\n'\r\n", "PING \"a\"b\r\n", "PING \"a\r\n", "PING 'a\r\n", "PING 'a'b\r\n",
+		"PING a\"b c\"\r\n", "PING a\\x41\r\n", "PING \"\\x4\"\r\n", "PING \"\\\r\n", "PING \"\"\r\n", "PING \x00\r\n", "PING a\vb\r\n",
+		"*0\r\n", "*-1\r\n", "*-10\r\n", "*0\r\nPING\r\n", "*\r\n", "*x\r\n", "*01\r\n", "*+1\r\n", "* 1\r\n", "*1 \r\n", "*-0\r\n", "*2147483648\r\n", "*99999999999999999999\r\n", "*1\rx$4\rxPINGxx",
+		"*1\r\n$4\r\nPING", "*1\r\n$4\nPING\r\n", "*1\n$4\r\nPING\r\n", "*1\r\n$4\r\nPINGxx*1\r\n$4\r\nPING\r\n",
+		"*1\r\n$-1\r\n", "*1\r\n$-2\r\n", "*1\r\n$x\r\n", "*1\r\n$\r\n", "*1\r\n$04\r\nPING\r\n", "*1\r\n$+4\r\n", "*1\r\n$536870913\r\n", "*1\r\n$ 4\r\nPING\r\n",
+		"*1\r\nPING\r\n", "*1\r\n:4\r\n", "*1\r\n\x00\r\n", "*1\r\n\r\n", "*1\r\n\nx\r\n", "*2\r\n$4\r\nPING\r\n*1\r\n",
+		request("PING") + "*x\r\n" + request("PING"), "PING\r\n" + request("PING") + "PING\r\n",
+		strings.Repeat("x", 65537), "*" + strings.Repeat("1", 65537), "*1\r\n$" + strings.Repeat("1", 65537), "PING " + strings.Repeat("x", 65000) + "\r\n",
+		strings.Repeat(request("GET", key)+request("PING"), 1000), strings.Repeat("\r\n", 5000) + "PING\r\n",
+	}
+	for _, send := range rows {
+		want, got := normalise(exchange(t, addr, send)), normalise(exchange(t, p.addr, send))
+		if got != want {
+			t.Errorf("after %.200q:\n got %.300q\nwant %.300q", send, got, want)
+		}
+	}
+}
+
+// normalise hides what must differ between two servers.
+func normalise(reply string) string {
+	reply = regexp.MustCompile(`\$2\r\nid\r\n:\d+`).ReplaceAllString(reply, "$$2\r\nid\r\n:0")
+	return regexp.MustCompile(`\$7\r\nversion\r\n\$\d+\r\n[0-9.]+`).ReplaceAllString(reply, "$$7\r\nversion\r\n7")
+}
+
+// What only the proxy answers in its way.
+func TestIntegrationCommandsOfItsOwn(t *testing.T) {
+	p := startProxy(t, sharedRedis(t))
+	for _, row := range []struct{ name, send, want string }{
+		{"COMMAND", request("COMMAND"), `^\*0\r\n$`},
+		{"COMMAND DOCS", request("COMMAND", "DOCS"), `^\*0\r\n$`},
+		{"CONFIG GET", request("CONFIG", "GET", "save"), `^\*0\r\n$`},
+		{"CLIENT ID", request("CLIENT", "ID"), `^:\d+\r\n$`},
+		{"CLIENT SETINFO", request("CLIENT", "SETINFO", "LIB-NAME", "x") + request("CLIENT", "INFO"), `^\+OK\r\n\$\d+\r\nid=\d+ addr=127.* lib-name=x lib-ver=\n\r\n$`},
+		{"CLIENT SETINFO of something else", request("CLIENT", "SETINFO", "FOO", "x"), `^-ERR Unrecognized option 'FOO'\r\n$`},
+		{"CLIENT LIST", request("CLIENT", "SETNAME", "me") + request("CLIENT", "LIST"), `^\+OK\r\n\$\d+\r\n(?s:.*) name=me (?s:.*)\n\r\n$`},
+		{"CLIENT TRACKING", request("CLIENT", "TRACKING", "ON"), `^-ERR unknown subcommand 'TRACKING'. Try CLIENT HELP.\r\n$`},
+		{"SET", request("SET", "a", "b"), `^-ERR unknown command 'SET', with args beginning with: 'a' 'b' \r\n$`},
+		{"INFO", request("INFO"), `^\$\d+\r\n# Server\r\nredis_version:7(?s:.*)\r\nloading:0\r\n`},
+		{"INFO of a section", request("INFO", "Keyspace"), `^\$\d+\r\n# Keyspace\r\ndb0:keys=\d+,expires=\d+,avg_ttl=0\r\n\r\n$`},
+		{"INFO in RESP3", request("HELLO", "3") + request("INFO", "keyspace"), `\r\n=\d+\r\ntxt:# Keyspace\r\n`},
+		{"too large an argument", "*1\r\n$1048577\r\n", `^-ERR Protocol error: invalid bulk length\r\n$`},
+		{"too many arguments", "*1000000\r\n", `^-ERR Protocol error: invalid multibulk length\r\n$`},
+		{"arguments too large together", "*3\r\n$4\r\nMGET\r\n" + bulk(strings.Repeat("x", 600000)) + "$600000\r\n", `^-ERR Protocol error: invalid bulk length\r\n$`},
+		{"a large key", request("GET", strings.Repeat("x", 1<<20-100)), `^\$-1\r\n$`},
+	} {
+		if got := exchange(t, p.addr, row.send); !regexp.MustCompile(row.want).MatchString(got) {
+			t.Errorf("%s: got %.300q; want %s", row.name, got, row.want)
+		}
+	}
+}
+
+// One that asks for much in one go gets everything, in order, in few round trips to Redis.
+func TestIntegrationPipelines(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr, "--redis-timeout", "20s")
+	const n = 20000
+	up, err := redis.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer up.Close()
+	var send, want strings.Builder
+	for i := range n {
+		key := fmt.Sprintf("%s:%d", t.Name(), i)
+		up.Send("SET", key, i, "EX", 60)
+		send.WriteString(request("GET", key))
+		want.WriteString(bulk(fmt.Sprint(i)))
+	}
+	if _, err := up.Do(""); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if got := exchange(t, p.addr, send.String()); got != want.String() {
+			t.Fatalf("got %d bytes; want %d, the same", len(got), want.Len())
+		}
+	}
+	var batches int
+	fmt.Sscan(p.stat(t, "upstream_batches"), &batches)
+	if batches > n/20 {
+		t.Errorf("%d misses travelled in %d batches; want them together", n, batches)
+	}
+}
+
+func TestIntegrationOneFetchForAllWhoAskMeanwhile(t *testing.T) {
+	addr := sharedRedis(t)
+	r := startRelay(t, addr)
+	p := startProxy(t, r.addr, "--redis-timeout", "20s")
+	redisDo(t, addr, "SET", t.Name(), "value")
+	r.stall()
+	clients := make([]*rawClient, 50)
+	for i := range clients {
+		clients[i] = dial(t, p.addr).send(request("GET", t.Name()))
+	}
+	var answers sync.WaitGroup
+	for range 10 {
+		answers.Go(func() {
+			if _, body := httpDo(t, "GET", "http://"+p.addr+"/"+t.Name()); body != "value" {
+				t.Errorf("over HTTP: got %q", body)
+			}
+		})
+	}
+	r.resume()
+	for _, c := range clients {
+		c.expect(bulk("value"))
+	}
+	answers.Wait()
+	if got := p.stat(t, "upstream_fetches"); got != "1" {
+		t.Errorf("fetches: got %s; want 1", got)
+	}
+}
+
+func TestIntegrationClientLimitBoundsConnections(t *testing.T) {
+	addr := sharedRedis(t)
+	r := startRelay(t, addr)
+	p := startProxy(t, r.addr, "--client-limit", "3", "--redis-timeout", "20s")
+	r.stall()
+	for i := range 100 {
+		dial(t, p.addr).send(request("GET", fmt.Sprint(t.Name(), i)))
+	}
+	eventually(t, "all connections in use", func() bool { return p.stat(t, "upstream_connections_used") == "3" })
+	r.resume()
+	eventually(t, "all answered", func() bool { return p.stat(t, "cache_absent") == "100" })
+	if got := r.most.Load(); got > 3 {
+		t.Errorf("%d connections to Redis at once; want at most 3", got)
+	}
+}
+
+func TestIntegrationNobodyWaitsLongerThanTheTimeout(t *testing.T) {
+	addr := sharedRedis(t)
+	r := startRelay(t, addr)
+	p := startProxy(t, r.addr, "--redis-timeout", "200ms")
+	redisDo(t, addr, "SET", t.Name(), "value")
+	r.stall()
+	begin := time.Now()
+	if got := exchange(t, p.addr, request("GET", t.Name())); got != "-ERR upstream timed out\r\n" {
+		t.Errorf("over RESP: got %q", got)
+	}
+	if resp, body := httpDo(t, "GET", "http://"+p.addr+"/"+t.Name()); resp.StatusCode != 504 || body != "upstream timed out\n" {
+		t.Errorf("over HTTP: got %d %q", resp.StatusCode, body)
+	}
+	if got := exchange(t, p.addr, request("PING")); got != "+PONG\r\n" {
+		t.Errorf("PING meanwhile: got %q", got)
+	}
+	if took := time.Since(begin); took < 400*time.Millisecond || took > 5*time.Second {
+		t.Errorf("two waits in a row took %v; want about 400ms", took)
+	}
+	// The reply comes too late for those who asked, and fills the cache all the same.
+	r.resume()
+	eventually(t, "the late reply in the cache", func() bool { return p.stat(t, "cache_keys") == "1" })
+	r.refuse()
+	if got := exchange(t, p.addr, request("GET", t.Name())); got != bulk("value") {
+		t.Errorf("afterwards: got %q; want a hit", got)
+	}
+}
+
+func TestIntegrationConnectionThatDiedIdleCostsNobodyAnError(t *testing.T) {
+	addr := sharedRedis(t)
+	r := startRelay(t, addr)
+	p := startProxy(t, r.addr, "--cache-timeout", "1ms", "--client-limit", "4")
+	redisDo(t, addr, "SET", t.Name(), "value")
+	for range 20 {
+		// Several idle connections, all of which die.
+		r.stall()
+		for i := range 4 {
+			dial(t, p.addr).send(request("GET", fmt.Sprint(t.Name(), i)))
+			eventually(t, "a connection more in use", func() bool { return p.stat(t, "upstream_connections_used") == fmt.Sprint(i+1) })
+		}
+		r.resume()
+		eventually(t, "all idle", func() bool { return p.stat(t, "upstream_connections_used") == "0" })
+		r.cut()
+		if got := exchange(t, p.addr, request("GET", t.Name())); got != bulk("value") {
+			t.Fatalf("after the connections died: got %q; want %q", got, bulk("value"))
+		}
+	}
+}
+
+// A relay stands between the proxy and Redis, and can cut, stall and refuse.
+type relay struct {
+	t    testing.TB
+	addr string
+	to   string
+	most atomic.Int64 // connections at once, at most
+
+	mu      sync.Mutex // guards the following
+	l       net.Listener
+	conns   map[net.Conn]net.Conn
+	stalled chan struct{} // nil or open while nothing passes
+	filter  func(dir string, chunk []byte) []byte
+	wg      sync.WaitGroup
+}
+
+func startRelay(t testing.TB, to string) *relay {
+	t.Helper()
+	r := &relay{t: t, addr: "127.0.0.1:" + freePort(), to: to, conns: make(map[net.Conn]net.Conn)}
+	r.accept()
+	t.Cleanup(func() {
+		r.resume()
+		r.refuse()
+		r.wg.Wait()
+	})
+	return r
+}
+
+// accept listens, again after refuse.
+func (r *relay) accept() {
+	r.t.Helper()
+	l, err := net.Listen("tcp", r.addr)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.mu.Lock()
+	r.l = l
+	r.mu.Unlock()
+	r.wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			up, err := net.Dial("tcp", r.to)
+			if err != nil {
+				c.Close()
+				continue
+			}
+			r.mu.Lock()
+			r.conns[c] = up
+			r.most.Store(max(r.most.Load(), int64(len(r.conns))))
+			r.mu.Unlock()
+			r.wg.Go(func() { r.copy("up", up, c); r.drop(c) })
+			r.wg.Go(func() { r.copy("down", c, up); r.drop(c) })
+		}
+	})
+}
+
+func (r *relay) copy(dir string, to, from net.Conn) {
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := from.Read(buf)
+		r.mu.Lock()
+		stalled, filter := r.stalled, r.filter
+		r.mu.Unlock()
+		if stalled != nil {
+			<-stalled
+		}
+		chunk := buf[:n]
+		if filter != nil {
+			if chunk = filter(dir, chunk); chunk == nil {
+				return
+			}
+		}
+		if _, e := to.Write(chunk); e != nil || err != nil {
+			return
+		}
+	}
+}
+
+func (r *relay) drop(c net.Conn) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if up := r.conns[c]; up != nil {
+		c.Close()
+		up.Close()
+		delete(r.conns, c)
+	}
+}
+
+// stall lets nothing pass, in neither direction, until resume.
+func (r *relay) stall() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stalled == nil {
+		r.stalled = make(chan struct{})
+	}
+}
+
+func (r *relay) resume() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stalled != nil {
+		close(r.stalled)
+		r.stalled = nil
+	}
+}
+
+// cut closes all connections.
+func (r *relay) cut() {
+	r.mu.Lock()
+	conns := slices.Collect(maps.Keys(r.conns))
+	r.mu.Unlock()
+	for _, c := range conns {
+		r.drop(c)
+	}
+}
+
+// refuse closes all connections and takes no more until accept.
+func (r *relay) refuse() {
+	r.mu.Lock()
+	r.l.Close()
+	r.mu.Unlock()
+	r.cut()
+}
+
+// program runs the program as a process of its own.
+func program(t testing.TB, env []string, args ...string) *exec.Cmd {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(exe, args...)
+	cmd.Env = append(os.Environ(), append(env, "TEST_RUN_MAIN=1")...)
+	return cmd
+}
+
+func TestIntegrationCommandLine(t *testing.T) {
+	for _, row := range []struct {
+		name           string
+		env            []string
+		args           []string
+		code           int
+		stdout, stderr string
+	}{
+		{"help", nil, []string{"--help"}, 0, `--cache-timeout time, RP_CACHE_TIMEOUT\n`, `^$`},
+		{"version", nil, []string{"--version"}, 0, `^redis_proxy `, `^$`},
+		{"a bad value", nil, []string{"--port", "x"}, 2, `^$`, `^redis_proxy: --port "x": must be a whole number from 0 to 65535\n$`},
+		{"a bad variable", []string{"RP_CACHE_SIZE=0"}, nil, 2, `^$`, `^redis_proxy: RP_CACHE_SIZE "0": must be a whole number from 1 to \d+\n$`},
+		{"an unknown flag", nil, []string{"--prot=1"}, 2, `^$`, `^redis_proxy: .*-prot.*--help.*\n$`},
+		{"a stray argument", nil, []string{"8080"}, 2, `^$`, `^redis_proxy: unexpected argument "8080".*\n$`},
+		{"a secret in a bad value", nil, []string{"--redis-url=http://:secret@h"}, 2, `^$`, `^redis_proxy: --redis-url: must be redis://\[\[user\].*rediss:// for TLS\n$`},
+		{"an address that is taken", nil, []string{"--listen-address", "192.0.2.1"}, 1, `^$`, `cannot assign requested address`},
+	} {
+		cmd := program(t, row.env, row.args...)
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		cmd.Run()
+		if got := cmd.ProcessState.ExitCode(); got != row.code {
+			t.Errorf("%s: exit code: got %d; want %d", row.name, got, row.code)
+		}
+		if !regexp.MustCompile(row.stdout).Match(stdout.Bytes()) {
+			t.Errorf("%s: stdout: got %q; want %s", row.name, stdout.String(), row.stdout)
+		}
+		if !regexp.MustCompile(row.stderr).Match(stderr.Bytes()) {
+			t.Errorf("%s: stderr: got %q; want %s", row.name, stderr.String(), row.stderr)
+		}
+	}
+}
+
+// startProgram runs the program as a process, and returns the address that its log names.
+func startProgram(t testing.TB, env []string, args ...string) (*exec.Cmd, string, *lockedBuffer) {
+	t.Helper()
+	cmd, log := program(t, env, append(args, "--port", "0")...), new(lockedBuffer)
+	cmd.Stderr = log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	var addr string
+	eventually(t, "the program serves", func() bool {
+		m := regexp.MustCompile(`msg=serving .*? address=(\S+)`).FindStringSubmatch(log.String())
+		if m != nil {
+			addr = m[1]
+		}
+		return m != nil
+	})
+	return cmd, addr, log
+}
+
+func TestIntegrationProcess(t *testing.T) {
+	addr := sharedRedis(t)
+	redisDo(t, addr, "SET", t.Name(), "value")
+	cmd, proxy, log := startProgram(t, []string{"RP_REDIS_URL=redis://" + addr, "RP_CACHE_SIZ=1"})
+	if got := exchange(t, proxy, request("GET", t.Name())); got != bulk("value") {
+		t.Errorf("got %q; want the value", got)
+	}
+	if got := log.String(); !strings.Contains(got, "RP_CACHE_SIZ\n") && !strings.Contains(got, "variable=RP_CACHE_SIZ") {
+		t.Errorf("log does not name the variable that nobody reads:\n%s", got)
+	}
+	// Idle clients of both protocols, silent ones and half-sent requests do not hold it up.
+	idle := dial(t, proxy).send(request("PING")).expect("+PONG\r\n")
+	web := dial(t, proxy).send("GET /x HTTP/1.1\r\nHost: h\r\n\r\n").expect("HTTP/1.1 404 Not Found\r\n")
+	dial(t, proxy)
+	dial(t, proxy).send("*2\r\n$3\r\nGE")
+	begin := time.Now()
+	cmd.Process.Signal(syscall.SIGTERM)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("after SIGTERM: %v; want exit code 0\n%s", err, log)
+	}
+	if took := time.Since(begin); took > 5*time.Second {
+		t.Errorf("stopping took %v", took)
+	}
+	idle.expectClosed()
+	io.Copy(io.Discard, web)
+}
+
+func TestIntegrationSecondSignalEndsAtOnce(t *testing.T) {
+	addr := sharedRedis(t)
+	r := startRelay(t, addr)
+	cmd, proxy, log := startProgram(t, nil, "--redis-port", r.addr[strings.LastIndex(r.addr, ":")+1:], "--redis-timeout", "8s")
+	r.stall()
+	dial(t, proxy).send(request("GET", t.Name()))
+	eventually(t, "the fetch", func() bool { return r.most.Load() > 0 })
+	begin := time.Now()
+	cmd.Process.Signal(syscall.SIGTERM)
+	eventually(t, "stopping", func() bool { return strings.Contains(log.String(), "msg=stopping") })
+	cmd.Process.Signal(syscall.SIGTERM)
+	cmd.Wait()
+	if took := time.Since(begin); took > 4*time.Second {
+		t.Errorf("two signals took %v", took)
+	}
+}
