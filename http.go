@@ -5,10 +5,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -40,7 +42,7 @@ func newWeb(p *proxy, addr net.Addr) *web {
 		Handler:                      w,
 		DisableGeneralOptionsHandler: true,
 		ReadHeaderTimeout:            headerTimeout,
-		IdleTimeout:                  httpIdleTimeout,
+		IdleTimeout:                  cmp.Or(p.cfg.idleTimeout, httpIdleTimeout),
 		MaxHeaderBytes:               maxHeaderBytes,
 		ErrorLog:                     slog.NewLogLogger(p.log.Handler(), slog.LevelWarn),
 		Protocols:                    new(http.Protocols),
@@ -61,6 +63,14 @@ func (w *web) serve(c net.Conn) {
 	case <-w.closed:
 		c.Close()
 	}
+}
+
+// refuse answers a connection that is one too many.
+func (w *web) refuse(c net.Conn) {
+	defer c.Close()
+	const text = "too many clients\n"
+	fmt.Fprintf(c, "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nCache-Control: no-store\r\nConnection: close\r\n"+
+		"Content-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n\r\n%s", len(text), text)
 }
 
 // drain has connections closed with their next answer.
@@ -96,12 +106,12 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		h.Set("Allow", "GET, HEAD")
-		refuse(rw, http.StatusMethodNotAllowed, "only GET and HEAD are allowed")
+		fail(rw, http.StatusMethodNotAllowed, "only GET and HEAD are allowed")
 		return
 	}
 	path, ok := strings.CutPrefix(r.URL.Path, "/")
 	if !ok {
-		refuse(rw, http.StatusBadRequest, "the path must begin with a slash")
+		fail(rw, http.StatusBadRequest, "the path must begin with a slash")
 		return
 	}
 	keys, answers := [1][]byte{[]byte(path)}, [1]answer{}
@@ -113,7 +123,7 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	h["Cache-Status"] = []string{w.cacheStatus(a, now)}
 	if a.err != nil {
 		status, text := httpError(a.err)
-		refuse(rw, status, text)
+		fail(rw, status, text)
 		return
 	}
 	content := a.content()
@@ -138,8 +148,8 @@ func (w rangeWriter) WriteHeader(status int) {
 	w.ResponseWriter.WriteHeader(status)
 }
 
-// refuse answers with an error: one line of text.
-func refuse(rw http.ResponseWriter, status int, text string) {
+// fail answers with an error: one line of text.
+func fail(rw http.ResponseWriter, status int, text string) {
 	rw.Header().Set("Cache-Control", "no-store")
 	http.Error(rw, text, status)
 }
@@ -169,7 +179,10 @@ func (w *web) cacheStatus(a *answer, now time.Duration) string {
 	if a.expired {
 		status = "redis_proxy; fwd=stale"
 	}
-	if a.fetch != nil && a.fetch.stored {
+	switch {
+	case a.source == fromStale:
+		status += "; ttl=" + seconds(a.fetched+w.proxy.cfg.cacheTimeout-now)
+	case a.err == nil && a.fetch.stored:
 		status += "; stored"
 	}
 	if a.source == fromAnother {

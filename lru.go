@@ -19,6 +19,7 @@ type cache struct {
 	maxKeys  int
 	maxBytes int64
 	ttl      time.Duration
+	stale    time.Duration // how long after its TTL an entry may be of use
 
 	mu      sync.Mutex // guards the following
 	entries map[string]*entry
@@ -40,12 +41,12 @@ type entry struct {
 
 func (e *entry) size() int64 { return int64(len(e.data)) + entryOverhead }
 
-func newCache(maxKeys int, maxBytes int64, ttl time.Duration) *cache {
-	return &cache{maxKeys: maxKeys, maxBytes: maxBytes, ttl: ttl, entries: make(map[string]*entry)}
+func newCache(maxKeys int, maxBytes int64, ttl, stale time.Duration) *cache {
+	return &cache{maxKeys: maxKeys, maxBytes: maxBytes, ttl: ttl, stale: stale, entries: make(map[string]*entry)}
 }
 
 // get completes the answers to keys that the cache holds, and returns how many it does not: their source
-// is Redis. It does not keep the keys.
+// is Redis, and their value the expired one if that may be of use. It does not keep the keys.
 func (c *cache) get(now time.Duration, keys [][]byte, answers []answer) (misses int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -56,7 +57,10 @@ func (c *cache) get(now time.Duration, keys [][]byte, answers []answer) (misses 
 			answers[i] = answer{source: fromRedis}
 			misses++
 		case c.expired(e, now):
-			answers[i] = answer{value: e.value, source: fromRedis, expired: true}
+			answers[i] = answer{source: fromRedis, expired: true}
+			if !c.useless(e, now) {
+				answers[i].value = e.value
+			}
 			misses++
 		default:
 			c.used.MoveToFront(e.used)
@@ -84,15 +88,15 @@ func (c *cache) put(now time.Duration, v value) (stored bool) {
 	return true
 }
 
-// shrink drops what has expired, a few at a time so that no put takes long, and then as much as the
-// limits ask: what has expired first, then what was used least recently.
+// shrink drops what is of no use any more, a few at a time so that no put takes long, and then as much
+// as the limits ask: what has expired first, then what was used least recently.
 func (c *cache) shrink(now time.Duration) {
 	const few = 4
 	for n := 0; len(c.entries) > 0; n++ {
 		oldest := c.filled.Back().Value.(*entry)
 		over := len(c.entries) > c.maxKeys || c.bytes > c.maxBytes
 		switch {
-		case c.expired(oldest, now) && (over || n < few):
+		case over && c.expired(oldest, now) || n < few && c.useless(oldest, now):
 			c.drop(oldest)
 			c.expirations++
 		case over:
@@ -131,6 +135,7 @@ func (c *cache) usage() (keys int, bytes int64, counts cacheCounts) {
 }
 
 func (c *cache) expired(e *entry, now time.Duration) bool { return now-e.fetched >= c.ttl }
+func (c *cache) useless(e *entry, now time.Duration) bool { return now-e.fetched >= c.ttl+c.stale }
 
 // drop needs the lock.
 func (c *cache) drop(e *entry) {

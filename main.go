@@ -56,7 +56,22 @@ func main() {
 		log.Error("not started", "error", err)
 		os.Exit(1)
 	}
+	cfg.maxClients = fitDescriptors(cfg, log)
 	run(ctx, cfg, l, log)
+}
+
+// fitDescriptors is how many clients the process may have, as each costs a file descriptor.
+func fitDescriptors(cfg config, log *slog.Logger) int {
+	const others = 32 // listeners, logs, refused clients
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return cfg.maxClients
+	}
+	most := max(int(min(limit.Cur, math.MaxInt32))-cfg.clientLimit-others, 1)
+	if most < cfg.maxClients {
+		log.Warn("fewer clients, as the process may not open enough files", "max_clients", most, "wanted", cfg.maxClients, "files", limit.Cur)
+	}
+	return min(most, cfg.maxClients)
 }
 
 // run serves on l until ctx is done, then stops what it started in reverse order. It owns l.
@@ -64,7 +79,7 @@ func run(ctx context.Context, cfg config, l net.Listener, log *slog.Logger) {
 	p := newProxy(cfg, log)
 	defer p.pool.close()
 	web, resp := newWeb(p, l.Addr()), newRESP(p)
-	s := newServer(l, log, resp.serve, web.serve)
+	s := newServer(l, cfg, log, [...]frontEnd{protoHTTP: web, protoRESP: resp})
 	p.clients = s.clients
 
 	log.Info("serving", "version", version, "address", l.Addr(), "protocols", "http resp", "redis", cfg.redis.address(),
@@ -73,7 +88,7 @@ func run(ctx context.Context, cfg config, l net.Listener, log *slog.Logger) {
 	go s.run()   // ends with s.stop
 	<-ctx.Done()
 
-	log.Info("stopping", "clients", s.clients())
+	log.Info("stopping")
 	deadline, cancel := context.WithTimeout(context.Background(), drainTimeout)
 	defer cancel()
 	web.drain()
@@ -90,13 +105,13 @@ type proxy struct {
 	started time.Time
 	cache   *cache
 	pool    *pool
-	clients func() int // how many are connected now
+	clients func() (now, refused int) // how many are connected, and how many were not let in
 	counts  [len(protocols)][len(outcomes)]atomic.Int64
 }
 
 func newProxy(cfg config, log *slog.Logger) *proxy {
-	p := &proxy{cfg: cfg, log: log, started: time.Now(), clients: func() int { return 0 }}
-	p.cache = newCache(cfg.cacheSize, cfg.cacheBytes, cfg.cacheTimeout)
+	p := &proxy{cfg: cfg, log: log, started: time.Now(), clients: func() (int, int) { return 0, 0 }}
+	p.cache = newCache(cfg.cacheSize, cfg.cacheBytes, cfg.cacheTimeout, cfg.staleTimeout)
 	p.pool = newPool(cfg, p.cache, p.now, log)
 	return p
 }
@@ -116,29 +131,36 @@ func (p *proxy) ask(keys [][]byte, answers []answer) {
 // wait completes answers. It begins with the last: replies come in the order of the questions, so that
 // whoever waits for many is woken once.
 func (p *proxy) wait(answers []answer) {
-	var late *time.Timer
+	var late <-chan time.Time
 	for i := len(answers) - 1; i >= 0; i-- {
 		a := &answers[i]
-		if a.fetch == nil {
+		if a.source == fromCache {
 			continue
 		}
-		if late == nil {
-			late = time.NewTimer(p.cfg.redisTimeout)
-			defer late.Stop()
-		}
-		select {
-		case <-a.fetch.done:
-			a.value, a.err = a.fetch.value, a.fetch.err
-		default:
-			select {
-			case <-a.fetch.done:
+		old := a.value
+		if a.fetch != nil {
+			if late == nil {
+				timer := time.NewTimer(p.cfg.redisTimeout)
+				defer timer.Stop()
+				late = timer.C
+			}
+			if a.fetch.wait(late) {
 				a.value, a.err = a.fetch.value, a.fetch.err
-			case <-late.C:
-				late.Reset(0)
-				a.err = errTimeout
+			} else {
+				a.value, a.err = value{}, errTimeout
+				late = closedTime // the others have had their time too
 			}
 		}
+		if old.data != "" && isOutage(a.err) {
+			a.value, a.err, a.source = old, nil, fromStale
+		}
 	}
+}
+
+// isOutage tells whether Redis could not answer, as opposed to what it did answer.
+func isOutage(err error) bool {
+	refusal, ok := err.(replyError)
+	return err == errUnavailable || err == errTimeout || ok && !refusal.wrongType()
 }
 
 // count adds complete answers to the statistics.
@@ -169,6 +191,7 @@ type field struct {
 func (p *proxy) info() []section {
 	keys, bytes, cached := p.cache.usage()
 	open, used, fetched := p.pool.usage()
+	clients, refused := p.clients()
 	var mem runtime.MemStats
 	runtime.ReadMemStats(&mem)
 	var answered [len(outcomes)]int64
@@ -188,20 +211,21 @@ func (p *proxy) info() []section {
 			{"os", runtime.GOOS + " " + runtime.GOARCH}, {"go_version", runtime.Version()}, {"process_id", os.Getpid()},
 			{"tcp_port", p.cfg.port}, {"uptime_in_seconds", int64(p.now() / time.Second)},
 		}},
-		{"Clients", []field{{"connected_clients", p.clients()}}},
+		{"Clients", []field{{"connected_clients", clients}, {"maxclients", p.cfg.maxClients}}},
 		{"Memory", []field{
 			{"used_memory", mem.HeapAlloc}, {"used_memory_rss", mem.Sys - mem.HeapReleased}, {"maxmemory", p.cfg.cacheBytes},
 			{"maxmemory_policy", "allkeys-lru"},
 		}},
 		{"Persistence", []field{{"loading", 0}}},
 		{"Stats", []field{
-			{"total_commands_processed", all}, {"keyspace_hits", hits}, {"keyspace_misses", all - hits},
+			{"total_commands_processed", all}, {"rejected_connections", refused}, {"keyspace_hits", hits}, {"keyspace_misses", all - hits},
 			{"evicted_keys", cached.evictions}, {"expired_keys", cached.expirations},
 		}},
 		{"Replication", []field{{"role", "master"}, {"connected_slaves", 0}}},
 		{"Cache", []field{
 			{"cache_keys", keys}, {"cache_bytes", bytes}, {"cache_hits", hits}, {"cache_misses", answered[fromRedis]},
-			{"cache_collapsed", answered[fromAnother]}, {"cache_absent", answered[outcomeAbsent]}, {"cache_errors", answered[outcomeError]},
+			{"cache_collapsed", answered[fromAnother]}, {"cache_stale", answered[fromStale]},
+			{"cache_absent", answered[outcomeAbsent]}, {"cache_errors", answered[outcomeError]},
 			{"cache_evictions", cached.evictions}, {"cache_expirations", cached.expirations},
 			{"upstream_connections", open}, {"upstream_connections_used", used}, {"upstream_fetches", fetched.fetches},
 			{"upstream_batches", fetched.batches}, {"upstream_errors", fetched.errors},
@@ -215,7 +239,7 @@ type answer struct {
 	value
 	err     error // nil, errAbsent, errUnavailable, errTimeout or a replyError
 	source  source
-	expired bool   // the cache had it, past its TTL; until it is complete, value is the old one
+	expired bool   // the cache has it, past its TTL; until the answer is complete, value is it if it may be used
 	fetch   *fetch // nil if there is nothing to wait for
 }
 
@@ -236,17 +260,18 @@ const (
 	fromCache   source = iota
 	fromRedis          // this request had it fetched
 	fromAnother        // another request had it fetched already
+	fromStale          // from the cache, past its TTL, as Redis cannot answer
 )
 
 // An outcome is what the statistics count of an answer: its source, or that there is no value.
 type outcome uint8
 
 const (
-	outcomeAbsent = outcome(fromAnother) + 1 + iota
+	outcomeAbsent = outcome(fromStale) + 1 + iota
 	outcomeError
 )
 
-var outcomes = [...]string{"hit", "miss", "collapsed", "absent", "error"}
+var outcomes = [...]string{"hit", "miss", "collapsed", "stale", "absent", "error"}
 
 type protocol uint8
 
@@ -256,6 +281,13 @@ const (
 )
 
 var protocols = [...]string{"http", "resp"}
+
+// closedTime is a timer that has expired, for any number of readers.
+var closedTime = func() <-chan time.Time {
+	c := make(chan time.Time)
+	close(c)
+	return c
+}()
 
 // What can be wrong with an answer, besides a replyError. The texts are for logs; each front end has
 // its own words.
@@ -282,6 +314,21 @@ type fetch struct {
 	value
 	err    error
 	stored bool // in the cache
+}
+
+// wait tells whether the fetch is done before it is too late.
+func (f *fetch) wait(late <-chan time.Time) bool {
+	select {
+	case <-f.done:
+		return true
+	default:
+	}
+	select {
+	case <-f.done:
+		return true
+	case <-late:
+		return false
+	}
 }
 
 // A value is what Redis had for a key at one moment. It is a string and not bytes, because it is shared
@@ -315,6 +362,14 @@ func (v value) content() string {
 	return b[strings.IndexByte(b, '\n')+1 : len(b)-2]
 }
 
+// A frontEnd speaks a protocol with clients.
+type frontEnd interface {
+	// serve owns the connection. It may return before the connection ends.
+	serve(net.Conn)
+	// refuse tells a client that there are too many, and closes the connection.
+	refuse(net.Conn)
+}
+
 // A store is what the pool fills with what it fetches.
 type store interface {
 	get(now time.Duration, keys [][]byte, answers []answer) (misses int)
@@ -331,6 +386,9 @@ type config struct {
 	cacheSize     int
 	cacheBytes    int64
 	cacheTimeout  time.Duration
+	staleTimeout  time.Duration
+	maxClients    int
+	idleTimeout   time.Duration
 	version       bool
 	fromURL       redisAddress // what --redis-url says; instead of redis where it was given
 }
@@ -354,6 +412,9 @@ func (c *config) options() []option {
 		{"cache-size", "10000", "most `keys` in the cache", number(&c.cacheSize, 1, 1<<31-1)},
 		{"cache-bytes", "256MB", "most `bytes` of keys, values and bookkeeping in the cache", size(&c.cacheBytes)},
 		{"cache-timeout", "30s", "TTL of every entry, a `time` from the moment it was fetched; 30, 1.5 (seconds) or 250ms", duration(&c.cacheTimeout, false)},
+		{"stale-timeout", "0", "how long after its TTL an entry may still answer while Redis cannot, a `time`", duration(&c.staleTimeout, true)},
+		{"max-clients", "10000", "most client `connections` at once", number(&c.maxClients, 1, 1<<20)},
+		{"idle-timeout", "0", "`time` after which a silent client is closed; 0: never (HTTP keep-alive: 2 minutes)", duration(&c.idleTimeout, true)},
 	}
 }
 

@@ -6,7 +6,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -79,14 +78,37 @@ func newPool(cfg config, s store, now func() time.Duration, log *slog.Logger) *p
 // dialer makes connections on which every step has at most the timeout plus grace.
 func dialer(to redisAddress, timeout time.Duration) func() (redis.Conn, error) {
 	return func() (redis.Conn, error) {
-		return redis.Dial("tcp", to.address(),
+		c, err := redis.Dial("tcp", to.address(),
 			redis.DialNetDial(func(network, addr string) (net.Conn, error) {
 				c, err := net.DialTimeout(network, addr, timeout)
 				return wire{c, timeout + grace}, err
 			}),
 			redis.DialTLSHandshakeTimeout(timeout), redis.DialUseTLS(to.tls),
 			redis.DialUsername(to.user), redis.DialPassword(to.password), redis.DialDatabase(to.db))
+		return upstream{c}, err
 	}
+}
+
+// An upstream is a connection on which every reply is one to GET.
+type upstream struct{ redis.Conn }
+
+// Receive reads a reply: bytes, nil or an error. Anything else breaks the connection, as the replies
+// after it might be taken for those of other keys.
+func (u upstream) Receive() (reply any, err error) {
+	defer func() {
+		if r := recover(); r != nil { // redigo allocates whatever length a reply states
+			reply, err = nil, fmt.Errorf("reading a reply: %v", r)
+		}
+		if _, isReply := err.(redis.Error); err != nil && !isReply {
+			u.Conn.Close()
+		}
+	}()
+	reply, err = u.Conn.Receive()
+	switch reply.(type) {
+	case nil, []byte:
+		return reply, err
+	}
+	return nil, fmt.Errorf("GET was answered by a %T", reply)
 }
 
 // A wire is a connection whose every read and write has a deadline. It replaces redigo's own timeouts,
@@ -220,7 +242,6 @@ func (p *pool) batch(n *node, fs []*fetch) []*fetch {
 			break
 		}
 		if dialled {
-			hangUp(conn)
 			n.suspect.Store(time.Now().UnixNano())
 		}
 		if late := p.now() - 2*p.timeout; retried || !dialled || rest[len(rest)-1].asked < late {
@@ -236,11 +257,6 @@ func (p *pool) batch(n *node, fs []*fetch) []*fetch {
 
 // exchange sends a GET for each fetch and completes it with the reply. It returns how many it completed.
 func (p *pool) exchange(conn redis.Conn, fs []*fetch) (done int, err error) {
-	defer func() {
-		if r := recover(); r != nil { // redigo allocates whatever length a reply states
-			err = fmt.Errorf("reading a reply: %v", r)
-		}
-	}()
 	sent := p.now()
 	for _, f := range fs {
 		if err := conn.Send("GET", f.key); err != nil {
@@ -252,21 +268,16 @@ func (p *pool) exchange(conn redis.Conn, fs []*fetch) (done int, err error) {
 	}
 	for i, f := range fs {
 		reply, err := conn.Receive()
-		var refusal redis.Error
-		switch val := reply.(type) {
-		case []byte:
+		refusal, isReply := err.(redis.Error)
+		switch val, found := reply.([]byte); {
+		case found:
 			p.finish(f, newValue(f.key, val, sent), nil)
-		case nil:
-			if err == nil {
-				err = errAbsent
-			} else if errors.As(err, &refusal) {
-				err = refused(refusal)
-			} else {
-				return i, err
-			}
-			p.finish(f, value{}, err)
+		case err == nil:
+			p.finish(f, value{}, errAbsent)
+		case isReply:
+			p.finish(f, value{}, refused(refusal))
 		default:
-			return i, fmt.Errorf("GET was answered by a %T", reply)
+			return i, err
 		}
 	}
 	return len(fs), nil
@@ -328,14 +339,6 @@ func (n *node) worked(log *slog.Logger) {
 	if since := n.down.Swap(0); since != 0 {
 		log.Info("Redis can be read again", "after", time.Since(time.Unix(0, since)).Round(time.Millisecond))
 	}
-}
-
-// hangUp has the pool close a connection when it is put back. redigo does so only after errors of its
-// own; this is the one that can be had without a round trip.
-func hangUp(conn redis.Conn) {
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	redis.DoContext(conn, ctx, "PING")
 }
 
 // refused is an error reply as it is passed on. What concerns the proxy's own standing with Redis is

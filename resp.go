@@ -29,6 +29,8 @@ const (
 	maxInline = 64 << 10
 	// maxBatch bounds the keys that a connection asks for before it waits.
 	maxBatch = 128
+	// maxReply bounds the values of one MGET, which are held together, in bytes.
+	maxReply = 512 << 20
 	// flushAt is how many bytes of replies are gathered before they are written.
 	flushAt = 16 << 10
 	// redisVersion is the Redis whose answers these are.
@@ -294,8 +296,15 @@ var errQuit = errors.New("quit")
 
 func newRESP(p *proxy) *resp { return &resp{proxy: p, clients: make(map[*client]struct{})} }
 
-// serve answers a connection until it ends. The caller closes it.
+// refuse answers a connection that is one too many.
+func (s *resp) refuse(nc net.Conn) {
+	io.WriteString(nc, "-ERR max number of clients reached\r\n")
+	nc.Close()
+}
+
+// serve answers a connection until it ends.
 func (s *resp) serve(nc net.Conn) {
+	defer nc.Close()
 	c := &client{resp: s, conn: nc, in: reader{src: nc, buf: make([]byte, readBuffer)}, id: s.nextID.Add(1), since: time.Now(), proto: 2}
 	s.mu.Lock()
 	s.clients[c] = struct{}{}
@@ -567,7 +576,12 @@ func (c *client) mget(args [][]byte) error {
 		all = append(all, c.ask(keys)...)
 		clear(c.answers)
 	}
+	total := 0
 	for i := range all {
+		if total += len(all[i].data); total > maxReply {
+			c.fail("ERR the values are too large together for one reply")
+			return nil
+		}
 		var refusal replyError
 		switch err := all[i].err; {
 		case errors.As(err, &refusal) && refusal.wrongType():

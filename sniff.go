@@ -14,6 +14,7 @@ import (
 	"os"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -25,6 +26,10 @@ const (
 	maxFirstLine = 64 << 10
 	// writeTimeout is how long a client may not take a byte of its replies.
 	writeTimeout = 30 * time.Second
+	// maxRefusing bounds the connections that are told that there are too many clients; more than these
+	// are closed without a word. refuseTimeout is how long each has to show its protocol.
+	maxRefusing   = 100
+	refuseTimeout = time.Second
 	// quiet is how much longer clients are read from when the server stops: what they have sent by
 	// then is answered.
 	quiet = 100 * time.Millisecond
@@ -32,20 +37,23 @@ const (
 
 // A server accepts connections and hands them to the front end of their protocol.
 type server struct {
-	listener  net.Listener
-	log       *slog.Logger
-	serveRESP func(net.Conn) // returns when the connection is done with
-	serveHTTP func(net.Conn) // takes the connection over
+	listener   net.Listener
+	log        *slog.Logger
+	frontEnds  [len(protocols)]frontEnd
+	maxClients int
+	idle       time.Duration // how long a client may be silent; 0: for ever
 
-	detecting, serving sync.WaitGroup
+	detecting, serving sync.WaitGroup // for the handlers; the first until the protocol is known
+	draining           atomic.Pointer[time.Time]
 
-	mu       sync.Mutex // guards the following
+	mu       sync.Mutex // guards the following, and released of a connection
 	conns    map[*conn]struct{}
-	draining time.Time // until when clients are read from; zero until the server stops
+	refusing int // how many connections too many are being told so
+	refused  int // since the start
 }
 
-func newServer(l net.Listener, log *slog.Logger, serveRESP, serveHTTP func(net.Conn)) *server {
-	return &server{listener: l, log: log, serveRESP: serveRESP, serveHTTP: serveHTTP, conns: make(map[*conn]struct{})}
+func newServer(l net.Listener, cfg config, log *slog.Logger, frontEnds [len(protocols)]frontEnd) *server {
+	return &server{listener: l, log: log, frontEnds: frontEnds, maxClients: cfg.maxClients, idle: cfg.idleTimeout, conns: make(map[*conn]struct{})}
 }
 
 // run accepts until stop.
@@ -62,43 +70,50 @@ func (s *server) run() {
 			time.Sleep(pause)
 		default:
 			pause = 0
-			c := &conn{Conn: nc, server: s}
-			if s.add(c) {
-				go s.handle(c) // ends with the connection, which stop and wait see to
-			} else {
-				nc.Close()
-			}
+			s.admit(&conn{Conn: nc, server: s})
 		}
 	}
 }
 
-// add registers a connection, unless the server has stopped.
-func (s *server) add(c *conn) bool {
+// admit starts to handle a connection, or to refuse it.
+func (s *server) admit(c *conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.draining.IsZero() {
-		return false
+	full := len(s.conns)-s.refusing >= s.maxClients
+	if full {
+		s.refused++
+	}
+	if s.draining.Load() != nil || full && s.refusing >= maxRefusing {
+		c.Conn.Close()
+		return
 	}
 	s.conns[c] = struct{}{}
 	s.detecting.Add(1)
 	s.serving.Add(1)
-	return true
+	if full {
+		s.refusing++
+		c.refused = true
+	}
+	go s.handle(c) // ends with the connection, which stop and wait see to
 }
 
 func (s *server) remove(c *conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if _, ok := s.conns[c]; ok && c.refused {
+		s.refusing--
+	}
 	delete(s.conns, c)
 }
 
-// clients tells how many connections there are.
-func (s *server) clients() int {
+// clients tells how many connections there are, and how many were refused since the start.
+func (s *server) clients() (now, refused int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.conns)
+	return len(s.conns) - s.refusing, s.refused
 }
 
-// handle finds out the protocol of a connection and has it served.
+// handle finds out the protocol of a connection and hands it to its front end.
 func (s *server) handle(c *conn) {
 	defer s.serving.Done()
 	defer func() {
@@ -107,48 +122,42 @@ func (s *server) handle(c *conn) {
 			c.Close()
 		}
 	}()
-	proto, err := func() (protocol, error) {
-		defer s.detecting.Done()
-		proto, err := c.detect()
-		if err == nil && proto == protoHTTP {
-			s.release(c)
-			s.serveHTTP(c)
+	proto, err := c.detect()
+	if proto == protoHTTP {
+		defer s.detecting.Done() // when net/http has it
+	} else {
+		s.detecting.Done()
+	}
+	switch {
+	case err != nil:
+		c.Close()
+	case c.refused:
+		s.frontEnds[proto].refuse(c)
+	default:
+		if proto == protoHTTP {
+			c.release()
 		}
-		return proto, err
-	}()
-	if err == nil && proto == protoHTTP {
-		return
+		s.frontEnds[proto].serve(c)
 	}
-	defer c.Close()
-	if err == nil {
-		s.serveRESP(c)
-	}
-}
-
-// release leaves a connection's deadlines to net/http.
-func (s *server) release(c *conn) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	c.released = true
-	c.SetReadDeadline(time.Time{})
 }
 
 // stop ends accepting. It returns when every connection has found its front end or is closed; those
 // that are served here are read from for a moment longer.
 func (s *server) stop() {
+	until := time.Now().Add(quiet)
+	s.draining.Store(&until)
+	s.listener.Close()
 	s.mu.Lock()
-	s.draining = time.Now().Add(quiet)
 	for c := range s.conns {
 		if !c.released {
-			c.SetReadDeadline(s.draining)
+			c.Conn.SetReadDeadline(until)
 		}
 	}
 	s.mu.Unlock()
-	s.listener.Close()
 	s.detecting.Wait()
 }
 
-// wait returns when no connection is left, or ctx is done and it has cut them off.
+// wait returns when no handler is left, or ctx is done and it has cut off their connections.
 func (s *server) wait(ctx context.Context) {
 	cut := context.AfterFunc(ctx, func() {
 		s.mu.Lock()
@@ -165,29 +174,41 @@ func (s *server) wait(ctx context.Context) {
 type conn struct {
 	net.Conn
 	server   *server
+	refused  bool      // one too many
 	unread   []byte    // what detection has read and nobody has consumed; Read begins with it
 	writeBy  time.Time // the write deadline that is set
 	released bool      // net/http sets the read deadlines; the server's lock guards it
 }
 
+// release leaves a connection's read deadlines to net/http.
+func (c *conn) release() {
+	c.server.mu.Lock()
+	defer c.server.mu.Unlock()
+	c.released = true
+	c.Conn.SetReadDeadline(time.Time{})
+}
+
 // detect waits for the first line and tells which protocol it is of.
 func (c *conn) detect() (protocol, error) {
+	limit := c.server.idle
+	if c.refused {
+		limit = refuseTimeout
+	}
+	c.readFor(limit)
 	line := make([]byte, 0, 512)
 	for {
 		n, err := c.Conn.Read(line[len(line):cap(line)])
-		began := len(line) == 0 && n > 0
+		if len(line) == 0 && n > 0 && !c.refused {
+			c.readFor(firstLineTimeout)
+		}
 		line = line[:len(line)+n]
 		c.unread = line
 		if proto, ok := protocolOf(line); ok {
-			return proto, c.setReadDeadline(time.Time{})
+			c.readFor(c.server.idle)
+			return proto, nil
 		}
 		if err != nil {
 			return 0, err
-		}
-		if began {
-			if err := c.setReadDeadline(time.Now().Add(firstLineTimeout)); err != nil {
-				return 0, err
-			}
 		}
 		if len(line) == cap(line) {
 			line = append(make([]byte, 0, 4*cap(line)), line...)
@@ -217,16 +238,20 @@ func protocolOf(begin []byte) (proto protocol, ok bool) {
 	return protoRESP, true
 }
 
-// setReadDeadline sets a deadline, which the server's stop may only shorten.
-func (c *conn) setReadDeadline(t time.Time) error {
-	c.server.mu.Lock()
-	defer c.server.mu.Unlock()
-	if d := c.server.draining; !d.IsZero() && (t.IsZero() || d.Before(t)) {
-		t = d
+// readFor sets the read deadline, 0 for none, and never later than the server's stop asks for.
+func (c *conn) readFor(d time.Duration) {
+	var until time.Time
+	if d > 0 {
+		until = time.Now().Add(d)
 	}
-	return c.SetReadDeadline(t)
+	c.Conn.SetReadDeadline(until)
+	// After, as stop may have set its own in between.
+	if drain := c.server.draining.Load(); drain != nil && (d == 0 || drain.Before(until)) {
+		c.Conn.SetReadDeadline(*drain)
+	}
 }
 
+// Read begins with what detection has read.
 func (c *conn) Read(p []byte) (int, error) {
 	if len(c.unread) > 0 {
 		n := copy(p, c.unread)
@@ -234,6 +259,9 @@ func (c *conn) Read(p []byte) (int, error) {
 			c.unread = nil
 		}
 		return n, nil
+	}
+	if c.server.idle > 0 && !c.released {
+		c.readFor(c.server.idle)
 	}
 	return c.Conn.Read(p)
 }
