@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 )
@@ -34,6 +35,8 @@ type web struct {
 	conns  chan net.Conn
 	closed chan struct{} // closed when conns is no longer received from
 	addr   net.Addr
+
+	draining atomic.Bool
 }
 
 func newWeb(p *proxy, addr net.Addr) *web {
@@ -73,8 +76,9 @@ func (w *web) refuse(c net.Conn) {
 		"Content-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n\r\n%s", len(text), text)
 }
 
-// drain has connections closed with their next answer.
-func (w *web) drain() { w.server.SetKeepAlivesEnabled(false) }
+// drain has connections closed with their next answer. (SetKeepAlivesEnabled would close those that
+// are idle, although a request may be on its way.)
+func (w *web) drain() { w.draining.Store(true) }
 
 // shutdown closes idle connections, and the others when they are answered or ctx is done.
 func (w *web) shutdown(ctx context.Context) {
@@ -101,7 +105,7 @@ func (w *web) Addr() net.Addr { return w.addr }
 // no ServeMux in front, as that would clean the path.
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	h := rw.Header()
-	if r.ContentLength != 0 {
+	if r.ContentLength != 0 || w.draining.Load() {
 		h.Set("Connection", "close") // a body means nothing here: do not wait for it
 	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {

@@ -165,6 +165,11 @@ func startProxy(t testing.TB, redisAddr string, flags ...string) *testProxy {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return runProxy(t, cfg)
+}
+
+func runProxy(t testing.TB, cfg config) *testProxy {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -813,8 +818,18 @@ type relay struct {
 	l       net.Listener
 	conns   map[net.Conn]net.Conn
 	stalled chan struct{} // nil or open while nothing passes
-	filter  func(dir string, chunk []byte) []byte
+	filter  filter
 	wg      sync.WaitGroup
+}
+
+// A filter sees what passes, from Redis (down) or to it, and whether it is on the connection of a
+// tracker. It returns what shall pass, or nil to cut the connection.
+type filter func(down, tracker bool, chunk []byte) []byte
+
+func (r *relay) setFilter(f filter) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.filter = f
 }
 
 func startRelay(t testing.TB, to string) *relay {
@@ -854,13 +869,14 @@ func (r *relay) accept() {
 			r.conns[c] = up
 			r.most.Store(max(r.most.Load(), int64(len(r.conns))))
 			r.mu.Unlock()
-			r.wg.Go(func() { r.copy("up", up, c); r.drop(c) })
-			r.wg.Go(func() { r.copy("down", c, up); r.drop(c) })
+			var tracker atomic.Bool
+			r.wg.Go(func() { r.copy(&tracker, false, up, c); r.drop(c) })
+			r.wg.Go(func() { r.copy(&tracker, true, c, up); r.drop(c) })
 		}
 	})
 }
 
-func (r *relay) copy(dir string, to, from net.Conn) {
+func (r *relay) copy(tracker *atomic.Bool, down bool, to, from net.Conn) {
 	buf := make([]byte, 64<<10)
 	for {
 		n, err := from.Read(buf)
@@ -871,8 +887,11 @@ func (r *relay) copy(dir string, to, from net.Conn) {
 			<-stalled
 		}
 		chunk := buf[:n]
+		if !down && bytes.Contains(chunk, []byte("TRACKING")) {
+			tracker.Store(true)
+		}
 		if filter != nil {
-			if chunk = filter(dir, chunk); chunk == nil {
+			if chunk = filter(down, tracker.Load(), chunk); chunk == nil {
 				return
 			}
 		}
@@ -1036,3 +1055,621 @@ func TestIntegrationSecondSignalEndsAtOnce(t *testing.T) {
 		t.Errorf("two signals took %v", took)
 	}
 }
+
+// Redis cannot be read in one way or another. Hits go on, misses say so within the time-out, and the
+// first request after it sees nothing of it.
+func TestIntegrationFaults(t *testing.T) {
+	loading := "-LOADING Redis is loading the dataset in memory\r\n"
+	replies := func(with string) func(*relay, *redisServer) {
+		return func(r *relay, _ *redisServer) {
+			r.setFilter(func(down, _ bool, chunk []byte) []byte {
+				if down && len(chunk) > 0 {
+					return []byte(with)
+				}
+				return chunk
+			})
+		}
+	}
+	clean := func(r *relay, _ *redisServer) { r.setFilter(nil) }
+	unavailable, timedOut := "-ERR upstream unavailable\r\n", "-ERR upstream timed out\r\n"
+	for _, fault := range []struct {
+		name       string
+		begin, end func(*relay, *redisServer)
+		resp       string
+		status     int
+	}{
+		{"refused", func(r *relay, _ *redisServer) { r.refuse() }, func(r *relay, _ *redisServer) { r.accept() }, unavailable, 502},
+		{"stalled", func(r *relay, _ *redisServer) { r.stall() }, func(r *relay, _ *redisServer) { r.resume() }, timedOut, 504},
+		{"stopped", func(_ *relay, s *redisServer) { s.signal(syscall.SIGSTOP) }, func(_ *relay, s *redisServer) { s.signal(syscall.SIGCONT) }, timedOut, 504},
+		{"killed", func(_ *relay, s *redisServer) { s.kill() }, restart, unavailable, 502},
+		{"cut at every request", func(r *relay, _ *redisServer) {
+			r.setFilter(func(down, _ bool, chunk []byte) []byte { return nil })
+		}, clean, unavailable, 502},
+		{"cut within a bulk", replies("$100\r\nabc"), clean, timedOut, 504},
+		{"closed within a bulk", func(r *relay, _ *redisServer) {
+			half := make(map[bool]bool)
+			var mu sync.Mutex
+			r.setFilter(func(down, _ bool, chunk []byte) []byte {
+				mu.Lock()
+				defer mu.Unlock()
+				if !down || len(chunk) == 0 {
+					return chunk
+				}
+				if half[down] = !half[down]; half[down] {
+					go r.cut()
+					return []byte("$100\r\nab")
+				}
+				return nil
+			})
+		}, clean, unavailable, 502},
+		{"loading", replies(loading), clean, loading, 502},
+		{"not Redis", replies("HTTP/1.1 400 Bad Request\r\n\r\n"), clean, unavailable, 502},
+		{"an impossible length", replies("$99999999999999999\r\n"), clean, unavailable, 502},
+		{"a status", replies("+OK\r\n"), clean, unavailable, 502},
+		{"an array", replies("*1\r\n$1\r\na\r\n"), clean, unavailable, 502},
+		{"a bulk that is too long", replies("$1\r\nabc\r\n"), clean, unavailable, 502},
+		{"no permission", replies("-NOPERM this user has no permissions\r\n"), clean, "-ERR upstream refused: NOPERM this user has no permissions\r\n", 502},
+	} {
+		t.Run(fault.name, func(t *testing.T) {
+			server := startRedis(t)
+			r := startRelay(t, server.addr)
+			p := startProxy(t, r.addr, "--redis-timeout", "400ms")
+			set := func() {
+				for _, k := range []string{"warm", "cold-resp", "cold-http", "after-resp", "after-http"} {
+					redisDo(t, server.addr, "SET", k, "value")
+				}
+			}
+			set()
+			exchange(t, p.addr, request("GET", "warm"))
+			settle()
+			goroutines, files := runtime.NumGoroutine(), openFiles(t)
+
+			fault.begin(r, server)
+			for range 5 {
+				begin := time.Now()
+				if got := exchange(t, p.addr, request("GET", "cold-resp")); got != fault.resp {
+					t.Errorf("a miss over RESP: got %q; want %q", got, fault.resp)
+				}
+				if resp, body := httpDo(t, "GET", "http://"+p.addr+"/cold-http"); resp.StatusCode != fault.status {
+					t.Errorf("a miss over HTTP: got %d %q; want %d", resp.StatusCode, body, fault.status)
+				}
+				if took := time.Since(begin); took > 5*time.Second {
+					t.Errorf("two misses took %v; want less than 400ms each and a little", took)
+				}
+				if got := exchange(t, p.addr, request("GET", "warm")); got != bulk("value") {
+					t.Errorf("a hit over RESP: got %q", got)
+				}
+				if resp, _ := httpDo(t, "GET", "http://"+p.addr+"/warm"); resp.StatusCode != 200 {
+					t.Errorf("a hit over HTTP: got %d", resp.StatusCode)
+				}
+			}
+			fault.end(r, server)
+			if fault.name == "killed" {
+				set()
+			}
+			if got := exchange(t, p.addr, request("GET", "after-resp")); got != bulk("value") {
+				t.Errorf("the first request afterwards: got %q", got)
+			}
+			if resp, body := httpDo(t, "GET", "http://"+p.addr+"/after-http"); resp.StatusCode != 200 {
+				t.Errorf("the first request afterwards, over HTTP: got %d %q", resp.StatusCode, body)
+			}
+			// Idle connections to Redis stay open, each with two goroutines and two descriptors of the relay.
+			const idle = 8 * 3
+			eventually(t, "no goroutine left", func() bool { return runtime.NumGoroutine() <= goroutines+idle })
+			eventually(t, "no descriptor left", func() bool { return openFiles(t) <= files+idle })
+			eventually(t, "no connection in use", func() bool { return p.stat(t, "upstream_connections_used") == "0" })
+			if got := strings.Count(p.log.String(), "Redis cannot be read"); got > 1 {
+				t.Errorf("%d lines in the log about one fault; want 1:\n%s", got, p.log)
+			}
+		})
+	}
+}
+
+func restart(_ *relay, s *redisServer) {
+	if err := s.start(); err != nil {
+		panic(err)
+	}
+}
+
+// settle waits for goroutines that are about to end.
+func settle() {
+	for last := -1; runtime.NumGoroutine() != last; time.Sleep(20 * time.Millisecond) {
+		last = runtime.NumGoroutine()
+	}
+}
+
+func openFiles(t testing.TB) int {
+	t.Helper()
+	files, err := os.ReadDir("/dev/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(files)
+}
+
+// In the middle of a batch the connection is cut: what was answered is kept, the rest is asked again.
+func TestIntegrationCutInTheMiddleOfABatch(t *testing.T) {
+	addr := sharedRedis(t)
+	r := startRelay(t, addr)
+	p := startProxy(t, r.addr)
+	var send, want string
+	for i := range 10 {
+		key := fmt.Sprint(t.Name(), i)
+		redisDo(t, addr, "SET", key, i)
+		send += request("GET", key)
+		want += bulk(fmt.Sprint(i))
+	}
+	var cuts atomic.Int64
+	r.setFilter(func(down, _ bool, chunk []byte) []byte {
+		if down && len(chunk) > 0 && cuts.Add(1) == 1 {
+			go r.cut()
+			return chunk[:len(bulk("0"))*3+2]
+		}
+		return chunk
+	})
+	if got := exchange(t, p.addr, send); got != want {
+		t.Errorf("got %q; want %q", got, want)
+	}
+	if cuts.Load() < 2 {
+		t.Error("the batch was not cut")
+	}
+}
+
+func TestIntegrationStaleAnswersWhileRedisCannot(t *testing.T) {
+	server := startRedis(t)
+	r := startRelay(t, server.addr)
+	p := startProxy(t, r.addr, "--cache-timeout", "50ms", "--stale-timeout", "600ms", "--redis-timeout", "100ms")
+	redisDo(t, server.addr, "SET", "k", "value")
+	redisDo(t, server.addr, "RPUSH", "list", "x")
+	url := "http://" + p.addr + "/k"
+	httpDo(t, "GET", url)
+	began := time.Now()
+	r.refuse()
+	eventually(t, "a stale answer, marked", func() bool {
+		resp, body := httpDo(t, "GET", url)
+		if resp.StatusCode != 200 || body != "value" {
+			t.Fatalf("got %d %q; want the old value", resp.StatusCode, body)
+		}
+		return strings.HasPrefix(resp.Header.Get("Cache-Status"), "redis_proxy; fwd=stale; ttl=")
+	})
+	if got := exchange(t, p.addr, request("GET", "k")); got != bulk("value") {
+		t.Errorf("over RESP: got %q; want the old value", got)
+	}
+	if p.stat(t, "cache_stale") == "0" {
+		t.Error("stale answers are not counted")
+	}
+	eventually(t, "stale for too long", func() bool { return exchange(t, p.addr, request("GET", "k")) == "-ERR upstream unavailable\r\n" })
+	if age := time.Since(began); age < 500*time.Millisecond {
+		t.Errorf("the stale answer was gone after %v; want 650ms", age)
+	}
+	// What Redis does answer is not replaced by what it had answered.
+	r.accept()
+	if resp, _ := httpDo(t, "GET", url); resp.StatusCode != 200 {
+		t.Errorf("afterwards: got %d", resp.StatusCode)
+	}
+	redisDo(t, server.addr, "DEL", "k")
+	eventually(t, "the key is gone", func() bool { return exchange(t, p.addr, request("GET", "k")) == "$-1\r\n" })
+	redisDo(t, server.addr, "RPUSH", "k", "x")
+	eventually(t, "another type", func() bool { return strings.HasPrefix(exchange(t, p.addr, request("GET", "k")), "-WRONGTYPE") })
+}
+
+// Under the load of 50 clients Redis is killed and started again: errors are inside the outage only.
+func TestIntegrationOutageUnderLoad(t *testing.T) {
+	for _, stale := range []string{"0", "1m"} {
+		t.Run("stale "+stale, func(t *testing.T) {
+			server := startRedis(t)
+			p := startProxy(t, server.addr, "--cache-timeout", "20ms", "--stale-timeout", stale, "--redis-timeout", "500ms")
+			for k := range 20 {
+				redisDo(t, server.addr, "SET", fmt.Sprint("k", k), "value")
+			}
+			redisDo(t, server.addr, "SAVE") // for the next start
+			for k := range 20 {
+				exchange(t, p.addr, request("GET", fmt.Sprint("k", k)))
+			}
+			var outage atomic.Bool
+			var inside, answered atomic.Int64
+			ctx, stop := context.WithCancel(context.Background())
+			var clients sync.WaitGroup
+			for i := range 50 {
+				c := dial(t, p.addr)
+				clients.Go(func() {
+					for n := i; ctx.Err() == nil; n++ {
+						began := outage.Load()
+						io.WriteString(c.Conn, request("GET", fmt.Sprint("k", n%20)))
+						line, err := c.ReadString('\n')
+						if err != nil {
+							t.Errorf("a client lost its connection: %v", err)
+							return
+						}
+						if line == "$5\r\n" {
+							c.Discard(len("value\r\n"))
+							answered.Add(1)
+							continue
+						}
+						upstream := line == "-ERR upstream unavailable\r\n" || line == "-ERR upstream timed out\r\n" || strings.HasPrefix(line, "-LOADING")
+						if !upstream || stale != "0" || !began && !outage.Load() {
+							t.Errorf("got %q; in the outage: %v", line, began)
+							return
+						}
+						inside.Add(1)
+					}
+				})
+			}
+			more := func() {
+				n := answered.Load()
+				eventually(t, "answers", func() bool { return answered.Load() > n+1000 })
+			}
+			for range soak(2, 20) {
+				more()
+				outage.Store(true)
+				server.kill()
+				if stale == "0" {
+					n := inside.Load()
+					eventually(t, "errors in the outage", func() bool { return inside.Load() > n })
+				} else {
+					more()
+				}
+				if err := server.start(); err != nil {
+					t.Fatal(err)
+				}
+				// What was asked before Redis was back may still fail.
+				time.Sleep(600 * time.Millisecond)
+				outage.Store(false)
+			}
+			more()
+			stop()
+			clients.Wait()
+			t.Logf("%d answers, %d errors, all inside outages", answered.Load(), inside.Load())
+		})
+	}
+}
+
+// soak is the long form of a campaign where RP_SOAK asks for it, else the short one.
+func soak(short, long int) int {
+	if os.Getenv("RP_SOAK") != "" {
+		return long
+	}
+	return short
+}
+
+func TestIntegrationMaxClients(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr, "--max-clients", "3")
+	var served []*rawClient
+	for range 3 {
+		served = append(served, dial(t, p.addr).send(request("PING")).expect("+PONG\r\n"))
+	}
+	dial(t, p.addr).send(request("PING")).expect("-ERR max number of clients reached\r\n").expectClosed()
+	if got := exchange(t, p.addr, "GET / HTTP/1.1\r\nHost: h\r\n\r\n"); !regexp.MustCompile(`^HTTP/1.1 503 (?s:.*)\r\nRetry-After: 1\r\n(?s:.*)\r\n\r\ntoo many clients\n$`).MatchString(got) {
+		t.Errorf("over HTTP: got %q", got)
+	}
+	// A flood, most of it silent, disturbs nobody who is served.
+	var flood []net.Conn
+	for range 500 {
+		if c, err := net.Dial("tcp", p.addr); err == nil {
+			flood = append(flood, c)
+		}
+	}
+	for range 100 {
+		served[0].send(request("PING")).expect("+PONG\r\n")
+	}
+	for _, c := range flood {
+		c.Close()
+	}
+	served[1].Close()
+	eventually(t, "a free place", func() bool { return exchange(t, p.addr, "PING\r\n") == "+PONG\r\n" })
+	var refused int
+	fmt.Sscan(strings.TrimSpace(infoField(t, served[0], "rejected_connections")), &refused)
+	if refused < 502 {
+		t.Errorf("refused clients: got %d; want 502 at least", refused)
+	}
+}
+
+// infoField reads one figure of INFO over a connection that is there.
+func infoField(t testing.TB, c *rawClient, name string) string {
+	t.Helper()
+	c.send("INFO\r\n")
+	var n int
+	line, _ := c.ReadString('\n')
+	fmt.Sscanf(line, "$%d", &n)
+	text := make([]byte, n+2)
+	io.ReadFull(c.Reader, text)
+	_, after, _ := strings.Cut(string(text), "\n"+name+":")
+	value, _, _ := strings.Cut(after, "\r")
+	return value
+}
+
+func TestIntegrationIdleTimeout(t *testing.T) {
+	p := startProxy(t, sharedRedis(t), "--idle-timeout", "300ms")
+	silent := dial(t, p.addr)
+	resp := dial(t, p.addr).send("PING\r\n").expect("+PONG\r\n")
+	web := dial(t, p.addr).send("GET /x HTTP/1.1\r\nHost: h\r\n\r\n").expect("HTTP/1.1 404 Not Found\r\n")
+	began := time.Now()
+	silent.expectClosed()
+	resp.expectClosed()
+	if _, err := io.ReadAll(web); err != nil {
+		t.Errorf("HTTP: %v; want the connection closed", err)
+	}
+	if took := time.Since(began); took < 100*time.Millisecond || took > 5*time.Second {
+		t.Errorf("closed after %v; want about 300ms", took)
+	}
+	// Whoever speaks often enough stays.
+	busy := dial(t, p.addr)
+	for range 8 {
+		busy.send("PING\r\n").expect("+PONG\r\n")
+		time.Sleep(60 * time.Millisecond)
+	}
+}
+
+// A client that asks for much and takes nothing costs bounded memory for bounded time.
+func TestIntegrationClientThatDoesNotRead(t *testing.T) {
+	server := startRedis(t)
+	host, port, _ := net.SplitHostPort(server.addr)
+	cfg, err := parseConfig([]string{"--redis-host", host, "--redis-port", port}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.writeTimeout = 2 * time.Second
+	p := runProxy(t, cfg)
+	redisDo(t, server.addr, "SET", "k", make([]byte, 1<<20))
+	exchange(t, p.addr, request("GET", "k"))
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	greedy := dial(t, p.addr)
+	began := time.Now()
+	var sent atomic.Int64
+	gone := make(chan struct{})
+	go func() {
+		defer close(gone)
+		batch := strings.Repeat(request("GET", "k"), 1000)
+		for range 1000 {
+			if _, err := io.WriteString(greedy.Conn, batch); err != nil {
+				return
+			}
+			sent.Add(1000)
+		}
+	}()
+	other, most := dial(t, p.addr), uint64(0)
+	for dropped := false; !dropped; {
+		select {
+		case <-gone:
+			dropped = true
+		case <-time.After(50 * time.Millisecond):
+			other.send(request("PING")).expect("+PONG\r\n")
+			runtime.ReadMemStats(&after)
+			most = max(most, after.HeapInuse)
+		}
+	}
+	if took := time.Since(began); took < 2*time.Second || took > 20*time.Second {
+		t.Errorf("dropped after %v; want 2s, and up to a third longer", took)
+	}
+	if grown := int64(most) - int64(before.HeapInuse); grown > 32<<20 {
+		t.Errorf("memory grew by %d MB", grown>>20)
+	}
+	t.Logf("%d GETs were sent, memory grew by %d KB", sent.Load(), (int64(most)-int64(before.HeapInuse))>>10)
+}
+
+// A client that reads slowly, but does read, is served to the end.
+func TestIntegrationSlowReaderIsServed(t *testing.T) {
+	server := startRedis(t)
+	host, port, _ := net.SplitHostPort(server.addr)
+	cfg, err := parseConfig([]string{"--redis-host", host, "--redis-port", port}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.writeTimeout = 300 * time.Millisecond
+	p := runProxy(t, cfg)
+	val := strings.Repeat("0123456789abcdef", 1<<20)
+	redisDo(t, server.addr, "SET", "k", val)
+	for _, row := range []struct{ name, send, want string }{
+		{"RESP", request("GET", "k"), bulk(val)},
+		{"HTTP", "GET /k HTTP/1.0\r\n\r\n", val},
+	} {
+		c := dial(t, p.addr).send(row.send)
+		var got []byte
+		for {
+			chunk := make([]byte, 1<<20)
+			n, err := io.ReadFull(c.Reader, chunk)
+			got = append(got, chunk[:n]...)
+			if err != nil || strings.HasSuffix(string(got), row.want[len(row.want)-20:]) && len(got) >= len(row.want) {
+				break
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		if !strings.HasSuffix(string(got), row.want) {
+			t.Errorf("%s: got %d bytes; want %d", row.name, len(got), len(row.want))
+		}
+	}
+}
+
+// Many clients at once, most of them idle, some of them slow, get their answers.
+func TestIntegrationManyClients(t *testing.T) {
+	addr := sharedRedis(t)
+	var limit syscall.Rlimit
+	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
+	n := min(soak(1000, 9000), int(limit.Cur)/2-200)
+	p := startProxy(t, addr)
+	redisDo(t, addr, "SET", t.Name(), "value")
+	hello := []string{request("GET", t.Name()), "GET /" + t.Name() + " HTTP/1.1\r\nHost: h\r\n\r\n"}
+	want := []string{bulk("value"), "HTTP/1.1 200 OK\r\n"}
+	slow := make([]*rawClient, 30)
+	for i := range slow {
+		slow[i] = dial(t, p.addr).send([]string{"", "*2\r\n$3\r\nGE", "GET /x HT"}[i%3])
+	}
+	clients := make([]*rawClient, n)
+	for i := range clients {
+		clients[i] = dial(t, p.addr).send(hello[i%2]).expect(want[i%2])
+	}
+	if got := p.stat(t, "connected_clients"); got != fmt.Sprint(n+len(slow)+1) {
+		t.Errorf("clients: got %s; want %d", got, n+len(slow)+1)
+	}
+	for i, c := range clients {
+		if i%2 == 0 {
+			c.send(hello[0]).expect(want[0])
+		} else {
+			c.send(hello[1])
+			if resp, err := http.ReadResponse(c.Reader, nil); err == nil { // the rest of the first answer is still there
+				t.Errorf("got %v; want the first answer's header", resp)
+			}
+		}
+	}
+}
+
+// Everything at once, checked against what was written when: a value seen was written for its key, and
+// was the latest less than TTL ago when the read began.
+func TestIntegrationEverythingAtOnce(t *testing.T) {
+	server := startRedis(t)
+	r := startRelay(t, server.addr)
+	const keys, ttl = 40, 100 * time.Millisecond
+	p := startProxy(t, r.addr, "--cache-timeout", ttl.String(), "--cache-size", "30", "--client-limit", "4")
+	var mu sync.Mutex                    // guards written
+	written := make([][]time.Time, keys) // when each version of a key was acknowledged
+	ctx, stop := context.WithTimeout(context.Background(), time.Duration(soak(4, 60))*time.Second)
+	defer stop()
+	var wg sync.WaitGroup
+	for w := range 4 {
+		up, err := redis.Dial("tcp", server.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wg.Go(func() {
+			defer up.Close()
+			for n := w; ctx.Err() == nil; n += 4 {
+				k := n % keys
+				mu.Lock()
+				version := len(written[k])
+				mu.Unlock()
+				if _, err := up.Do("SET", fmt.Sprint("k", k), fmt.Sprintf("%d:%d", k, version)); err != nil {
+					t.Errorf("SET: %v", err)
+					return
+				}
+				mu.Lock()
+				written[k] = append(written[k], time.Now())
+				mu.Unlock()
+			}
+		})
+	}
+	var reads, failed atomic.Int64
+	for g := range 16 {
+		c := dial(t, p.addr)
+		wg.Go(func() {
+			for n := g; ctx.Err() == nil; n++ {
+				k := n * 7 % keys
+				began := time.Now()
+				io.WriteString(c.Conn, request("GET", fmt.Sprint("k", k)))
+				line, err := c.ReadString('\n')
+				if err != nil {
+					t.Errorf("reading: %v", err)
+					return
+				}
+				if line[0] != '$' || line == "$-1\r\n" {
+					failed.Add(1)
+					continue
+				}
+				val, _ := c.ReadString('\n')
+				var key, version int
+				fmt.Sscanf(val, "%d:%d", &key, &version)
+				mu.Lock()
+				history := written[k]
+				mu.Unlock()
+				if key != k || version > len(history) {
+					t.Errorf("key %d has %q, which was never written for it", k, val)
+					return
+				}
+				if version+1 < len(history) && history[version+1].Before(began.Add(-ttl)) {
+					t.Errorf("key %d: version %d was replaced %v before it was read; the TTL is %v", k, version, began.Sub(history[version+1]), ttl)
+					return
+				}
+				reads.Add(1)
+			}
+		})
+	}
+	for ctx.Err() == nil {
+		time.Sleep(100 * time.Millisecond)
+		r.cut()
+	}
+	wg.Wait()
+	if reads.Load() < 1000 {
+		t.Errorf("only %d reads, %d failed", reads.Load(), failed.Load())
+	}
+	t.Logf("%d reads, %d failed while connections were cut", reads.Load(), failed.Load())
+}
+
+// What was asked before the signal is answered.
+func TestIntegrationStopUnderLoad(t *testing.T) {
+	addr := sharedRedis(t)
+	redisDo(t, addr, "SET", t.Name(), "value")
+	cmd, proxy, log := startProgram(t, nil, "--redis-port", addr[strings.LastIndex(addr, ":")+1:], "--redis-host", addr[:strings.LastIndex(addr, ":")])
+	var signalled atomic.Pointer[time.Time]
+	var clients sync.WaitGroup
+	var answered atomic.Int64
+	hello := []string{request("GET", t.Name()), "GET /" + t.Name() + " HTTP/1.1\r\nHost: h\r\n\r\n"}
+	for i := range 20 {
+		c := dial(t, proxy)
+		clients.Go(func() {
+			for {
+				sent := time.Now()
+				_, err := io.WriteString(c.Conn, hello[i%2])
+				if err == nil && i%2 == 0 {
+					_, err = c.ReadString('\n')
+					c.ReadString('\n')
+				} else if err == nil {
+					var resp *http.Response
+					if resp, err = http.ReadResponse(c.Reader, nil); err == nil {
+						_, err = io.Copy(io.Discard, resp.Body)
+					}
+				}
+				if err != nil {
+					if at := signalled.Load(); at == nil || sent.Before(*at) {
+						t.Errorf("a request from before the signal was not answered: %v", err)
+					}
+					return
+				}
+				answered.Add(1)
+			}
+		})
+	}
+	eventually(t, "load", func() bool { return answered.Load() > 2000 })
+	now := time.Now()
+	signalled.Store(&now)
+	cmd.Process.Signal(syscall.SIGTERM)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("after SIGTERM: %v; want exit code 0\n%s", err, log)
+	}
+	if took := time.Since(now); took > 10*time.Second {
+		t.Errorf("stopping took %v", took)
+	}
+	clients.Wait()
+}
+
+// A frontEnd that panics ends its connection, and nothing else.
+func TestIntegrationPanicEndsItsConnection(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := new(lockedBuffer)
+	s := newServer(l, config{maxClients: 10, writeTimeout: time.Second}, slog.New(slog.NewTextHandler(log, nil)),
+		[len(protocols)]frontEnd{protoHTTP: panicker{}, protoRESP: echo{}})
+	go s.run()
+	other := dial(t, l.Addr().String()).send("*\r\n").expect("*\r\n")
+	dial(t, l.Addr().String()).send("GET / HTTP/1.1\r\n").expectClosed()
+	other.send("still here").expect("still here")
+	if !strings.Contains(log.String(), "panicker") {
+		t.Errorf("the log has no stack:\n%s", log)
+	}
+	other.Close()
+	s.stop()
+	s.wait(context.Background())
+}
+
+type panicker struct{}
+
+func (panicker) serve(net.Conn)    { panic("on purpose") }
+func (panicker) refuse(c net.Conn) {}
+
+type echo struct{}
+
+func (echo) serve(c net.Conn)  { io.Copy(c, c); c.Close() }
+func (echo) refuse(c net.Conn) {}

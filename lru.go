@@ -109,10 +109,10 @@ func (c *cache) shrink(now time.Duration) {
 }
 
 // remove drops a key, if it is there.
-func (c *cache) remove(key string) {
+func (c *cache) remove(key []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if e := c.entries[key]; e != nil {
+	if e := c.entries[string(key)]; e != nil {
 		c.drop(e)
 	}
 }

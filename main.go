@@ -29,6 +29,9 @@ import (
 // version is set by the linker.
 var version = "dev"
 
+// writeTimeout is how long a client may take nothing of its replies.
+const writeTimeout = 30 * time.Second
+
 // drainTimeout bounds a shutdown: what is not finished by then is cut off.
 const drainTimeout = 9 * time.Second
 
@@ -205,6 +208,10 @@ func (p *proxy) info() []section {
 	for _, n := range answered {
 		all += n
 	}
+	tracking := "off"
+	if p.cfg.tracking {
+		tracking = p.pool.tracking()
+	}
 	return []section{
 		{"Server", []field{
 			{"redis_version", redisVersion}, {"redis_mode", "standalone"}, {"redis_proxy_version", version},
@@ -229,6 +236,7 @@ func (p *proxy) info() []section {
 			{"cache_evictions", cached.evictions}, {"cache_expirations", cached.expirations},
 			{"upstream_connections", open}, {"upstream_connections_used", used}, {"upstream_fetches", fetched.fetches},
 			{"upstream_batches", fetched.batches}, {"upstream_errors", fetched.errors},
+			{"tracking", tracking}, {"tracking_invalidations", fetched.invalidations},
 		}},
 		{"Keyspace", []field{{"db0", fmt.Sprintf("keys=%d,expires=%d,avg_ttl=0", keys, keys)}}},
 	}
@@ -374,6 +382,8 @@ type frontEnd interface {
 type store interface {
 	get(now time.Duration, keys [][]byte, answers []answer) (misses int)
 	put(now time.Duration, v value) (stored bool)
+	remove(key []byte)
+	clear()
 }
 
 // A config holds the flags' values. The zero value is not useful: parseConfig makes one.
@@ -389,6 +399,8 @@ type config struct {
 	staleTimeout  time.Duration
 	maxClients    int
 	idleTimeout   time.Duration
+	tracking      bool
+	writeTimeout  time.Duration // not a flag; tests have less time
 	version       bool
 	fromURL       redisAddress // what --redis-url says; instead of redis where it was given
 }
@@ -415,6 +427,7 @@ func (c *config) options() []option {
 		{"stale-timeout", "0", "how long after its TTL an entry may still answer while Redis cannot, a `time`", duration(&c.staleTimeout, true)},
 		{"max-clients", "10000", "most client `connections` at once", number(&c.maxClients, 1, 1<<20)},
 		{"idle-timeout", "0", "`time` after which a silent client is closed; 0: never (HTTP keep-alive: 2 minutes)", duration(&c.idleTimeout, true)},
+		{"tracking", "false", "drop entries as soon as Redis says that they changed", boolean(&c.tracking)},
 	}
 }
 
@@ -440,7 +453,7 @@ func (o option) assign(where, val string) error {
 // parseConfig reads defaults, then the environment, then the arguments. An empty variable counts as
 // not set. The error is flag.ErrHelp where help was asked for.
 func parseConfig(args, environ []string) (config, error) {
-	var cfg config
+	cfg := config{writeTimeout: writeTimeout}
 	var bad error
 	fs := flag.NewFlagSet("redis_proxy", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
@@ -454,10 +467,15 @@ func parseConfig(args, environ []string) (config, error) {
 				return cfg, err
 			}
 		}
-		fs.Func(o.name, o.usage, func(val string) error {
+		assign := func(val string) error {
 			bad = o.assign("--"+o.name, val)
 			return bad
-		})
+		}
+		if o.def == "false" {
+			fs.BoolFunc(o.name, o.usage, assign)
+		} else {
+			fs.Func(o.name, o.usage, assign)
+		}
 	}
 	switch err := fs.Parse(args); {
 	case bad != nil:
@@ -523,6 +541,15 @@ func text(p *string) func(string) error {
 			return errors.New("must not be empty")
 		}
 		*p = s
+		return nil
+	}
+}
+
+func boolean(p *bool) func(string) error {
+	return func(s string) (err error) {
+		if *p, err = strconv.ParseBool(s); err != nil {
+			return errors.New("must be true or false")
+		}
 		return nil
 	}
 }

@@ -6,6 +6,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -29,6 +30,8 @@ const (
 	// grace is how much longer than anybody waits a connection may take for a reply: it still fills
 	// the cache.
 	grace = time.Second
+	// pingEvery is how often the tracking connection is tried.
+	pingEvery = 2 * time.Second
 )
 
 // A pool fetches keys from Redis. It is safe for concurrent use.
@@ -40,6 +43,9 @@ type pool struct {
 
 	node *node // with Redis Cluster: one for each master, chosen by the key's slot
 
+	stopTracking func() // stops the tracker and waits for it
+	tracked      atomic.Bool
+
 	mu      sync.Mutex // guards the following, the node's queue and dirty of a fetch
 	flights map[string]*fetch
 	poolCounts
@@ -47,7 +53,7 @@ type pool struct {
 
 // poolCounts says what became of fetches since the start.
 type poolCounts struct {
-	fetches, batches, errors int64
+	fetches, batches, errors, invalidations int64
 }
 
 // A node is one Redis server.
@@ -57,14 +63,19 @@ type node struct {
 	queue []*fetch      // waiting for a connection; the pool's lock guards it
 
 	suspect atomic.Int64 // unix nanoseconds; connections idle since before may be dead
-	down    atomic.Int64 // unix nanoseconds of the first failure since the last success, or 0
+	success atomic.Int64 // unix nanoseconds of the last success
+	failure atomic.Int64 // unix nanoseconds of the first failure since then, or 0
 }
 
 func newPool(cfg config, s store, now func() time.Duration, log *slog.Logger) *pool {
+	dial := dialer(cfg.redis, cfg.redisTimeout, cfg.redisTimeout+grace)
 	n := &node{slots: make(chan struct{}, cfg.clientLimit)}
 	n.conns = &redis.Pool{
 		MaxIdle: cfg.clientLimit,
-		Dial:    dialer(cfg.redis, cfg.redisTimeout),
+		Dial: func() (redis.Conn, error) {
+			c, err := dial()
+			return upstream{c}, err
+		},
 		TestOnBorrow: func(_ redis.Conn, idleSince time.Time) error {
 			if idleSince.UnixNano() < n.suspect.Load() {
 				return errors.New("a connection of the same age was dead")
@@ -72,20 +83,30 @@ func newPool(cfg config, s store, now func() time.Duration, log *slog.Logger) *p
 			return nil
 		},
 	}
-	return &pool{store: s, now: now, log: log, timeout: cfg.redisTimeout, node: n, flights: make(map[string]*fetch)}
+	p := &pool{store: s, now: now, log: log, timeout: cfg.redisTimeout, node: n, flights: make(map[string]*fetch), stopTracking: func() {}}
+	if cfg.tracking {
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			p.track(ctx, dialer(cfg.redis, cfg.redisTimeout, cfg.redisTimeout+pingEvery))
+		}()
+		p.stopTracking = func() { cancel(); <-done }
+	}
+	return p
 }
 
-// dialer makes connections on which every step has at most the timeout plus grace.
-func dialer(to redisAddress, timeout time.Duration) func() (redis.Conn, error) {
+// dialer makes connections that are given up when they take longer to make than timeout, or when a
+// read or write takes longer than patience.
+func dialer(to redisAddress, timeout, patience time.Duration) func() (redis.Conn, error) {
 	return func() (redis.Conn, error) {
-		c, err := redis.Dial("tcp", to.address(),
+		return redis.Dial("tcp", to.address(),
 			redis.DialNetDial(func(network, addr string) (net.Conn, error) {
 				c, err := net.DialTimeout(network, addr, timeout)
-				return wire{c, timeout + grace}, err
+				return wire{c, patience}, err
 			}),
 			redis.DialTLSHandshakeTimeout(timeout), redis.DialUseTLS(to.tls),
 			redis.DialUsername(to.user), redis.DialPassword(to.password), redis.DialDatabase(to.db))
-		return upstream{c}, err
 	}
 }
 
@@ -132,7 +153,10 @@ func (wire) SetReadDeadline(time.Time) error  { return nil }
 func (wire) SetWriteDeadline(time.Time) error { return nil }
 
 // close drops the idle connections; those in use go when their batch ends.
-func (p *pool) close() { p.node.conns.Close() }
+func (p *pool) close() {
+	p.stopTracking()
+	p.node.conns.Close()
+}
 
 // fetch has those keys fetched whose answers are not complete: it joins a fetch in flight, or queues
 // a new one.
@@ -228,7 +252,7 @@ func (p *pool) take(n *node, fs []*fetch) []*fetch {
 func (p *pool) batch(n *node, fs []*fetch) []*fetch {
 	conn := n.conns.Get()
 	fs = p.take(n, fs)
-	rest := fs
+	rest, began := fs, time.Now()
 	for retried := false; len(rest) > 0; retried = true {
 		err := conn.Err()
 		dialled := err == nil
@@ -242,10 +266,11 @@ func (p *pool) batch(n *node, fs []*fetch) []*fetch {
 			break
 		}
 		if dialled {
-			n.suspect.Store(time.Now().UnixNano())
+			n.suspect.Store(began.UnixNano())
 		}
 		if late := p.now() - 2*p.timeout; retried || !dialled || rest[len(rest)-1].asked < late {
-			p.fail(n, rest, err)
+			n.failed(p.log, began, err)
+			p.fail(rest, err)
 			break
 		}
 		conn.Close()
@@ -299,8 +324,7 @@ func (p *pool) finish(f *fetch, v value, err error) {
 }
 
 // fail completes fetches that brought nothing.
-func (p *pool) fail(n *node, fs []*fetch, err error) {
-	n.failed(p.log, err)
+func (p *pool) fail(fs []*fetch, err error) {
 	p.mu.Lock()
 	p.errors += int64(len(fs))
 	p.mu.Unlock()
@@ -318,6 +342,117 @@ func (p *pool) fail(n *node, fs []*fetch, err error) {
 	}
 }
 
+// track has Redis tell of every key that changes, and drops it from the store, until ctx is done. It
+// only sharpens the TTL: while the connection is down, entries live on by that.
+func (p *pool) track(ctx context.Context, dial func() (redis.Conn, error)) {
+	pause, told := time.Duration(0), false
+	for ctx.Err() == nil {
+		err := p.follow(ctx, dial)
+		if p.tracked.Swap(false) {
+			pause, told = 0, false
+		}
+		if !told && ctx.Err() == nil {
+			p.log.Warn("tracking is down; entries live until their TTL", "error", err)
+			told = true
+		}
+		pause = min(max(2*pause, 50*time.Millisecond), 5*time.Second)
+		select {
+		case <-ctx.Done():
+		case <-time.After(pause):
+		}
+	}
+}
+
+// follow tracks over one connection, until that breaks. The connection redirects to itself: Redis
+// reports changes only to RESP3 clients or to subscribers, and redigo speaks RESP2.
+func (p *pool) follow(ctx context.Context, dial func() (redis.Conn, error)) error {
+	c, err := dial()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.Close() })()
+	id, err := redis.Int64(c.Do("CLIENT", "ID"))
+	if err != nil {
+		return err
+	}
+	if _, err := c.Do("CLIENT", "TRACKING", "ON", "REDIRECT", id, "BCAST"); err != nil {
+		return err
+	}
+	if err := errors.Join(c.Send("SUBSCRIBE", "__redis__:invalidate"), c.Flush()); err != nil {
+		return err
+	}
+	if _, err := c.Receive(); err != nil {
+		return err
+	}
+	p.forget(nil) // whatever has changed until now was not reported
+	p.tracked.Store(true)
+	p.log.Info("tracking is live")
+
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	defer func() { close(stop); <-stopped }()
+	go func() { // a dead peer shows by not answering
+		defer close(stopped)
+		for tick := time.NewTicker(pingEvery); ; {
+			select {
+			case <-stop:
+				tick.Stop()
+				return
+			case <-tick.C:
+				if errors.Join(c.Send("PING"), c.Flush()) != nil {
+					return // Receive fails too
+				}
+			}
+		}
+	}()
+	for {
+		msg, err := redis.Values(c.Receive())
+		if err != nil {
+			return err
+		}
+		if kind, _ := redis.String(msg[0], nil); kind == "message" && len(msg) == 3 {
+			keys, err := redis.ByteSlices(msg[2], nil)
+			if err != nil && err != redis.ErrNil {
+				return err
+			}
+			p.forget(keys)
+		}
+	}
+}
+
+// forget drops keys from the store; all if there are none. What is in flight for them may have been read
+// before they changed: it goes to those who wait for it, is not stored, and nobody joins it any more.
+// All this is one step under the lock under which finish stores: whichever of the two comes first,
+// the old value is not there afterwards.
+func (p *pool) forget(keys [][]byte) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.invalidations += int64(len(keys))
+	for _, key := range keys {
+		if f := p.flights[string(key)]; f != nil {
+			f.dirty = true
+			delete(p.flights, f.key)
+		}
+		p.store.remove(key)
+	}
+	if keys == nil {
+		p.invalidations++
+		for _, f := range p.flights {
+			f.dirty = true
+		}
+		clear(p.flights)
+		p.store.clear()
+	}
+}
+
+// tracking tells whether Redis reports changes: live, or down.
+func (p *pool) tracking() string {
+	if p.tracked.Load() {
+		return "live"
+	}
+	return "down"
+}
+
 // usage tells how many connections are open, how many of them are in use, and the counts.
 func (p *pool) usage() (open, used int, counts poolCounts) {
 	p.mu.Lock()
@@ -325,18 +460,17 @@ func (p *pool) usage() (open, used int, counts poolCounts) {
 	return p.node.conns.ActiveCount(), len(p.node.slots), p.poolCounts
 }
 
-// failed and worked log the first failure and the first success after it.
-func (n *node) failed(log *slog.Logger, err error) {
-	if n.down.CompareAndSwap(0, time.Now().UnixNano()) {
+// failed and worked log the first failure and the first success after it. A batch that began before a
+// success says nothing of the time after it.
+func (n *node) failed(log *slog.Logger, began time.Time, err error) {
+	if began.UnixNano() >= n.success.Load() && n.failure.CompareAndSwap(0, time.Now().UnixNano()) {
 		log.Warn("Redis cannot be read; entries are served until their TTL", "error", err)
 	}
 }
 
 func (n *node) worked(log *slog.Logger) {
-	if n.down.Load() == 0 {
-		return
-	}
-	if since := n.down.Swap(0); since != 0 {
+	n.success.Store(time.Now().UnixNano())
+	if since := n.failure.Swap(0); since != 0 {
 		log.Info("Redis can be read again", "after", time.Since(time.Unix(0, since)).Round(time.Millisecond))
 	}
 }

@@ -24,8 +24,6 @@ const (
 	// maxFirstLine is the longest first line that is looked at. Longer ones are left to RESP, where
 	// this is the limit of an inline request, to refuse.
 	maxFirstLine = 64 << 10
-	// writeTimeout is how long a client may not take a byte of its replies.
-	writeTimeout = 30 * time.Second
 	// maxRefusing bounds the connections that are told that there are too many clients; more than these
 	// are closed without a word. refuseTimeout is how long each has to show its protocol.
 	maxRefusing   = 100
@@ -42,6 +40,7 @@ type server struct {
 	frontEnds  [len(protocols)]frontEnd
 	maxClients int
 	idle       time.Duration // how long a client may be silent; 0: for ever
+	stuck      time.Duration // how long a client may take nothing of its replies
 
 	detecting, serving sync.WaitGroup // for the handlers; the first until the protocol is known
 	draining           atomic.Pointer[time.Time]
@@ -53,7 +52,8 @@ type server struct {
 }
 
 func newServer(l net.Listener, cfg config, log *slog.Logger, frontEnds [len(protocols)]frontEnd) *server {
-	return &server{listener: l, log: log, frontEnds: frontEnds, maxClients: cfg.maxClients, idle: cfg.idleTimeout, conns: make(map[*conn]struct{})}
+	return &server{listener: l, log: log, frontEnds: frontEnds, maxClients: cfg.maxClients, idle: cfg.idleTimeout,
+		stuck: cfg.writeTimeout, conns: make(map[*conn]struct{})}
 }
 
 // run accepts until stop.
@@ -141,8 +141,8 @@ func (s *server) handle(c *conn) {
 	}
 }
 
-// stop ends accepting. It returns when every connection has found its front end or is closed; those
-// that are served here are read from for a moment longer.
+// stop ends accepting, and reading a moment later: what clients have sent by then is answered. It
+// returns when every connection has found its front end or is closed.
 func (s *server) stop() {
 	until := time.Now().Add(quiet)
 	s.draining.Store(&until)
@@ -154,6 +154,7 @@ func (s *server) stop() {
 		}
 	}
 	s.mu.Unlock()
+	time.Sleep(quiet)
 	s.detecting.Wait()
 }
 
@@ -270,8 +271,8 @@ func (c *conn) Read(p []byte) (int, error) {
 // costs as much as a short reply, and is not set anew for each.
 func (c *conn) Write(p []byte) (written int, err error) {
 	for {
-		if now := time.Now(); c.writeBy.Sub(now) < writeTimeout {
-			c.writeBy = now.Add(writeTimeout + writeTimeout/3)
+		if now, stuck := time.Now(), c.server.stuck; c.writeBy.Sub(now) < stuck {
+			c.writeBy = now.Add(stuck + stuck/3)
 			if err := c.SetWriteDeadline(c.writeBy); err != nil {
 				return written, err
 			}
