@@ -1676,3 +1676,276 @@ type echo struct{}
 
 func (echo) serve(c net.Conn)  { io.Copy(c, c); c.Close() }
 func (echo) refuse(c net.Conn) {}
+
+// trackedProxy starts a proxy whose tracking is live, with a TTL that would show anything missed.
+func trackedProxy(t testing.TB, redisAddr string, flags ...string) *testProxy {
+	t.Helper()
+	p := startProxy(t, redisAddr, append([]string{"--tracking", "--cache-timeout", "1h"}, flags...)...)
+	eventually(t, "tracking is live", func() bool { return p.stat(t, "tracking") == "live" })
+	return p
+}
+
+// Two proxies agree with Redis soon after each write. Without tracking, they do at the TTL.
+func TestIntegrationTrackingAfterEveryWrite(t *testing.T) {
+	server := startRedis(t)
+	proxies := []*testProxy{trackedProxy(t, server.addr), trackedProxy(t, server.addr)}
+	untracked := startProxy(t, server.addr, "--cache-timeout", "1h")
+	redisDo(t, server.addr, "SET", "k", "v0")
+	exchange(t, untracked.addr, request("GET", "k"))
+	up, err := redis.Dial("tcp", server.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer up.Close()
+	clients := []*rawClient{dial(t, proxies[0].addr), dial(t, proxies[1].addr)}
+	var stale []time.Duration
+	for n := range soak(300, 20000) {
+		want := fmt.Sprint("v", n)
+		if _, err := up.Do("SET", "k", want); err != nil {
+			t.Fatal(err)
+		}
+		acknowledged := time.Now()
+		for _, c := range clients {
+			for got := ""; got != want; {
+				c.send(request("GET", "k"))
+				c.ReadString('\n')
+				got, _ = c.ReadString('\n')
+				if got = strings.TrimSpace(got); got == want {
+					stale = append(stale, time.Since(acknowledged))
+				} else if time.Since(acknowledged) > 10*time.Second {
+					t.Fatalf("%v after the write: got %q; want %q", time.Since(acknowledged), got, want)
+				}
+			}
+		}
+	}
+	slices.Sort(stale)
+	t.Logf("the last old answer ends, after the write is acknowledged: p50 %v, p99 %v, max %v", stale[len(stale)/2], stale[len(stale)*99/100], stale[len(stale)-1])
+	if got := exchange(t, untracked.addr, request("GET", "k")); got != bulk("v0") {
+		t.Errorf("without tracking: got %q; want the old value until the TTL", got)
+	}
+}
+
+// Replies are held back on their way while reports of changes are not: none that was read before a
+// change may be there after it.
+func TestIntegrationTrackingRace(t *testing.T) {
+	server := startRedis(t)
+	r := startRelay(t, server.addr)
+	p := trackedProxy(t, r.addr, "--client-limit", "64")
+	r.setFilter(func(down, tracker bool, chunk []byte) []byte {
+		if down && !tracker {
+			time.Sleep(3 * time.Millisecond)
+		}
+		return chunk
+	})
+	const keys = 60
+	rounds := soak(100, 1000)
+	var wg sync.WaitGroup
+	var passed atomic.Int64
+	for k := range keys {
+		key := fmt.Sprint("k", k)
+		getter, checker := dial(t, p.addr), dial(t, p.addr)
+		up, err := redis.Dial("tcp", server.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wg.Go(func() {
+			defer up.Close()
+			for n := range rounds {
+				io.WriteString(getter.Conn, request("GET", key))
+				time.Sleep(time.Duration(n%5) * time.Millisecond)
+				want := fmt.Sprint("v", n)
+				if _, err := up.Do("SET", key, want); err != nil {
+					t.Error(err)
+					return
+				}
+				if line, _ := getter.ReadString('\n'); line != "$-1\r\n" {
+					getter.ReadString('\n')
+				}
+				time.Sleep(5 * time.Millisecond) // for the report to arrive
+				io.WriteString(checker.Conn, request("GET", key))
+				checker.ReadString('\n')
+				if got, _ := checker.ReadString('\n'); strings.TrimSpace(got) != want {
+					time.Sleep(200 * time.Millisecond) // a machine under load may be that late
+					io.WriteString(checker.Conn, request("GET", key))
+					checker.ReadString('\n')
+					if got, _ := checker.ReadString('\n'); strings.TrimSpace(got) != want {
+						t.Errorf("round %d of %s: got %q for good; want %q", n, key, got, want)
+						return
+					}
+				}
+				passed.Add(1)
+			}
+		})
+	}
+	wg.Wait()
+	if want := int64(keys * rounds); passed.Load() != want {
+		t.Errorf("%d rounds; want %d", passed.Load(), want)
+	}
+}
+
+// Whatever changes a key, however it is done, drops it.
+func TestIntegrationTrackingEveryKindOfChange(t *testing.T) {
+	server := startRedis(t)
+	p := trackedProxy(t, server.addr)
+	const null = "$-1\r\n"
+	for _, row := range []struct {
+		name   string
+		change [][]any
+		want   string
+	}{
+		{"SET", [][]any{{"SET", "k", "new"}}, bulk("new")},
+		{"DEL", [][]any{{"DEL", "k"}}, null},
+		{"APPEND", [][]any{{"APPEND", "k", "er"}}, bulk("older")},
+		{"EXPIRE in the past", [][]any{{"EXPIRE", "k", "-1"}}, null},
+		{"expiry", [][]any{{"PEXPIRE", "k", "30"}}, null},
+		{"RENAME away", [][]any{{"RENAME", "k", "other"}}, null},
+		{"RENAME onto it", [][]any{{"SET", "other", "renamed"}, {"RENAME", "other", "k"}}, bulk("renamed")},
+		{"MULTI", [][]any{{"MULTI"}, {"SET", "k", "multi"}, {"EXEC"}}, bulk("multi")},
+		{"a script", [][]any{{"EVAL", "redis.call('SET', KEYS[1], 'script')", "1", "k"}}, bulk("script")},
+		{"FLUSHDB", [][]any{{"FLUSHDB"}}, null},
+		{"FLUSHALL", [][]any{{"FLUSHALL"}}, null},
+		{"another type", [][]any{{"DEL", "k"}, {"LPUSH", "k", "x"}}, "-WRONGTYPE Operation against a key holding the wrong kind of value\r\n"},
+		{"eviction", [][]any{{"CONFIG", "SET", "maxmemory-policy", "allkeys-random"}, {"CONFIG", "SET", "maxmemory", "1"}}, null},
+	} {
+		redisDo(t, server.addr, "DEL", "k")
+		redisDo(t, server.addr, "SET", "k", "old")
+		eventually(t, "the old value is cached", func() bool {
+			resp, body := httpDo(t, "GET", "http://"+p.addr+"/k")
+			return body == "old" && strings.HasPrefix(resp.Header.Get("Cache-Status"), "redis_proxy; hit")
+		})
+		up, err := redis.Dial("tcp", server.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, cmd := range row.change {
+			if _, err := up.Do(cmd[0].(string), cmd[1:]...); err != nil {
+				t.Fatalf("%s: %v", row.name, err)
+			}
+		}
+		up.Close()
+		eventually(t, "after "+row.name, func() bool { return exchange(t, p.addr, request("GET", "k")) == row.want })
+	}
+}
+
+// The connection that tells of changes is cut, stalled or refused, while the others work: entries live
+// by their TTL, and nothing from before is there when it is back.
+func TestIntegrationTrackingDownAndUp(t *testing.T) {
+	server := startRedis(t)
+	for _, fault := range []struct {
+		name string
+		via  func(stop chan struct{}) filter
+	}{
+		{"cut and refused", func(chan struct{}) filter {
+			return func(_, tracker bool, chunk []byte) []byte {
+				if tracker {
+					return nil
+				}
+				return chunk
+			}
+		}},
+		{"stalled", func(stop chan struct{}) filter {
+			return func(_, tracker bool, chunk []byte) []byte {
+				if tracker {
+					<-stop
+				}
+				return chunk
+			}
+		}},
+	} {
+		t.Run(fault.name, func(t *testing.T) {
+			r := startRelay(t, server.addr)
+			p := startProxy(t, r.addr, "--tracking", "--cache-timeout", "1h", "--redis-timeout", "300ms")
+			eventually(t, "tracking is live", func() bool { return p.stat(t, "tracking") == "live" })
+			redisDo(t, server.addr, "SET", "k", "old")
+			exchange(t, p.addr, request("GET", "k"))
+			stop := make(chan struct{})
+			r.setFilter(fault.via(stop))
+			redisDo(t, server.addr, "SET", "k", "missed")
+			eventually(t, "tracking is down", func() bool { return p.stat(t, "tracking") == "down" })
+			if got := exchange(t, p.addr, request("GET", "k")); got != bulk("old") {
+				t.Errorf("while tracking is down: got %q; want the entry to live on", got)
+			}
+			redisDo(t, server.addr, "SET", "k2", "fetched")
+			if got := exchange(t, p.addr, request("GET", "k2")); got != bulk("fetched") {
+				t.Errorf("a miss while tracking is down: got %q", got)
+			}
+			close(stop)
+			r.setFilter(nil)
+			eventually(t, "tracking is live again", func() bool { return p.stat(t, "tracking") == "live" })
+			if got := exchange(t, p.addr, request("GET", "k")); got != bulk("missed") {
+				t.Errorf("afterwards: got %q; want nothing from before", got)
+			}
+			if log := p.log.String(); strings.Count(log, "tracking is down") != 1 || strings.Count(log, "tracking is live") != 2 {
+				t.Errorf("the log does not say when tracking went and came:\n%s", log)
+			}
+		})
+	}
+}
+
+// Without permission, or without support, the TTL does what tracking would.
+func TestIntegrationTrackingRefused(t *testing.T) {
+	server := startRedis(t)
+	redisDo(t, server.addr, "ACL", "SETUSER", "reader", "on", ">secret", "+get", "~*")
+	redisDo(t, server.addr, "ACL", "SETUSER", "tracker", "on", ">secret", "+get", "~*", "+client|id", "+client|tracking", "+subscribe", "+ping", "&__redis__:invalidate")
+	redisDo(t, server.addr, "SET", "k", "value")
+	for user, state := range map[string]string{"reader": "down", "tracker": "live"} {
+		cfg, err := parseConfig([]string{"--tracking", "--redis-url", "redis://" + user + ":secret@" + server.addr}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := runProxy(t, cfg)
+		eventually(t, "the tracker's outcome in the log", func() bool { return strings.Contains(p.log.String(), "tracking is "+state) })
+		if got := p.stat(t, "tracking"); got != state {
+			t.Errorf("%s: INFO: got tracking:%s; want %s", user, got, state)
+		}
+		if got := exchange(t, p.addr, request("GET", "k")); got != bulk("value") {
+			t.Errorf("%s: got %q; want the value", user, got)
+		}
+		if strings.Contains(p.log.String(), "secret") {
+			t.Errorf("the log shows the password:\n%s", p.log)
+		}
+	}
+}
+
+// Changes of keys that nobody has here, many of them, do not cost the tracker its connection.
+func TestIntegrationTrackingManyChanges(t *testing.T) {
+	server := startRedis(t)
+	p := trackedProxy(t, server.addr)
+	up, err := redis.Dial("tcp", server.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer up.Close()
+	n := soak(100_000, 3_000_000)
+	for i := range n {
+		up.Send("SET", fmt.Sprint("other", i%50000), "x")
+		if i%1000 == 999 {
+			if _, err := up.Do(""); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	eventually(t, "all reports", func() bool {
+		var got int
+		fmt.Sscan(p.stat(t, "tracking_invalidations"), &got)
+		return got >= n
+	})
+	if strings.Contains(p.log.String(), "tracking is down") {
+		t.Errorf("the tracker lost its connection:\n%s", p.log)
+	}
+}
+
+func TestIntegrationTrackingOffCostsNoConnection(t *testing.T) {
+	r := startRelay(t, sharedRedis(t))
+	p := startProxy(t, r.addr)
+	if exchange(t, p.addr, request("PING")); r.most.Load() != 0 {
+		t.Errorf("%d connections to Redis before anybody asked; want none", r.most.Load())
+	}
+	exchange(t, p.addr, request("GET", t.Name()))
+	if got := r.most.Load(); got != 1 {
+		t.Errorf("%d connections to Redis for one miss; want 1", got)
+	}
+	if got := p.stat(t, "tracking"); got != "off" {
+		t.Errorf("tracking: got %s; want off", got)
+	}
+}
