@@ -1751,8 +1751,10 @@ func TestIntegrationTrackingRace(t *testing.T) {
 		wg.Go(func() {
 			defer up.Close()
 			for n := range rounds {
+				up.Do("SET", key, fmt.Sprint("v", n, "before"))
+				time.Sleep(2 * time.Millisecond) // for the report to arrive: GET is to be a miss
 				io.WriteString(getter.Conn, request("GET", key))
-				time.Sleep(time.Duration(n%5) * time.Millisecond)
+				time.Sleep(time.Duration(n%4) * time.Millisecond)
 				want := fmt.Sprint("v", n)
 				if _, err := up.Do("SET", key, want); err != nil {
 					t.Error(err)
