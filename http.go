@@ -11,9 +11,11 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -108,6 +110,11 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	if r.ContentLength != 0 || w.draining.Load() {
 		h.Set("Connection", "close") // a body means nothing here: do not wait for it
 	}
+	if !w.authorised(r) {
+		h["Www-Authenticate"] = []string{`Basic realm="redis_proxy"`, "Bearer"}
+		fail(rw, http.StatusUnauthorized, "a password is required")
+		return
+	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		h.Set("Allow", "GET, HEAD")
 		fail(rw, http.StatusMethodNotAllowed, "only GET and HEAD are allowed")
@@ -140,6 +147,18 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		rw = rangeWriter{rw}
 	}
 	http.ServeContent(rw, r, "", time.Time{}, strings.NewReader(content))
+}
+
+// authorised tells whether a request brings the password, in one of the two ways of RFC 7617 and 6750.
+func (w *web) authorised(r *http.Request) bool {
+	if w.proxy.authorised(nil) {
+		return true
+	}
+	if _, password, ok := r.BasicAuth(); ok {
+		return w.proxy.authorised([]byte(password))
+	}
+	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	return strings.EqualFold(scheme, "Bearer") && w.proxy.authorised([]byte(token))
 }
 
 // A rangeWriter gives the one error that http.ServeContent writes the header of all errors.
@@ -211,3 +230,57 @@ func etag(content string) string {
 
 // seconds is a duration as HTTP has it: in whole seconds.
 func seconds(d time.Duration) string { return strconv.FormatInt(int64(d/time.Second), 10) }
+
+// newAdmin serves metrics, health and profiles.
+func newAdmin(p *proxy) *http.Server {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/healthz", func(rw http.ResponseWriter, _ *http.Request) { io.WriteString(rw, "alive\n") })
+	mux.HandleFunc("/readyz", func(rw http.ResponseWriter, _ *http.Request) {
+		if p.pool.ping() != nil {
+			fail(rw, http.StatusServiceUnavailable, "Redis does not answer")
+			return
+		}
+		io.WriteString(rw, "ready\n")
+	})
+	mux.HandleFunc("/metrics", func(rw http.ResponseWriter, _ *http.Request) {
+		rw.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+		writeMetrics(rw, p)
+	})
+	mux.HandleFunc("/debug/pprof/", pprof.Index)
+	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
+	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	return &http.Server{Handler: mux, ReadHeaderTimeout: headerTimeout, ErrorLog: slog.NewLogLogger(p.log.Handler(), slog.LevelWarn)}
+}
+
+// writeMetrics writes the text format of Prometheus.
+func writeMetrics(out io.Writer, p *proxy) {
+	header := func(name, kind, help string) {
+		fmt.Fprintf(out, "# HELP redis_proxy_%s %s\n# TYPE redis_proxy_%s %s\n", name, help, name, kind)
+	}
+	header("requests_total", "counter", "Keys asked for, by protocol and how they were answered.")
+	for proto := range protocols {
+		for o := range outcomes {
+			fmt.Fprintf(out, "redis_proxy_requests_total{protocol=%q,result=%q} %d\n", protocols[proto], outcomes[o], p.counts[proto][o].Load())
+		}
+	}
+	for _, f := range p.figures() {
+		if f.metric != "" {
+			header(f.metric, f.kind, f.help)
+			fmt.Fprintf(out, "redis_proxy_%s %d\n", f.metric, f.value)
+		}
+	}
+	header("upstream_seconds", "histogram", "Time from sending a batch of GETs to its last reply.")
+	_, _, fetched := p.pool.usage()
+	count := int64(0)
+	for i, n := range fetched.latencies {
+		count += n
+		bound := "+Inf"
+		if i < len(latencyBounds) {
+			bound = strconv.FormatFloat(latencyBounds[i].Seconds(), 'g', -1, 64)
+		}
+		fmt.Fprintf(out, "redis_proxy_upstream_seconds_bucket{le=%q} %d\n", bound, count)
+	}
+	fmt.Fprintf(out, "redis_proxy_upstream_seconds_sum %g\nredis_proxy_upstream_seconds_count %d\n", fetched.latencySum.Seconds(), count)
+}

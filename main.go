@@ -7,6 +7,9 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
@@ -37,6 +40,9 @@ const drainTimeout = 9 * time.Second
 
 func main() {
 	cfg, err := parseConfig(os.Args[1:], os.Environ())
+	if err == nil && cfg.tlsCert != "" {
+		cfg.tls, err = tlsConfig(cfg.tlsCert, cfg.tlsKey)
+	}
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		printHelp(os.Stdout)
@@ -47,20 +53,66 @@ func main() {
 	case cfg.version:
 		fmt.Println("redis_proxy", version)
 		return
+	case cfg.check:
+		if err := check(cfg); err != nil {
+			fmt.Fprintln(os.Stderr, "redis_proxy:", err)
+			os.Exit(1)
+		}
+		return
 	}
-	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	log := newLogger(os.Stderr, cfg)
 	for _, name := range unreadVariables(os.Environ()) {
 		log.Warn("nobody reads this variable; is it misspelt?", "variable", name)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	l, err := net.Listen("tcp", net.JoinHostPort(cfg.listenAddress, strconv.Itoa(cfg.port)))
+	if err == nil && cfg.adminAddress != "" {
+		cfg.admin, err = net.Listen("tcp", cfg.adminAddress)
+	}
 	if err != nil {
 		log.Error("not started", "error", err)
 		os.Exit(1)
 	}
 	cfg.maxClients = fitDescriptors(cfg, log)
 	run(ctx, cfg, l, log)
+}
+
+func newLogger(w io.Writer, cfg config) *slog.Logger {
+	opts := &slog.HandlerOptions{Level: cfg.logLevel}
+	if cfg.logFormat == "json" {
+		return slog.New(slog.NewJSONHandler(w, opts))
+	}
+	return slog.New(slog.NewTextHandler(w, opts))
+}
+
+// check asks a running proxy for a sign of life. To be told to authenticate is one.
+func check(cfg config) error {
+	host := cfg.listenAddress
+	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+		host = "localhost"
+	}
+	dialer := &net.Dialer{Timeout: 2 * time.Second}
+	c, err := dialer.Dial("tcp", net.JoinHostPort(host, strconv.Itoa(cfg.port)))
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if cfg.tls != nil {
+		c = tls.Client(c, &tls.Config{InsecureSkipVerify: true}) // it is alive, whoever it is
+	}
+	c.SetDeadline(time.Now().Add(2 * time.Second))
+	reply := make([]byte, len("+PONG"))
+	if _, err := io.WriteString(c, "PING\r\n"); err != nil {
+		return err
+	}
+	if _, err := io.ReadFull(c, reply); err != nil {
+		return err
+	}
+	if s := string(reply); s != "+PONG" && s != "-NOAU" {
+		return fmt.Errorf("PING was answered by %q", s)
+	}
+	return nil
 }
 
 // fitDescriptors is how many clients the process may have, as each costs a file descriptor.
@@ -87,6 +139,11 @@ func run(ctx context.Context, cfg config, l net.Listener, log *slog.Logger) {
 
 	log.Info("serving", "version", version, "address", l.Addr(), "protocols", "http resp", "redis", cfg.redis.address(),
 		"cache_size", cfg.cacheSize, "cache_bytes", cfg.cacheBytes, "cache_timeout", cfg.cacheTimeout)
+	if cfg.admin != nil {
+		admin := newAdmin(p)
+		go admin.Serve(cfg.admin) // ends with its Close
+		defer admin.Close()
+	}
 	go web.run() // ends with web.shutdown
 	go s.run()   // ends with s.stop
 	<-ctx.Done()
@@ -108,16 +165,19 @@ type proxy struct {
 	started time.Time
 	cache   *cache
 	pool    *pool
-	clients func() (now, refused int) // how many are connected, and how many were not let in
+	clients func() clientCounts
 	counts  [len(protocols)][len(outcomes)]atomic.Int64
 }
 
 func newProxy(cfg config, log *slog.Logger) *proxy {
-	p := &proxy{cfg: cfg, log: log, started: time.Now(), clients: func() (int, int) { return 0, 0 }}
+	p := &proxy{cfg: cfg, log: log, started: time.Now(), clients: func() clientCounts { return clientCounts{} }}
 	p.cache = newCache(cfg.cacheSize, cfg.cacheBytes, cfg.cacheTimeout, cfg.staleTimeout)
 	p.pool = newPool(cfg, p.cache, p.now, log)
 	return p
 }
+
+// clientCounts tells how many clients are connected, and how many were let in and refused so far.
+type clientCounts struct{ now, accepted, refused int }
 
 // now is the proxy's clock: the time since it was made, which no change of the wall clock moves.
 func (p *proxy) now() time.Duration { return time.Since(p.started) }
@@ -166,6 +226,16 @@ func isOutage(err error) bool {
 	return err == errUnavailable || err == errTimeout || ok && !refusal.wrongType()
 }
 
+// authorised tells whether a password is the right one; nil, whether none is needed. It takes the same
+// time for every wrong one.
+func (p *proxy) authorised(password []byte) bool {
+	if password == nil {
+		return p.cfg.password == ""
+	}
+	want, got := sha256.Sum256([]byte(p.cfg.password)), sha256.Sum256(password)
+	return subtle.ConstantTimeCompare(want[:], got[:]) == 1
+}
+
 // count adds complete answers to the statistics.
 func (p *proxy) count(proto protocol, answers []answer) {
 	var n [len(outcomes)]int64
@@ -179,22 +249,18 @@ func (p *proxy) count(proto protocol, answers []answer) {
 	}
 }
 
-// A section is a part of what INFO tells.
-type section struct {
-	name   string
-	fields []field
+// A figure is something that the proxy tells of itself: in INFO, in the metrics, or in both.
+type figure struct {
+	section, name      string // in INFO; no name: not there
+	metric, kind, help string // in the metrics; no metric: not there
+	value              any
 }
 
-type field struct {
-	name  string
-	value any
-}
-
-// info tells the state of the proxy, in the names that Redis has for it where it has one.
-func (p *proxy) info() []section {
+// figures tells the state of the proxy, in Redis' and Prometheus' names where they have one.
+func (p *proxy) figures() []figure {
 	keys, bytes, cached := p.cache.usage()
 	open, used, fetched := p.pool.usage()
-	clients, refused := p.clients()
+	clients := p.clients()
 	var mem runtime.MemStats
 	runtime.ReadMemStats(&mem)
 	var answered [len(outcomes)]int64
@@ -203,44 +269,66 @@ func (p *proxy) info() []section {
 			answered[o] += p.counts[proto][o].Load()
 		}
 	}
-	hits := answered[fromCache]
-	all := int64(0)
+	all, hits := int64(0), answered[fromCache]
 	for _, n := range answered {
 		all += n
 	}
-	tracking := "off"
-	if p.cfg.tracking {
-		tracking = p.pool.tracking()
-	}
-	return []section{
-		{"Server", []field{
-			{"redis_version", redisVersion}, {"redis_mode", "standalone"}, {"redis_proxy_version", version},
-			{"os", runtime.GOOS + " " + runtime.GOARCH}, {"go_version", runtime.Version()}, {"process_id", os.Getpid()},
-			{"tcp_port", p.cfg.port}, {"uptime_in_seconds", int64(p.now() / time.Second)},
-		}},
-		{"Clients", []field{{"connected_clients", clients}, {"maxclients", p.cfg.maxClients}}},
-		{"Memory", []field{
-			{"used_memory", mem.HeapAlloc}, {"used_memory_rss", mem.Sys - mem.HeapReleased}, {"maxmemory", p.cfg.cacheBytes},
-			{"maxmemory_policy", "allkeys-lru"},
-		}},
-		{"Persistence", []field{{"loading", 0}}},
-		{"Stats", []field{
-			{"total_commands_processed", all}, {"rejected_connections", refused}, {"keyspace_hits", hits}, {"keyspace_misses", all - hits},
-			{"evicted_keys", cached.evictions}, {"expired_keys", cached.expirations},
-		}},
-		{"Replication", []field{{"role", "master"}, {"connected_slaves", 0}}},
-		{"Cache", []field{
-			{"cache_keys", keys}, {"cache_bytes", bytes}, {"cache_hits", hits}, {"cache_misses", answered[fromRedis]},
-			{"cache_collapsed", answered[fromAnother]}, {"cache_stale", answered[fromStale]},
-			{"cache_absent", answered[outcomeAbsent]}, {"cache_errors", answered[outcomeError]},
-			{"cache_evictions", cached.evictions}, {"cache_expirations", cached.expirations},
-			{"upstream_connections", open}, {"upstream_connections_used", used}, {"upstream_fetches", fetched.fetches},
-			{"upstream_batches", fetched.batches}, {"upstream_errors", fetched.errors},
-			{"tracking", tracking}, {"tracking_invalidations", fetched.invalidations},
-		}},
-		{"Keyspace", []field{{"db0", fmt.Sprintf("keys=%d,expires=%d,avg_ttl=0", keys, keys)}}},
+	return []figure{
+		{"Server", "redis_version", "", "", "", redisVersion},
+		{"Server", "redis_mode", "", "", "", "standalone"},
+		{"Server", "redis_proxy_version", "", "", "", version},
+		{"Server", "os", "", "", "", runtime.GOOS + " " + runtime.GOARCH},
+		{"Server", "process_id", "", "", "", os.Getpid()},
+		{"Server", "tcp_port", "", "", "", p.cfg.port},
+		{"Server", "uptime_in_seconds", "uptime_seconds", "gauge", "Time since the start.", int64(p.now() / time.Second)},
+		{"Clients", "connected_clients", "clients", "gauge", "Client connections.", clients.now},
+		{"Clients", "maxclients", "clients_max", "gauge", "Most client connections at once.", p.cfg.maxClients},
+		{"Clients", "blocked_clients", "", "", "", 0},
+		{"Memory", "used_memory", "go_heap_bytes", "gauge", "Memory of live and not yet collected objects.", mem.HeapAlloc},
+		{"Memory", "used_memory_rss", "go_memory_bytes", "gauge", "Memory obtained from the system.", mem.Sys - mem.HeapReleased},
+		{"Memory", "maxmemory", "cache_bytes_max", "gauge", "Most bytes in the cache.", p.cfg.cacheBytes},
+		{"Memory", "maxmemory_policy", "", "", "", "allkeys-lru"},
+		{"Persistence", "loading", "", "", "", 0},
+		{"Stats", "total_connections_received", "connections_total", "counter", "Client connections accepted.", clients.accepted},
+		{"Stats", "rejected_connections", "connections_refused_total", "counter", "Client connections over the limit.", clients.refused},
+		{"Stats", "total_commands_processed", "", "", "", all},
+		{"Stats", "keyspace_hits", "", "", "", hits},
+		{"Stats", "keyspace_misses", "", "", "", all - hits},
+		{"Stats", "evicted_keys", "evictions_total", "counter", "Entries that made room for others.", cached.evictions},
+		{"Stats", "expired_keys", "expirations_total", "counter", "Entries dropped after their TTL.", cached.expirations},
+		{"Replication", "role", "", "", "", "master"},
+		{"Replication", "connected_slaves", "", "", "", 0},
+		{"Cache", "cache_keys", "cache_keys", "gauge", "Entries in the cache, expired ones included.", keys},
+		{"Cache", "cache_bytes", "cache_bytes", "gauge", "Bytes of keys, values and bookkeeping in the cache.", bytes},
+		{"Cache", "cache_hits", "", "", "", hits},
+		{"Cache", "cache_misses", "", "", "", answered[fromRedis]},
+		{"Cache", "cache_collapsed", "", "", "", answered[fromAnother]},
+		{"Cache", "cache_stale", "", "", "", answered[fromStale]},
+		{"Cache", "cache_absent", "", "", "", answered[outcomeAbsent]},
+		{"Cache", "cache_errors", "", "", "", answered[outcomeError]},
+		{"Cache", "upstream_connections", "upstream_connections", "gauge", "Connections to Redis.", open},
+		{"Cache", "upstream_connections_used", "upstream_connections_used", "gauge", "Connections to Redis in use.", used},
+		{"Cache", "upstream_fetches", "upstream_fetches_total", "counter", "GETs sent to Redis.", fetched.fetches},
+		{"Cache", "upstream_batches", "upstream_batches_total", "counter", "Pipelines in which they were sent.", fetched.batches},
+		{"Cache", "upstream_errors", "upstream_errors_total", "counter", "Fetches that a broken connection ended.", fetched.errors},
+		{"Cache", "tracking", "tracking", "gauge", "Whether Redis reports changes: 0 is off, 1 down, 2 live.", trackingState(p.pool.tracked.Load())},
+		{"Cache", "tracking_invalidations", "invalidations_total", "counter", "Changes that Redis reported.", fetched.invalidations},
+		{"", "", "go_goroutines", "gauge", "Goroutines.", runtime.NumGoroutine()},
+		{"", "", "go_gc_cycles_total", "counter", "Garbage collections.", mem.NumGC},
+		{"Keyspace", "db0", "", "", "", fmt.Sprintf("keys=%d,expires=%d,avg_ttl=0", keys, keys)},
 	}
 }
+
+// A trackingState tells whether Redis reports changes.
+type trackingState int32
+
+const (
+	trackingOff trackingState = iota
+	trackingDown
+	trackingLive
+)
+
+func (s trackingState) String() string { return [...]string{"off", "down", "live"}[s] }
 
 // An answer is what the proxy has for a key: a value, an error, or a fetch to wait for.
 type answer struct {
@@ -301,8 +389,8 @@ var closedTime = func() <-chan time.Time {
 // its own words.
 var (
 	errAbsent      = errors.New("no such key")
-	errUnavailable = errors.New("Redis is unreachable")
-	errTimeout     = errors.New("Redis is too slow")
+	errUnavailable = errors.New("upstream unavailable")
+	errTimeout     = errors.New("upstream timed out")
 )
 
 // A replyError is an error reply of Redis, as it came.
@@ -400,6 +488,15 @@ type config struct {
 	maxClients    int
 	idleTimeout   time.Duration
 	tracking      bool
+	password      string
+	tlsCert       string
+	tlsKey        string
+	adminAddress  string
+	logLevel      slog.Level
+	logFormat     string
+	check         bool
+	tls           *tls.Config   // from tlsCert and tlsKey; nil: no TLS
+	admin         net.Listener  // on adminAddress; nil: none
 	writeTimeout  time.Duration // not a flag; tests have less time
 	version       bool
 	fromURL       redisAddress // what --redis-url says; instead of redis where it was given
@@ -428,11 +525,17 @@ func (c *config) options() []option {
 		{"max-clients", "10000", "most client `connections` at once", number(&c.maxClients, 1, 1<<20)},
 		{"idle-timeout", "0", "`time` after which a silent client is closed; 0: never (HTTP keep-alive: 2 minutes)", duration(&c.idleTimeout, true)},
 		{"tracking", "false", "drop entries as soon as Redis says that they changed", boolean(&c.tracking)},
+		{"password", "", "`password` that clients must present; empty: anyone who can connect", optional(&c.password)},
+		{"tls-cert", "", "`file` of a certificate in PEM: serve TLS only, both protocols", optional(&c.tlsCert)},
+		{"tls-key", "", "`file` of its key in PEM", optional(&c.tlsKey)},
+		{"admin-address", "", "`host:port` for metrics, health and profiles; empty: none", optional(&c.adminAddress)},
+		{"log-level", "info", "`level`: debug, info, warn or error", logLevel(&c.logLevel)},
+		{"log-format", "text", "`format`: text or json", oneOf(&c.logFormat, "text", "json")},
 	}
 }
 
 // secret tells of options whose value must not be shown.
-func (o option) secret() bool { return o.name == "redis-url" }
+func (o option) secret() bool { return o.name == "redis-url" || o.name == "password" }
 
 // variable is the environment variable of an option.
 func (o option) variable() string {
@@ -458,6 +561,7 @@ func parseConfig(args, environ []string) (config, error) {
 	fs := flag.NewFlagSet("redis_proxy", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	fs.BoolVar(&cfg.version, "version", false, "")
+	fs.BoolVar(&cfg.check, "check", false, "")
 	for _, o := range cfg.options() {
 		if err := o.assign("default", o.def); err != nil {
 			panic(err)
@@ -486,6 +590,9 @@ func parseConfig(args, environ []string) (config, error) {
 		return cfg, fmt.Errorf("%w (--help lists the flags)", err)
 	case fs.NArg() > 0:
 		return cfg, fmt.Errorf("unexpected argument %q: only flags are allowed (--help lists them)", fs.Arg(0))
+	}
+	if (cfg.tlsCert == "") != (cfg.tlsKey == "") {
+		return cfg, fmt.Errorf("--tls-cert %q, --tls-key %q: both must be given, or neither", cfg.tlsCert, cfg.tlsKey)
 	}
 	if cfg.fromURL.host != "" {
 		cfg.redis = cfg.fromURL
@@ -526,7 +633,8 @@ func printHelp(w io.Writer) {
 		}
 		fmt.Fprintf(w, "  --%s %s, %s\n        %s%s\n", o.name, arg, o.variable(), usage, def)
 	}
-	fmt.Fprint(w, "  --version\n        print the version and exit\n  --help\n        print this and exit\n")
+	fmt.Fprint(w, "  --check\n        ask the configured address for a PING; exit 0 if it answers, else 1\n"+
+		"  --version\n        print the version and exit\n  --help\n        print this and exit\n")
 }
 
 // noValue lets flag.UnquoteUsage name an argument that the usage does not.
@@ -542,6 +650,30 @@ func text(p *string) func(string) error {
 		}
 		*p = s
 		return nil
+	}
+}
+
+func optional(p *string) func(string) error {
+	return func(s string) error { *p = s; return nil }
+}
+
+func oneOf(p *string, words ...string) func(string) error {
+	return func(s string) error {
+		if !slices.Contains(words, s) {
+			return errors.New("must be " + strings.Join(words, " or "))
+		}
+		*p = s
+		return nil
+	}
+}
+
+func logLevel(p *slog.Level) func(string) error {
+	return func(s string) error {
+		var word string
+		if err := oneOf(&word, "debug", "info", "warn", "error")(s); err != nil {
+			return err
+		}
+		return p.UnmarshalText([]byte(s))
 	}
 }
 

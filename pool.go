@@ -43,8 +43,8 @@ type pool struct {
 
 	node *node // with Redis Cluster: one for each master, chosen by the key's slot
 
-	stopTracking func() // stops the tracker and waits for it
-	tracked      atomic.Bool
+	stopTracking func()       // stops the tracker and waits for it
+	tracked      atomic.Int32 // a trackingState
 
 	mu      sync.Mutex // guards the following, the node's queue and dirty of a fetch
 	flights map[string]*fetch
@@ -54,6 +54,15 @@ type pool struct {
 // poolCounts says what became of fetches since the start.
 type poolCounts struct {
 	fetches, batches, errors, invalidations int64
+
+	latencies  [len(latencyBounds) + 1]int64 // of batches; how many took up to each bound, or longer
+	latencySum time.Duration
+}
+
+var latencyBounds = [...]time.Duration{
+	100 * time.Microsecond, 250 * time.Microsecond, 500 * time.Microsecond,
+	time.Millisecond, 2500 * time.Microsecond, 5 * time.Millisecond, 10 * time.Millisecond, 25 * time.Millisecond,
+	50 * time.Millisecond, 100 * time.Millisecond, 250 * time.Millisecond, 500 * time.Millisecond, time.Second,
 }
 
 // A node is one Redis server.
@@ -85,6 +94,7 @@ func newPool(cfg config, s store, now func() time.Duration, log *slog.Logger) *p
 	}
 	p := &pool{store: s, now: now, log: log, timeout: cfg.redisTimeout, node: n, flights: make(map[string]*fetch), stopTracking: func() {}}
 	if cfg.tracking {
+		p.tracked.Store(int32(trackingDown))
 		ctx, cancel := context.WithCancel(context.Background())
 		done := make(chan struct{})
 		go func() {
@@ -215,12 +225,16 @@ func (p *pool) work(n *node) {
 		if p.queued(n) {
 			continue
 		}
-		<-n.slots
-		// Who queued after the look and before the release found no slot.
-		if p.queued(n) {
-			p.start(n)
-		}
+		p.release(n)
 		return
+	}
+}
+
+// release gives a slot back. Who queued since the last look at the queue has found none free.
+func (p *pool) release(n *node) {
+	<-n.slots
+	if p.queued(n) {
+		p.start(n)
 	}
 }
 
@@ -263,6 +277,7 @@ func (p *pool) batch(n *node, fs []*fetch) []*fetch {
 		}
 		if err == nil {
 			n.worked(p.log)
+			p.observe(time.Since(began))
 			break
 		}
 		if dialled {
@@ -348,7 +363,7 @@ func (p *pool) track(ctx context.Context, dial func() (redis.Conn, error)) {
 	pause, told := time.Duration(0), false
 	for ctx.Err() == nil {
 		err := p.follow(ctx, dial)
-		if p.tracked.Swap(false) {
+		if p.tracked.Swap(int32(trackingDown)) == int32(trackingLive) {
 			pause, told = 0, false
 		}
 		if !told && ctx.Err() == nil {
@@ -386,7 +401,7 @@ func (p *pool) follow(ctx context.Context, dial func() (redis.Conn, error)) erro
 		return err
 	}
 	p.forget(nil) // whatever has changed until now was not reported
-	p.tracked.Store(true)
+	p.tracked.Store(int32(trackingLive))
 	p.log.Info("tracking is live")
 
 	stop, stopped := make(chan struct{}), make(chan struct{})
@@ -445,12 +460,37 @@ func (p *pool) forget(keys [][]byte) {
 	}
 }
 
-// tracking tells whether Redis reports changes: live, or down.
-func (p *pool) tracking() string {
-	if p.tracked.Load() {
-		return "live"
+// ping tells whether Redis answers. It waits for its turn as a fetch does.
+func (p *pool) ping() error {
+	n := p.node
+	select {
+	case n.slots <- struct{}{}:
+	case <-time.After(p.timeout):
+		return errTimeout
 	}
-	return "down"
+	defer p.release(n)
+	for retried := false; ; retried = true {
+		began := time.Now()
+		conn := n.conns.Get()
+		_, err := conn.Do("PING")
+		conn.Close()
+		if err == nil || retried {
+			return err
+		}
+		n.suspect.Store(began.UnixNano())
+	}
+}
+
+// observe counts the time that a batch took.
+func (p *pool) observe(d time.Duration) {
+	i := 0
+	for i < len(latencyBounds) && d > latencyBounds[i] {
+		i++
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.latencies[i]++
+	p.latencySum += d
 }
 
 // usage tells how many connections are open, how many of them are in use, and the counts.

@@ -44,14 +44,15 @@ func (e protocolError) Error() string { return "Protocol error: " + string(e) }
 
 // A reader splits what a client sends into requests.
 type reader struct {
-	src   io.Reader
-	buf   []byte // what has been read and not consumed is buf[start:end]
-	start int    // of the current request
-	end   int
-	next  int // where parsing goes on, from start
-	left  int // arguments still to come; 0 between requests
-	spans []span
-	args  [][]byte
+	src    io.Reader
+	buf    []byte // what has been read and not consumed is buf[start:end]
+	start  int    // of the current request
+	end    int
+	next   int  // where parsing goes on, from start
+	left   int  // arguments still to come; 0 between requests
+	strict bool // the client has not authenticated
+	spans  []span
+	args   [][]byte
 }
 
 // A span is where an argument lies, from the start of its request.
@@ -99,6 +100,9 @@ func (r *reader) read() ([][]byte, error) {
 				r.consume()
 				continue
 			}
+			if n > 10 && r.strict {
+				return nil, protocolError("unauthenticated multibulk length")
+			}
 			if n > maxRequest/len("$0\r\n\r\n") {
 				return nil, protocolError("invalid multibulk length")
 			}
@@ -132,6 +136,9 @@ func (r *reader) readBulk() (ok bool, err error) {
 	if n < 0 || r.next+n > maxRequest {
 		return false, protocolError("invalid bulk length")
 	}
+	if n > 16384 && r.strict {
+		return false, protocolError("unauthenticated bulk length")
+	}
 	if r.start+r.next+n+2 > r.end {
 		r.next = header // the length is parsed again when more has come
 		return false, nil
@@ -145,15 +152,6 @@ func (r *reader) readBulk() (ok bool, err error) {
 // readLength parses a line of a marker and a number.
 func (r *reader) readLength(marker byte, limit int64, line, number string) (n int, ok bool, err error) {
 	rest := r.buf[r.start+r.next : r.end]
-	// Nearly all lengths are of one digit or two.
-	if len(rest) >= 4 && rest[0] == marker && rest[2] == '\r' && '0' <= rest[1] && rest[1] <= '9' {
-		r.next += 4
-		return int(rest[1] - '0'), true, nil
-	}
-	if len(rest) >= 5 && rest[0] == marker && rest[3] == '\r' && '1' <= rest[1] && rest[1] <= '9' && '0' <= rest[2] && rest[2] <= '9' {
-		r.next += 5
-		return int(rest[1]-'0')*10 + int(rest[2]-'0'), true, nil
-	}
 	cr := lineEnd(rest, '\r')
 	if cr < 0 {
 		if len(rest) > maxInline {
@@ -264,9 +262,6 @@ func unescape(b byte) byte {
 type resp struct {
 	proxy  *proxy
 	nextID atomic.Int64
-
-	mu      sync.Mutex // guards the following, and in each client what others may see of it
-	clients map[*client]struct{}
 }
 
 // A client is a connection that speaks RESP. Only its own goroutine uses it.
@@ -276,6 +271,7 @@ type client struct {
 	in      reader
 	id      int64
 	since   time.Time
+	authed  bool
 	proto   int // 2 or 3
 	name    string
 	library [2]string // name and version
@@ -294,7 +290,7 @@ var batches = sync.Pool{New: func() any { return &batch{out: make([]byte, 0, flu
 // errQuit ends a connection because the client asked for it.
 var errQuit = errors.New("quit")
 
-func newRESP(p *proxy) *resp { return &resp{proxy: p, clients: make(map[*client]struct{})} }
+func newRESP(p *proxy) *resp { return &resp{proxy: p} }
 
 // refuse answers a connection that is one too many.
 func (s *resp) refuse(nc net.Conn) {
@@ -306,20 +302,16 @@ func (s *resp) refuse(nc net.Conn) {
 func (s *resp) serve(nc net.Conn) {
 	defer nc.Close()
 	c := &client{resp: s, conn: nc, in: reader{src: nc, buf: make([]byte, readBuffer)}, id: s.nextID.Add(1), since: time.Now(), proto: 2}
-	s.mu.Lock()
-	s.clients[c] = struct{}{}
-	s.mu.Unlock()
-	defer func() {
-		s.mu.Lock()
-		delete(s.clients, c)
-		s.mu.Unlock()
-	}()
+	c.admit(s.proxy.authorised(nil))
 	for c.in.fill() == nil {
 		if c.answer() != nil {
 			return
 		}
 	}
 }
+
+// admit sets whether the client may read. Until then Redis takes only short requests from it.
+func (c *client) admit(ok bool) { c.authed, c.in.strict = ok, !ok }
 
 // answer answers all that has been read. An error ends the connection.
 func (c *client) answer() (err error) {
@@ -330,7 +322,7 @@ func (c *client) answer() (err error) {
 		if err == nil && args == nil {
 			break
 		}
-		if err == nil && len(args) == 2 && len(args[0]) == 3 && strings.EqualFold(string(args[0]), "get") {
+		if err == nil && len(args) == 2 && c.authed && len(args[0]) == 3 && strings.EqualFold(string(args[0]), "get") {
 			c.keys = append(c.keys, args[1])
 			if len(c.keys) == maxBatch {
 				err = c.get()
@@ -516,8 +508,8 @@ func init() {
 			"getname":  {arity: 2, run: (*client).getName},
 			"setname":  {arity: 3, run: (*client).setName},
 			"setinfo":  {arity: 4, run: (*client).setInfo},
-			"info":     {arity: 2, run: (*client).clientInfo},
-			"list":     {arity: -2, run: (*client).clientList},
+			"info":     {arity: 2, run: (*client).describe},
+			"list":     {arity: -2, run: (*client).describe},
 			"no-evict": {arity: 3, run: (*client).onOff},
 			"no-touch": {arity: 3, run: (*client).onOff},
 		}},
@@ -545,6 +537,10 @@ func (c *client) execute(args [][]byte) error {
 	}
 	if cmd.run == nil || cmd.arity > 0 && len(args) != cmd.arity || len(args) < -cmd.arity {
 		c.fail("ERR wrong number of arguments for '" + name + "' command")
+		return nil
+	}
+	if !c.authed && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name) {
+		c.fail("NOAUTH Authentication required.")
 		return nil
 	}
 	return cmd.run(c, args)
@@ -614,7 +610,7 @@ func (c *client) ping(args [][]byte) error {
 
 // hello switches the protocol (networking.c, helloCommand).
 func (c *client) hello(args [][]byte) error {
-	proto, name := c.proto, c.name
+	proto, name, authed := c.proto, c.name, c.authed
 	if len(args) > 1 {
 		n, ok := parseInt(args[1])
 		if !ok {
@@ -626,72 +622,74 @@ func (c *client) hello(args [][]byte) error {
 			return nil
 		}
 		proto = int(n)
-		for i := 2; i < len(args); i++ {
-			switch opt, more := strings.ToLower(string(args[i])), len(args)-1-i; {
-			case opt == "auth" && more >= 2:
-				if fault := c.authenticate(args[i+1], args[i+2]); fault != "" {
-					c.fail(fault)
-					return nil
-				}
-				i += 2
-			case opt == "setname" && more >= 1:
-				name = string(args[i+1])
-				if !validName(args[i+1]) {
-					c.fail(badName)
-					return nil
-				}
-				i++
-			default:
-				c.fail("ERR Syntax error in HELLO option '" + cString(args[i], math.MaxInt) + "'")
+	}
+	for i := 2; i < len(args); i++ {
+		switch opt, more := strings.ToLower(string(args[i])), len(args)-1-i; {
+		case opt == "auth" && more >= 2:
+			if authed = c.passes(args[i+1], args[i+2]); !authed {
+				c.fail(wrongPass)
 				return nil
 			}
+			i += 2
+		case opt == "setname" && more >= 1:
+			if !validName(args[i+1]) {
+				c.fail(badName)
+				return nil
+			}
+			name = string(args[i+1])
+			i++
+		default:
+			c.fail("ERR Syntax error in HELLO option '" + cString(args[i], math.MaxInt) + "'")
+			return nil
 		}
 	}
-	c.describe(func() { c.proto, c.name = proto, name })
+	if !authed {
+		c.fail("NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO AUTH <user> <pass> option can be used to " +
+			"authenticate the client and select the RESP protocol version at the same time")
+		return nil
+	}
+	c.proto, c.name = proto, name
+	c.admit(true)
 	c.mapping(7)
-	c.bulk("server")
-	c.bulk("redis")
-	c.bulk("version")
-	c.bulk(redisVersion)
-	c.bulk("proto")
-	c.integer(int64(proto))
-	c.bulk("id")
-	c.integer(c.id)
-	c.bulk("mode")
-	c.bulk("standalone")
-	c.bulk("role")
-	c.bulk("master")
+	for _, field := range [][2]any{{"server", "redis"}, {"version", redisVersion}, {"proto", int64(proto)}, {"id", c.id}, {"mode", "standalone"}, {"role", "master"}} {
+		c.bulk(field[0].(string))
+		if n, ok := field[1].(int64); ok {
+			c.integer(n)
+		} else {
+			c.bulk(field[1].(string))
+		}
+	}
 	c.bulk("modules")
 	c.array(0)
 	return nil
 }
 
+const wrongPass = "WRONGPASS invalid username-password pair or user is disabled."
+
+// passes checks a user and password. There is one user, the default one; without a password for it, any
+// is right.
+func (c *client) passes(user, password []byte) bool {
+	p := c.resp.proxy
+	return string(user) == "default" && (p.authorised(nil) || p.authorised(password))
+}
+
 func (c *client) auth(args [][]byte) error {
-	user, password := []byte("default"), args[1]
-	switch len(args) {
-	case 2:
-		c.fail("ERR AUTH <password> called without any password configured for the default user. Are you sure your configuration is correct?")
-		return nil
-	case 3:
-		user, password = args[1], args[2]
-	default:
-		c.fail("ERR syntax error")
-		return nil
+	user, password := []byte("default"), args[len(args)-1]
+	if len(args) == 3 {
+		user = args[1]
 	}
-	if fault := c.authenticate(user, password); fault != "" {
-		c.fail(fault)
-	} else {
+	switch {
+	case len(args) > 3:
+		c.fail("ERR syntax error")
+	case len(args) == 2 && c.resp.proxy.authorised(nil):
+		c.fail("ERR AUTH <password> called without any password configured for the default user. Are you sure your configuration is correct?")
+	case !c.passes(user, password):
+		c.fail(wrongPass)
+	default:
+		c.admit(true)
 		c.ok()
 	}
 	return nil
-}
-
-// authenticate returns what is wrong, if anything is. The default user has no password, so any is right.
-func (c *client) authenticate(user, _ []byte) (fault string) {
-	if string(user) != "default" {
-		return "WRONGPASS invalid username-password pair or user is disabled."
-	}
-	return ""
 }
 
 func (c *client) selectDB(args [][]byte) error {
@@ -709,7 +707,8 @@ func (c *client) selectDB(args [][]byte) error {
 }
 
 func (c *client) reset([][]byte) error {
-	c.describe(func() { c.proto, c.name = 2, "" })
+	c.proto, c.name = 2, ""
+	c.admit(c.resp.proxy.authorised(nil))
 	c.status("RESET")
 	return nil
 }
@@ -735,7 +734,7 @@ func (c *client) setName(args [][]byte) error {
 		c.fail(badName)
 		return nil
 	}
-	c.describe(func() { c.name = string(args[2]) })
+	c.name = string(args[2])
 	c.ok()
 	return nil
 }
@@ -749,7 +748,7 @@ func (c *client) setInfo(args [][]byte) error {
 	case !validName(args[3]):
 		c.fail("ERR " + attr + " cannot contain spaces, newlines or special characters.")
 	default:
-		c.describe(func() { c.library[i] = string(args[3]) })
+		c.library[i] = string(args[3])
 		c.ok()
 	}
 	return nil
@@ -765,61 +764,33 @@ func (c *client) onOff(args [][]byte) error {
 	return nil
 }
 
-// describe changes what others may see of the client.
-func (c *client) describe(change func()) {
-	c.resp.mu.Lock()
-	defer c.resp.mu.Unlock()
-	change()
-}
-
-func (c *client) clientInfo([][]byte) error {
-	c.resp.mu.Lock()
-	s := c.stringLocked()
-	c.resp.mu.Unlock()
-	c.verbatim(s)
+// describe answers CLIENT INFO, and CLIENT LIST too: a client is told of nobody but itself.
+func (c *client) describe([][]byte) error {
+	c.verbatim(fmt.Sprintf("id=%d addr=%s laddr=%s name=%s age=%d db=0 user=default resp=%d lib-name=%s lib-ver=%s\n",
+		c.id, c.conn.RemoteAddr(), c.conn.LocalAddr(), c.name, time.Since(c.since)/time.Second, c.proto, c.library[0], c.library[1]))
 	return nil
-}
-
-// clientList lists all RESP clients, whatever its filter says.
-func (c *client) clientList([][]byte) error {
-	var lines []string
-	c.resp.mu.Lock()
-	for other := range c.resp.clients {
-		lines = append(lines, other.stringLocked())
-	}
-	c.resp.mu.Unlock()
-	slices.Sort(lines)
-	c.verbatim(strings.Join(lines, ""))
-	return nil
-}
-
-func (c *client) stringLocked() string {
-	return fmt.Sprintf("id=%d addr=%s laddr=%s name=%s age=%d db=0 user=default resp=%d lib-name=%s lib-ver=%s\n",
-		c.id, c.conn.RemoteAddr(), c.conn.LocalAddr(), c.name, time.Since(c.since)/time.Second, c.proto, c.library[0], c.library[1])
 }
 
 // info answers INFO with the sections that were asked for.
 func (c *client) info(args [][]byte) error {
-	var wanted []string
-	for _, a := range args[1:] {
-		wanted = append(wanted, strings.ToLower(string(a)))
+	asked := func(names ...string) bool {
+		return slices.ContainsFunc(args[1:], func(arg []byte) bool { return slices.Contains(names, strings.ToLower(string(arg))) })
 	}
-	all := len(wanted) == 0 || slices.ContainsFunc(wanted, func(s string) bool {
-		return s == "all" || s == "everything" || s == "default"
-	})
-	var b strings.Builder
-	for _, section := range c.resp.proxy.info() {
-		if !all && !slices.Contains(wanted, strings.ToLower(section.name)) {
+	all := len(args) == 1 || asked("all", "default", "everything")
+	var text, section string
+	for _, f := range c.resp.proxy.figures() {
+		if f.name == "" || !all && !asked(strings.ToLower(f.section)) {
 			continue
 		}
-		if b.Len() > 0 {
-			b.WriteString("\r\n")
+		if f.section != section {
+			if section != "" {
+				text += "\r\n"
+			}
+			section = f.section
+			text += "# " + section + "\r\n"
 		}
-		fmt.Fprintf(&b, "# %s\r\n", section.name)
-		for _, f := range section.fields {
-			fmt.Fprintf(&b, "%s:%v\r\n", f.name, f.value)
-		}
+		text += fmt.Sprintf("%s:%v\r\n", f.name, f.value)
 	}
-	c.verbatim(b.String())
+	c.verbatim(text)
 	return nil
 }

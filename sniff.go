@@ -8,7 +8,9 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
@@ -41,6 +43,7 @@ type server struct {
 	maxClients int
 	idle       time.Duration // how long a client may be silent; 0: for ever
 	stuck      time.Duration // how long a client may take nothing of its replies
+	tls        *tls.Config   // nil: no TLS
 
 	detecting, serving sync.WaitGroup // for the handlers; the first until the protocol is known
 	draining           atomic.Pointer[time.Time]
@@ -48,12 +51,12 @@ type server struct {
 	mu       sync.Mutex // guards the following, and released of a connection
 	conns    map[*conn]struct{}
 	refusing int // how many connections too many are being told so
-	refused  int // since the start
+	counts   clientCounts
 }
 
 func newServer(l net.Listener, cfg config, log *slog.Logger, frontEnds [len(protocols)]frontEnd) *server {
 	return &server{listener: l, log: log, frontEnds: frontEnds, maxClients: cfg.maxClients, idle: cfg.idleTimeout,
-		stuck: cfg.writeTimeout, conns: make(map[*conn]struct{})}
+		stuck: cfg.writeTimeout, tls: cfg.tls, conns: make(map[*conn]struct{})}
 }
 
 // run accepts until stop.
@@ -81,7 +84,9 @@ func (s *server) admit(c *conn) {
 	defer s.mu.Unlock()
 	full := len(s.conns)-s.refusing >= s.maxClients
 	if full {
-		s.refused++
+		s.counts.refused++
+	} else {
+		s.counts.accepted++
 	}
 	if s.draining.Load() != nil || full && s.refusing >= maxRefusing {
 		c.Conn.Close()
@@ -106,11 +111,12 @@ func (s *server) remove(c *conn) {
 	delete(s.conns, c)
 }
 
-// clients tells how many connections there are, and how many were refused since the start.
-func (s *server) clients() (now, refused int) {
+func (s *server) clients() clientCounts {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.conns) - s.refusing, s.refused
+	counts := s.counts
+	counts.now = len(s.conns) - s.refusing
+	return counts
 }
 
 // handle finds out the protocol of a connection and hands it to its front end.
@@ -122,23 +128,50 @@ func (s *server) handle(c *conn) {
 			c.Close()
 		}
 	}()
-	proto, err := c.detect()
-	if proto == protoHTTP {
+	front, nc, err := s.frontEnd(c)
+	if err != nil {
+		s.log.Debug("closed before its protocol was known", "client", c.RemoteAddr(), "error", err)
+		c.Close()
+		s.detecting.Done()
+		return
+	}
+	if front == s.frontEnds[protoHTTP] {
+		c.release()
 		defer s.detecting.Done() // when net/http has it
 	} else {
 		s.detecting.Done()
 	}
-	switch {
-	case err != nil:
-		c.Close()
-	case c.refused:
-		s.frontEnds[proto].refuse(c)
-	default:
-		if proto == protoHTTP {
-			c.release()
-		}
-		s.frontEnds[proto].serve(c)
+	if c.refused {
+		front.refuse(nc)
+	} else {
+		front.serve(nc)
 	}
+}
+
+// frontEnd finds out who serves a connection, and as what: TLS is taken off.
+func (s *server) frontEnd(c *conn) (frontEnd, net.Conn, error) {
+	if s.tls == nil {
+		proto, err := c.detect(protocolOf)
+		return s.frontEnds[proto], c, err
+	}
+	if _, err := c.detect(func(begin []byte) (protocol, bool) { return 0, len(begin) > 0 }); err != nil {
+		return nil, nil, err
+	}
+	if c.unread[0] != 0x16 { // a handshake (RFC 8446 §5.1)
+		return nil, nil, errors.New("no TLS")
+	}
+	t := tls.Server(c, s.tls)
+	c.readFor(firstLineTimeout)
+	if err := t.Handshake(); err != nil {
+		return nil, nil, err
+	}
+	if t.ConnectionState().NegotiatedProtocol != "" { // h2 or http/1.1: net/http wants to see for itself
+		return s.frontEnds[protoHTTP], t, nil
+	}
+	inner := &conn{Conn: t, server: s, refused: c.refused}
+	proto, err := inner.detect(protocolOf)
+	inner.released = proto == protoHTTP
+	return s.frontEnds[proto], inner, err
 }
 
 // stop ends accepting, and reading a moment later: what clients have sent by then is answered. It
@@ -189,8 +222,8 @@ func (c *conn) release() {
 	c.Conn.SetReadDeadline(time.Time{})
 }
 
-// detect waits for the first line and tells which protocol it is of.
-func (c *conn) detect() (protocol, error) {
+// detect reads until decide can tell the protocol from what has come.
+func (c *conn) detect(decide func([]byte) (protocol, bool)) (protocol, error) {
 	limit := c.server.idle
 	if c.refused {
 		limit = refuseTimeout
@@ -204,7 +237,7 @@ func (c *conn) detect() (protocol, error) {
 		}
 		line = line[:len(line)+n]
 		c.unread = line
-		if proto, ok := protocolOf(line); ok {
+		if proto, ok := decide(line); ok {
 			c.readFor(c.server.idle)
 			return proto, nil
 		}
@@ -230,10 +263,9 @@ func protocolOf(begin []byte) (proto protocol, ok bool) {
 		return protoRESP, len(begin) > maxFirstLine
 	}
 	line = bytes.TrimSuffix(line, []byte("\r"))
-	if string(line) == "PRI * HTTP/2.0" {
-		return protoHTTP, true
-	}
-	if n := len(line) - 1; n > 0 && bytes.HasSuffix(line[:n], []byte(" HTTP/1.")) && '0' <= line[n] && line[n] <= '9' {
+	n := len(line) - 1
+	http1 := n > 0 && bytes.HasSuffix(line[:n], []byte(" HTTP/1.")) && '0' <= line[n] && line[n] <= '9'
+	if http1 || string(line) == "PRI * HTTP/2.0" {
 		return protoHTTP, true
 	}
 	return protoRESP, true
@@ -288,4 +320,33 @@ func (c *conn) Write(p []byte) (written int, err error) {
 func (c *conn) Close() error {
 	c.server.remove(c)
 	return c.Conn.Close()
+}
+
+// tlsConfig serves with a certificate that is read again when its files change.
+func tlsConfig(certFile, keyFile string) (*tls.Config, error) {
+	var mu sync.Mutex // guards the following
+	var cert tls.Certificate
+	var changed [2]time.Time
+	load := func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		var now [2]time.Time
+		for i, name := range []string{certFile, keyFile} {
+			if info, err := os.Stat(name); err == nil {
+				now[i] = info.ModTime()
+			}
+		}
+		if now != changed {
+			renewed, err := tls.LoadX509KeyPair(certFile, keyFile)
+			if err != nil && cert.Certificate == nil {
+				return nil, fmt.Errorf("--tls-cert %q, --tls-key %q: %w", certFile, keyFile, err)
+			} else if err == nil { // else they are being replaced: the old one serves, and they are read next time
+				cert, changed = renewed, now
+			}
+		}
+		served := cert
+		return &served, nil
+	}
+	_, err := load(nil)
+	return &tls.Config{GetCertificate: load, MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"}}, err
 }
