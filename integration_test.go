@@ -8,16 +8,25 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
+	"math/big"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
@@ -1004,7 +1013,7 @@ func startProgram(t testing.TB, env []string, args ...string) (*exec.Cmd, string
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
 	var addr string
 	eventually(t, "the program serves", func() bool {
-		m := regexp.MustCompile(`msg=serving .*? address=(\S+)`).FindStringSubmatch(log.String())
+		m := regexp.MustCompile(`serving.*?address[=":]+([0-9.:]+)`).FindStringSubmatch(log.String())
 		if m != nil {
 			addr = m[1]
 		}
@@ -1950,4 +1959,294 @@ func TestIntegrationTrackingOffCostsNoConnection(t *testing.T) {
 	if got := p.stat(t, "tracking"); got != "off" {
 		t.Errorf("tracking: got %s; want off", got)
 	}
+}
+
+// What a client that has not authenticated can reach, over both protocols: nothing.
+func TestIntegrationPassword(t *testing.T) {
+	addr := sharedRedis(t)
+	redisDo(t, addr, "SET", t.Name(), "value")
+	p := startProxy(t, addr, "--password", "open sesame")
+	server := startRedis(t, "--requirepass", "open sesame")
+	for _, send := range []string{
+		request("GET", "k"), request("MGET", "k"), request("PING"), request("ECHO", "x"), request("SELECT", "0"), request("CLIENT", "ID"),
+		request("CLIENT", "GETNAME"), request("CONFIG", "GET", "x"), request("COMMAND"), request("INFO"), request("GET"), request("NONSENSE", "x"),
+		request("QUIT"), request("RESET"), request("HELLO"), request("HELLO", "3"), request("HELLO", "4"), request("HELLO", "3", "SETNAME", "me"),
+		request("AUTH"), request("AUTH", "wrong"), request("AUTH", ""), request("AUTH", "default", "wrong"), request("AUTH", "nobody", "open sesame"),
+		request("AUTH", "a", "b", "c"), request("HELLO", "3", "AUTH", "default", "wrong"), request("HELLO", "3", "AUTH", "default"),
+		request("AUTH", "open sesame") + request("PING"), request("AUTH", "default", "open sesame") + request("PING"),
+		request("AUTH", "open sesame") + request("AUTH", "wrong") + request("PING"), request("AUTH", "open sesame") + request("RESET") + request("PING"),
+		request("HELLO", "3", "AUTH", "default", "open sesame") + request("GET", "nokey"), request("HELLO", "2", "AUTH", "default", "open sesame"),
+		"*11\r\n", "*10\r\n", "*1\r\n$16385\r\n", "*1\r\n$16384\r\n", "PING\r\n", "GET k\r\n",
+		request("AUTH", "open sesame") + "*11\r\n", request("AUTH", "open sesame") + "*1\r\n$16385\r\n", request("AUTH", strings.Repeat("x", 16385)),
+	} {
+		if got, want := normalise(exchange(t, p.addr, send)), normalise(exchange(t, server.addr, send)); got != want {
+			t.Errorf("after %.100q:\n got %.300q\nwant %.300q", send, got, want)
+		}
+	}
+	url := "http://" + p.addr + "/" + t.Name()
+	for _, row := range []struct {
+		name, authorization string
+		status              int
+	}{
+		{"nothing", "", 401},
+		{"Bearer", "Bearer open sesame", 200},
+		{"bearer", "bearer open sesame", 200},
+		{"a wrong token", "Bearer open", 401},
+		{"no token", "Bearer", 401},
+		{"an empty token", "Bearer ", 401},
+		{"Basic", "Basic YW55Ym9keTpvcGVuIHNlc2FtZQ==", 200},
+		{"Basic without a user", "Basic Om9wZW4gc2VzYW1l", 200},
+		{"a wrong password", "Basic YW55Ym9keTp3cm9uZw==", 401},
+		{"another scheme", "Digest open sesame", 401},
+	} {
+		for _, method := range []string{"GET", "HEAD", "POST", "OPTIONS"} {
+			var header []string
+			if row.authorization != "" {
+				header = []string{"Authorization", row.authorization}
+			}
+			want := row.status
+			if want == 200 && method != "GET" && method != "HEAD" {
+				want = 405
+			}
+			resp, body := httpDo(t, method, url, header...)
+			if resp.StatusCode != want || want == 401 && (len(resp.Header.Values("WWW-Authenticate")) != 2 || strings.Contains(body, "value")) {
+				t.Errorf("%s with %s: got %d %v; want %d", method, row.name, resp.StatusCode, resp.Header, want)
+			}
+		}
+	}
+	if strings.Contains(p.log.String(), "sesame") {
+		t.Errorf("the log shows the password:\n%s", p.log)
+	}
+}
+
+// certificate makes a certificate for 127.0.0.1 and returns the names of its files.
+func certificate(t testing.TB, dir, name string) (cert, key string) {
+	t.Helper()
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, NotAfter: time.Now().Add(time.Hour),
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, key = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	for file, block := range map[string]*pem.Block{cert: {Type: "CERTIFICATE", Bytes: der}, key: {Type: "PRIVATE KEY", Bytes: pkcs8}} {
+		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return cert, key
+}
+
+func TestIntegrationTLS(t *testing.T) {
+	addr := sharedRedis(t)
+	redisDo(t, addr, "SET", t.Name(), "value")
+	dir := t.TempDir()
+	cert, key := certificate(t, dir, "first")
+	host, port, _ := net.SplitHostPort(addr)
+	cfg, err := parseConfig([]string{"--redis-host", host, "--redis-port", port, "--tls-cert", cert, "--tls-key", key}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cfg.tls, err = tlsConfig(cert, key); err != nil {
+		t.Fatal(err)
+	}
+	p := runProxy(t, cfg)
+	roots := x509.NewCertPool()
+	pemBytes, _ := os.ReadFile(cert)
+	roots.AppendCertsFromPEM(pemBytes)
+
+	secure := func(config *tls.Config) *rawClient {
+		t.Helper()
+		c, err := tls.Dial("tcp", p.addr, config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		c.SetDeadline(time.Now().Add(30 * time.Second))
+		return &rawClient{t, c, bufio.NewReader(c)}
+	}
+	secure(&tls.Config{RootCAs: roots}).send(request("GET", t.Name())).expect(bulk("value")).send("PING\r\n").expect("+PONG\r\n")
+	secure(&tls.Config{RootCAs: roots, MaxVersion: tls.VersionTLS12}).send("GET " + t.Name() + "\r\n").expect(bulk("value"))
+	secure(&tls.Config{RootCAs: roots}).send("GET /" + t.Name() + " HTTP/1.1\r\nHost: h\r\n\r\n").expect("HTTP/1.1 200 OK\r\n")
+	for proto, transport := range map[string]*http.Transport{
+		"HTTP/1.1": {TLSClientConfig: &tls.Config{RootCAs: roots}},
+		"HTTP/2.0": {TLSClientConfig: &tls.Config{RootCAs: roots}, ForceAttemptHTTP2: true},
+	} {
+		resp, err := (&http.Client{Transport: transport}).Get("https://" + p.addr + "/" + t.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		transport.CloseIdleConnections()
+		if resp.Proto != proto || string(body) != "value" {
+			t.Errorf("got %s %q; want %s, the value", resp.Proto, body, proto)
+		}
+	}
+	// Plaintext and old versions are refused without a byte.
+	for _, send := range []string{request("PING"), "PING\r\n", "GET / HTTP/1.1\r\nHost: h\r\n\r\n", "\x15\x03"} {
+		if got := exchange(t, p.addr, send); got != "" {
+			t.Errorf("after plaintext %q: got %q; want nothing", send, got)
+		}
+	}
+	if c, err := tls.Dial("tcp", p.addr, &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11}); err == nil {
+		c.Close()
+		t.Error("TLS 1.1 was accepted")
+	}
+	// A half-sent handshake and a handshake without a request delay nobody.
+	dial(t, p.addr).send("\x16\x03\x01")
+	secure(&tls.Config{RootCAs: roots})
+	// A certificate that was renewed on disk is served to the next who connects.
+	time.Sleep(10 * time.Millisecond) // for another time of change
+	certificate(t, dir, "second")
+	eventually(t, "the renewed certificate", func() bool {
+		c, err := tls.Dial("tcp", p.addr, &tls.Config{InsecureSkipVerify: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		return c.ConnectionState().PeerCertificates[0].Subject.CommonName == "second"
+	})
+	if err := check(config{listenAddress: "127.0.0.1", port: portOf(p.addr), tls: cfg.tls}); err != nil {
+		t.Errorf("--check over TLS: %v", err)
+	}
+}
+
+func portOf(addr string) (port int) {
+	fmt.Sscan(addr[strings.LastIndex(addr, ":")+1:], &port)
+	return port
+}
+
+// The backing Redis speaks TLS: its certificate is checked.
+func TestIntegrationTLSUpstream(t *testing.T) {
+	dir := t.TempDir()
+	cert, key := certificate(t, dir, "redis")
+	port := freePort()
+	server := startRedis(t, "--tls-port", port, "--tls-cert-file", cert, "--tls-key-file", key, "--tls-auth-clients", "no", "--requirepass", "secret")
+	c, err := redis.Dial("tcp", server.addr, redis.DialPassword("secret"), redis.DialDatabase(3))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.Do("SET", "k", "value in 3")
+	url := "RP_REDIS_URL=rediss://:secret@127.0.0.1:" + port + "/3"
+	_, proxy, _ := startProgram(t, []string{url, "SSL_CERT_FILE=" + cert, "RP_TRACKING=true"})
+	if got := exchange(t, proxy, request("GET", "k")); got != bulk("value in 3") {
+		t.Errorf("got %q; want the value of database 3", got)
+	}
+	eventually(t, "tracking is live", func() bool { return strings.Contains(exchange(t, proxy, request("INFO", "cache")), "tracking:live") })
+	_, proxy, log := startProgram(t, []string{url})
+	if got := exchange(t, proxy, request("GET", "k")); got != "-ERR upstream unavailable\r\n" {
+		t.Errorf("with a certificate that nobody signed: got %q", got)
+	}
+	if got := log.String(); !strings.Contains(got, "certificate") || strings.Contains(got, "secret") {
+		t.Errorf("the log must name the cause and not the password:\n%s", got)
+	}
+}
+
+func TestIntegrationAdmin(t *testing.T) {
+	server := startRedis(t)
+	host, port, _ := net.SplitHostPort(server.addr)
+	cfg, err := parseConfig([]string{"--redis-host", host, "--redis-port", port, "--redis-timeout", "300ms"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cfg.admin, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+		t.Fatal(err)
+	}
+	admin := "http://" + cfg.admin.Addr().String()
+	p := runProxy(t, cfg)
+	redisDo(t, server.addr, "SET", "k", "value")
+	for range 3 {
+		exchange(t, p.addr, request("GET", "k"))
+	}
+	httpDo(t, "GET", "http://"+p.addr+"/absent")
+	_, metrics := httpDo(t, "GET", admin+"/metrics")
+	for _, want := range []string{
+		`redis_proxy_requests_total{protocol="resp",result="hit"} 2`, `redis_proxy_requests_total{protocol="resp",result="miss"} 1`,
+		`redis_proxy_requests_total{protocol="http",result="absent"} 1`, `redis_proxy_cache_keys 1`, `redis_proxy_upstream_fetches_total 2`,
+		`redis_proxy_upstream_seconds_bucket{le="+Inf"} 2`, `redis_proxy_upstream_seconds_count 2`, `redis_proxy_tracking 0`,
+	} {
+		if !strings.Contains(metrics, "\n"+want+"\n") {
+			t.Errorf("/metrics has no %s", want)
+		}
+	}
+	for _, line := range strings.Split(strings.TrimSpace(metrics), "\n") {
+		if !regexp.MustCompile(`^(# (HELP|TYPE) redis_proxy_[a-z_]+ .+|redis_proxy_[a-z_]+(\{[^}]*\})? [0-9.e+-]+)$`).MatchString(line) {
+			t.Errorf("/metrics: malformed line %q", line)
+		}
+	}
+	if promtool, err := exec.LookPath("promtool"); err == nil {
+		cmd := exec.Command(promtool, "check", "metrics")
+		cmd.Stdin = strings.NewReader(metrics)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("promtool: %v\n%s", err, out)
+		}
+	}
+	status := func(path string) int { resp, _ := httpDo(t, "GET", admin+path); return resp.StatusCode }
+	for path, want := range map[string]int{"/healthz": 200, "/readyz": 200, "/debug/pprof/": 200, "/debug/pprof/goroutine": 200, "/k": 404} {
+		if got := status(path); got != want {
+			t.Errorf("%s: got %d; want %d", path, got, want)
+		}
+	}
+	server.kill()
+	if got := status("/readyz"); got != 503 {
+		t.Errorf("/readyz without Redis: got %d; want 503", got)
+	}
+	if got := status("/healthz"); got != 200 {
+		t.Errorf("/healthz without Redis: got %d; want 200", got)
+	}
+	if err := server.start(); err != nil {
+		t.Fatal(err)
+	}
+	if got := status("/readyz"); got != 200 {
+		t.Errorf("/readyz with Redis back: got %d; want 200", got)
+	}
+}
+
+func TestIntegrationCheck(t *testing.T) {
+	_, proxy, _ := startProgram(t, []string{"RP_PASSWORD=secret"})
+	port := fmt.Sprint(portOf(proxy))
+	for _, row := range []struct {
+		args []string
+		code int
+	}{
+		{[]string{"--check", "--port", port}, 0},
+		{[]string{"--check", "--port", port, "--listen-address", "0.0.0.0"}, 0},
+		{[]string{"--check", "--port", freePort()}, 1},
+	} {
+		cmd := program(t, nil, row.args...)
+		out, _ := cmd.CombinedOutput()
+		if got := cmd.ProcessState.ExitCode(); got != row.code || (row.code == 0) != (len(out) == 0) {
+			t.Errorf("%q: got exit code %d, %q; want %d", row.args, got, out, row.code)
+		}
+	}
+}
+
+func TestIntegrationLogs(t *testing.T) {
+	_, proxy, log := startProgram(t, nil, "--log-level", "debug", "--log-format", "json")
+	client := dial(t, proxy).send("\x00")
+	client.Close()
+	eventually(t, "the client's address in the debug log", func() bool {
+		for _, line := range strings.Split(strings.TrimSpace(log.String()), "\n") {
+			var entry map[string]any
+			if err := json.Unmarshal([]byte(line), &entry); err != nil {
+				t.Fatalf("%q: %v", line, err)
+			}
+			if entry["level"] == "DEBUG" && entry["client"] == client.Conn.LocalAddr().String() {
+				return true
+			}
+		}
+		return false
+	})
 }

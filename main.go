@@ -137,7 +137,7 @@ func run(ctx context.Context, cfg config, l net.Listener, log *slog.Logger) {
 	s := newServer(l, cfg, log, [...]frontEnd{protoHTTP: web, protoRESP: resp})
 	p.clients = s.clients
 
-	log.Info("serving", "version", version, "address", l.Addr(), "protocols", "http resp", "redis", cfg.redis.address(),
+	log.Info("serving", "version", version, "address", l.Addr().String(), "protocols", "http resp", "redis", cfg.redis.address(),
 		"cache_size", cfg.cacheSize, "cache_bytes", cfg.cacheBytes, "cache_timeout", cfg.cacheTimeout)
 	if cfg.admin != nil {
 		admin := newAdmin(p)

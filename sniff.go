@@ -124,13 +124,13 @@ func (s *server) handle(c *conn) {
 	defer s.serving.Done()
 	defer func() {
 		if r := recover(); r != nil {
-			s.log.Error("panic; its connection is closed", "client", c.RemoteAddr(), "panic", r, "stack", string(debug.Stack()))
+			s.log.Error("panic; its connection is closed", "client", c.RemoteAddr().String(), "panic", r, "stack", string(debug.Stack()))
 			c.Close()
 		}
 	}()
 	front, nc, err := s.frontEnd(c)
 	if err != nil {
-		s.log.Debug("closed before its protocol was known", "client", c.RemoteAddr(), "error", err)
+		s.log.Debug("closed before its protocol was known", "client", c.RemoteAddr().String(), "error", err)
 		c.Close()
 		s.detecting.Done()
 		return
