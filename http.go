@@ -107,7 +107,7 @@ func (w *web) Addr() net.Addr { return w.addr }
 // no ServeMux in front, as that would clean the path.
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	h := rw.Header()
-	if r.ContentLength != 0 || w.draining.Load() {
+	if w.draining.Load() || r.ContentLength != 0 && r.ProtoMajor == 1 {
 		h.Set("Connection", "close") // a body means nothing here: do not wait for it
 	}
 	if !w.authorised(r) {

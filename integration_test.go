@@ -545,6 +545,27 @@ func TestIntegrationHTTPProtocols(t *testing.T) {
 	}
 }
 
+// Who sends a large body learns that it was in vain, and is not reset.
+func TestIntegrationLargeUploadIsRefusedInWords(t *testing.T) {
+	p := startProxy(t, sharedRedis(t))
+	transport := new(http.Transport)
+	defer transport.CloseIdleConnections()
+	for range 5 {
+		req, err := http.NewRequest("PUT", "http://"+p.addr+"/"+t.Name(), bytes.NewReader(make([]byte, 5<<20)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := (&http.Client{Transport: transport}).Do(req)
+		if err != nil {
+			t.Fatalf("PUT of 5 MB: %v; want 405", err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != 405 {
+			t.Errorf("PUT of 5 MB: got %d; want 405", resp.StatusCode)
+		}
+	}
+}
+
 func TestIntegrationConditionalRequestsAndRanges(t *testing.T) {
 	addr := sharedRedis(t)
 	p := startProxy(t, addr)

@@ -317,6 +317,14 @@ func (c *conn) Write(p []byte) (written int, err error) {
 	}
 }
 
+// CloseWrite lets net/http say goodbye before it hangs up on a client that is still sending.
+func (c *conn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return nil
+}
+
 func (c *conn) Close() error {
 	c.server.remove(c)
 	return c.Conn.Close()
