@@ -82,6 +82,10 @@ func (c *cache) put(now time.Duration, v value) (stored bool) {
 		return false
 	}
 	e.used, e.filled = c.used.PushFront(e), c.filled.PushFront(e)
+	// A reply that was long on its way belongs behind those that were asked for after it.
+	for next := e.filled.Next(); next != nil && next.Value.(*entry).fetched > v.fetched; next = e.filled.Next() {
+		c.filled.MoveAfter(e.filled, next)
+	}
 	c.entries[v.key()] = e
 	c.bytes += e.size()
 	c.shrink(now)

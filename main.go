@@ -588,6 +588,8 @@ func parseConfig(args, environ []string) (config, error) {
 		return cfg, err
 	case err != nil:
 		return cfg, fmt.Errorf("%w (--help lists the flags)", err)
+	case fs.NArg() > 0 && strings.Contains(fs.Arg(0), "@"): // a URL with a password, perhaps
+		return cfg, errors.New("unexpected argument: only flags are allowed (--help lists them)")
 	case fs.NArg() > 0:
 		return cfg, fmt.Errorf("unexpected argument %q: only flags are allowed (--help lists them)", fs.Arg(0))
 	}
@@ -718,7 +720,7 @@ func duration(p *time.Duration, zero bool) func(string) error {
 // size reads a number of bytes; as in redis.conf, 1KB is 1024 bytes.
 func size(p *int64) func(string) error {
 	return func(s string) error {
-		digits := strings.TrimRight(strings.ToUpper(s), "KMGB")
+		digits := strings.TrimRight(s, "KMGBkmgb")
 		shift, ok := map[string]int{"": 0, "B": 0, "K": 10, "KB": 10, "M": 20, "MB": 20, "G": 30, "GB": 30}[strings.ToUpper(s[len(digits):])]
 		n, err := strconv.ParseInt(digits, 10, 64)
 		if err != nil || !ok || n <= 0 || n > math.MaxInt64>>shift {

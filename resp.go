@@ -61,7 +61,7 @@ type span struct{ from, to int }
 // fill reads once. What read has returned is invalid afterwards.
 func (r *reader) fill() error {
 	if r.start == r.end && len(r.buf) != readBuffer {
-		r.start, r.end, r.buf = 0, 0, make([]byte, readBuffer) // a large request is over
+		*r = reader{src: r.src, buf: make([]byte, readBuffer), strict: r.strict} // a large request is over
 	} else if r.start > 0 {
 		r.end = copy(r.buf, r.buf[r.start:r.end])
 		r.start = 0
@@ -153,13 +153,10 @@ func (r *reader) readBulk() (ok bool, err error) {
 func (r *reader) readLength(marker byte, limit int64, line, number string) (n int, ok bool, err error) {
 	rest := r.buf[r.start+r.next : r.end]
 	cr := lineEnd(rest, '\r')
-	if cr < 0 {
-		if len(rest) > maxInline {
-			return 0, false, protocolError("too big " + line)
-		}
-		return 0, false, nil
+	if cr > maxInline || cr < 0 && len(rest) > maxInline {
+		return 0, false, protocolError("too big " + line)
 	}
-	if cr+2 > len(rest) {
+	if cr < 0 || cr+2 > len(rest) {
 		return 0, false, nil
 	}
 	if rest[0] != marker {
@@ -177,10 +174,10 @@ func (r *reader) readLength(marker byte, limit int64, line, number string) (n in
 func (r *reader) readInline() (ok bool, err error) {
 	rest := r.buf[r.start:r.end]
 	lf := lineEnd(rest, '\n')
+	if lf > maxInline || lf < 0 && len(rest) > maxInline {
+		return false, protocolError("too big inline request")
+	}
 	if lf < 0 {
-		if len(rest) > maxInline {
-			return false, protocolError("too big inline request")
-		}
 		return false, nil
 	}
 	r.args, err = splitWords(r.args[:0], bytes.TrimSuffix(rest[:lf], []byte("\r")))
@@ -215,8 +212,9 @@ func splitWords(words [][]byte, line []byte) ([][]byte, error) {
 		if len(line) == 0 {
 			return words, nil
 		}
-		word := make([]byte, 0, len(line))
+		var word []byte
 		var quote byte
+	word:
 		for len(line) > 0 && (quote != 0 || strings.IndexByte(" \n\r\t", line[0]) < 0) {
 			ch := line[0]
 			switch {
@@ -226,7 +224,8 @@ func splitWords(words [][]byte, line []byte) ([][]byte, error) {
 				if len(line) > 1 && !isSpace(line[1]) {
 					return nil, unbalanced
 				}
-				quote = 0
+				quote, line = 0, line[1:]
+				break word
 			case quote == '"' && ch == '\\' && len(line) > 3 && line[1] == 'x' && isHex(line[2]) && isHex(line[3]):
 				n, _ := strconv.ParseUint(string(line[2:4]), 16, 8)
 				word, line = append(word, byte(n)), line[3:]
@@ -333,8 +332,8 @@ func (c *client) answer() (err error) {
 			err = e
 		} else if err != nil {
 			c.fail("ERR " + err.Error())
-		} else {
-			err = c.execute(args)
+		} else if err = c.execute(args); len(c.out) > flushAt && err == nil {
+			err = c.flush()
 		}
 	}
 	if err == nil {
@@ -343,9 +342,20 @@ func (c *client) answer() (err error) {
 	if e := c.flush(); err == nil {
 		err = e
 	}
-	batches.Put(c.batch)
-	c.batch = nil
+	c.give()
 	return err
+}
+
+// give returns the batch, empty, for another client.
+func (c *client) give() {
+	b := c.batch
+	c.batch = nil
+	clear(b.keys)
+	clear(b.answers)
+	b.keys, b.answers, b.out = b.keys[:0], b.answers[:0], b.out[:0]
+	if cap(b.out) <= 2*flushAt {
+		batches.Put(b)
+	}
 }
 
 // get answers the GETs that have been gathered.
@@ -356,6 +366,7 @@ func (c *client) get() error {
 		}
 	}
 	clear(c.answers) // let go of the values
+	clear(c.keys)
 	c.keys = c.keys[:0]
 	return nil
 }

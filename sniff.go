@@ -258,7 +258,7 @@ func protocolOf(begin []byte) (proto protocol, ok bool) {
 	if begin[0] == '*' {
 		return protoRESP, true
 	}
-	line, _, whole := bytes.Cut(begin, []byte("\n"))
+	line, _, whole := bytes.Cut(begin[:min(len(begin), maxFirstLine)], []byte("\n"))
 	if !whole {
 		return protoRESP, len(begin) > maxFirstLine
 	}

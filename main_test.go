@@ -1,0 +1,1421 @@
+// Unit tests, fuzz targets and benchmarks, in the order of the files.
+//
+// They need nothing outside the process: Redis is played by a function on a loopback socket, or is an
+// address that cannot be dialled. Where time matters, it is testing/synctest's or a parameter.
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/iotest"
+	"testing/synctest"
+	"time"
+	"weak"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+// compare reports a difference. Long values are cut short.
+func compare[T comparable](t testing.TB, what string, got, want T) {
+	t.Helper()
+	if got != want {
+		t.Errorf("%.200s: got %.500s; want %.500s", strings.Trim(strconv.Quote(what), `"`), fmt.Sprintf("%#v", got), fmt.Sprintf("%#v", want))
+	}
+}
+
+// newTestProxy makes a proxy with these flags. Unless they say otherwise, the address of its Redis is
+// malformed, so that a miss fails before it reaches any network.
+func newTestProxy(t testing.TB, flags ...string) *proxy {
+	t.Helper()
+	cfg, err := parseConfig(append([]string{"--redis-host", "["}, flags...), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := newProxy(cfg, slog.New(slog.DiscardHandler))
+	t.Cleanup(p.pool.close)
+	return p
+}
+
+// cacheNow has the proxy's cache hold values that were fetched just now.
+func cacheNow(p *proxy, keyValues ...string) {
+	for kv := range slices.Chunk(keyValues, 2) {
+		p.cache.put(p.now(), newValue(kv[0], []byte(kv[1]), p.now()))
+	}
+}
+
+// main.go
+
+func TestConfigReads(t *testing.T) {
+	show := func(c config) string {
+		return fmt.Sprintf("listen-address:%s port:%d redis:%s redis-timeout:%v client-limit:%d cache-size:%d cache-bytes:%d "+
+			"cache-timeout:%v stale-timeout:%v max-clients:%d idle-timeout:%v tracking:%v version:%v ", c.listenAddress, c.port, c.redis.address(),
+			c.redisTimeout, c.clientLimit, c.cacheSize, c.cacheBytes, c.cacheTimeout, c.staleTimeout, c.maxClients, c.idleTimeout,
+			c.tracking, c.version)
+	}
+	for _, tt := range []struct{ args, env, want string }{
+		{"", "", "listen-address:127.0.0.1 port:8080 redis:127.0.0.1:6379 redis-timeout:1s client-limit:8 cache-size:10000 cache-bytes:268435456 " +
+			"cache-timeout:30s stale-timeout:0s max-clients:10000 idle-timeout:0s tracking:false version:false"},
+		{"", "RP_PORT=1", "port:1"}, {"", "RP_PORT=", "port:8080"}, {"", "RP_CACHE_SIZE=5", "cache-size:5"}, {"--port 0", "", "port:0"},
+		{"--port 2", "RP_PORT=1", "port:2"}, {"--port=2", "RP_PORT=1", "port:2"}, {"-port 2", "RP_PORT=1", "port:2"}, {"-port=2", "", "port:2"},
+		{"--port 2 --port 3", "", "port:3"}, {"--version", "", "version:true"}, {"--listen-address ::", "", "listen-address:::"},
+		{"--cache-timeout 30", "", "cache-timeout:30s"}, {"--cache-timeout 1.5", "", "cache-timeout:1.5s"},
+		{"--cache-timeout 250ms", "", "cache-timeout:250ms"}, {"", "RP_CACHE_TIMEOUT=1h30m", "cache-timeout:1h30m0s"},
+		{"--redis-timeout .1", "", "redis-timeout:100ms"}, {"--idle-timeout 5", "", "idle-timeout:5s"},
+		{"--tracking", "", "tracking:true"}, {"--tracking=false", "RP_TRACKING=true", "tracking:false"}, {"", "RP_TRACKING=1", "tracking:true"},
+		{"--stale-timeout 0s", "RP_STALE_TIMEOUT=5", "stale-timeout:0s"},
+		{"--cache-bytes 1", "", "cache-bytes:1"}, {"--cache-bytes 65536B", "", "cache-bytes:65536"}, {"--cache-bytes 64KB", "", "cache-bytes:65536"},
+		{"--cache-bytes 3mb", "", "cache-bytes:3145728"}, {"--cache-bytes 2G", "", "cache-bytes:2147483648"},
+		{"--redis-host ::1 --redis-port 7", "", "redis:[::1]:7"}, {"--redis-host h", "RP_REDIS_PORT=7", "redis:h:7"},
+		{"--redis-url redis://u:7 --redis-host h --redis-port 1", "", "redis:u:7"},
+		{"--redis-host h", "RP_REDIS_URL=redis://u", "redis:u:6379"}, {"--redis-url=", "RP_REDIS_URL=redis://u", "redis:127.0.0.1:6379"},
+	} {
+		cfg, err := parseConfig(strings.Fields(tt.args), strings.Fields(tt.env))
+		if err != nil || !strings.Contains(" "+show(cfg), " "+tt.want+" ") {
+			t.Errorf("%q %q: got %s, %v; want %s", tt.args, tt.env, show(cfg), err, tt.want)
+		}
+	}
+}
+
+// refusal is the error of a configuration that must have one.
+func refusal(t *testing.T, args, env []string) string {
+	t.Helper()
+	defer func() {
+		if r := recover(); r != nil {
+			t.Errorf("%q %q: got panic %v; want an error", args, env, r)
+		}
+	}()
+	_, err := parseConfig(args, env)
+	if err == nil {
+		t.Errorf("%q %q: got no error", args, env)
+		return ""
+	}
+	if strings.ContainsAny(err.Error(), "\r\n") {
+		t.Errorf("%q %q: got error %q; want one line", args, env, err)
+	}
+	return err.Error()
+}
+
+func TestConfigRefuses(t *testing.T) {
+	for _, tt := range []struct{ where, val, allowed string }{
+		{"--port", "x", "from 0 to 65535"}, {"--port", "", "from 0 to 65535"}, {"--port", "65536", "from 0 to 65535"},
+		{"--port", "-1", "from 0 to 65535"}, {"RP_PORT", "8080x", "from 0 to 65535"}, {"--redis-port", "0", "from 1 to 65535"},
+		{"--client-limit", "0", "from 1 to"}, {"--cache-size", "0", "from 1 to"}, {"--max-clients", "0", "from 1 to"},
+		{"RP_CACHE_SIZE", "1e3", "whole number"}, {"--listen-address", "", "must not be empty"}, {"--redis-host", "", "must not be empty"},
+		{"--cache-timeout", "0", "above 0"}, {"--cache-timeout", "-1", "above 0"}, {"--redis-timeout", "0s", "above 0"},
+		{"--cache-timeout", "NaN", "30, 1.5 or 250ms"}, {"--cache-timeout", "inf", "30, 1.5 or 250ms"},
+		{"--cache-timeout", "1e10", "30, 1.5 or 250ms"}, {"RP_CACHE_TIMEOUT", "soon", "30, 1.5 or 250ms"},
+		{"--stale-timeout", "-1s", "or 0"}, {"--idle-timeout", "never", "or 0"}, {"--tracking", "yes", "true or false"},
+		{"--cache-bytes", "0", "above 0"}, {"--cache-bytes", "-1", "above 0"}, {"--cache-bytes", "KB", "64KB"},
+		{"--cache-bytes", "1TB", "64KB"}, {"--cache-bytes", "1.5GB", "64KB"}, {"--cache-bytes", "9999999999GB", "64KB"},
+		{"RP_CACHE_BYTES", "lots", "64KB"}, {"--cache-bytes", "1ɐ", "64KB"}, // longer in upper case
+	} {
+		args, env := []string{tt.where + "=" + tt.val}, []string(nil)
+		if strings.HasPrefix(tt.where, "RP_") {
+			args, env = env, args
+		}
+		got := refusal(t, args, env)
+		for _, want := range []string{tt.where, strconv.Quote(tt.val), tt.allowed} {
+			if !strings.Contains(got, want) {
+				t.Errorf("%s %s: got error %q; want it to name %q", tt.where, tt.val, got, want)
+			}
+		}
+	}
+	for args, want := range map[string]string{
+		"--prot 1": "-prot", "--port": "-port", "8080": "8080", "--port 1 2": `"2"`, "--port 1 -- --port": `"--port"`,
+	} {
+		if got := refusal(t, strings.Fields(args), nil); !strings.Contains(got, want) {
+			t.Errorf("%s: got error %q; want it to name %q", args, got, want)
+		}
+	}
+}
+
+func TestConfigRedisURL(t *testing.T) {
+	for in, want := range map[string]redisAddress{
+		"redis://h": {host: "h", port: 6379}, "redis://h/": {host: "h", port: 6379}, "redis://h:7/3": {host: "h", port: 7, db: 3},
+		"redis://:p%40ss@h": {host: "h", port: 6379, password: "p@ss"}, "redis://[::1]": {host: "::1", port: 6379},
+		"redis://us%3Aer:p%2Fw:x@h":         {host: "h", port: 6379, user: "us:er", password: "p/w:x"},
+		"rediss://u:p@[fe80::1]:7/12":       {host: "fe80::1", port: 7, user: "u", password: "p", db: 12, tls: true},
+		"REDISS://cache.example.org:6380/0": {host: "cache.example.org", port: 6380, tls: true},
+	} {
+		cfg, err := parseConfig([]string{"--redis-url", in}, nil)
+		if err != nil {
+			t.Errorf("%s: got error %v", in, err)
+			continue
+		}
+		compare(t, in, cfg.redis, want)
+	}
+}
+
+func TestConfigRefusesRedisURLWithoutTellingIt(t *testing.T) {
+	for defect, in := range map[string]string{
+		"another scheme": "http://:s3cret@h", "no scheme": ":s3cret@h", "no slashes": "redis::s3cret@h", "no host": "redis://:s3cret@",
+		"port 0": "redis://:s3cret@h:0", "port too large": "redis://:s3cret@h:65536", "port not a number": "redis://:s3cret@h:port",
+		"database not a number": "redis://:s3cret@h/x", "database negative": "redis://:s3cret@h/-1", "two databases": "redis://:s3cret@h/0/1",
+		"database in the query": "redis://:s3cret@h?db=1", "fragment": "redis://:s3cret@h#1", "blank in front": " redis://:s3cret@h",
+		"user without password": "redis://s3cret@h", "user with empty password": "redis://s3cret:@h",
+		"malformed escape": "redis://:s3cret%zz@h", "control character": "redis://:s3cret\x01@h", "bracket without end": "redis://:s3cret@[::1",
+	} {
+		for where, got := range map[string]string{
+			"--redis-url":  refusal(t, []string{"--redis-url", in}, nil),
+			"RP_REDIS_URL": refusal(t, nil, []string{"RP_REDIS_URL=" + in}),
+		} {
+			if strings.Contains(got, "s3cret") || !strings.Contains(got, where+": ") || !strings.Contains(got, "redis://[[user]:pass@]host") {
+				t.Errorf("%s: got error %q; want one that names %s and what is allowed, not the value", defect, got, where)
+			}
+		}
+	}
+	for _, args := range [][]string{{"--redis-ulr=redis://:s3cret@h"}, {"--redis-url=", "redis://:s3cret@h"}} {
+		if got := refusal(t, args, nil); strings.Contains(got, "s3cret") {
+			t.Errorf("%q: got error %q; want the secret left out", args, got)
+		}
+	}
+}
+
+func TestConfigNamesUnreadVariables(t *testing.T) {
+	got := unreadVariables([]string{"RP_PORT=1", "RP_CACHESIZE=2", "HOME=/", "XRP_A=1", "RP_=", "RP_VERSION"})
+	compare(t, "unread", strings.Join(got, " "), "RP_CACHESIZE RP_ RP_VERSION")
+}
+
+func TestHelpListsEveryFlag(t *testing.T) {
+	for _, args := range []string{"--help", "-help", "-h"} {
+		if _, err := parseConfig([]string{args}, nil); !errors.Is(err, flag.ErrHelp) {
+			t.Errorf("%s: got error %v; want %v", args, err, flag.ErrHelp)
+		}
+	}
+	var b strings.Builder
+	printHelp(&b)
+	options := new(config).options()
+	if len(options) < 14 {
+		t.Errorf("got %d options; want those that are documented", len(options))
+	}
+	for _, o := range options {
+		_, about, _ := strings.Cut(b.String(), "\n  --"+o.name+" ")
+		about, _, _ = strings.Cut(about, "\n  --")
+		if !strings.Contains(about, o.variable()+"\n") || o.def != "" && !strings.Contains(about, "(default "+o.def+")") {
+			t.Errorf("help on --%s: got %q; want its variable, %s, and its default, %q", o.name, about, o.variable(), o.def)
+		}
+	}
+	compare(t, "variable", option{name: "redis-url"}.variable(), "RP_REDIS_URL")
+}
+
+func TestValueKeepsKeyAndContentApart(t *testing.T) {
+	for _, key := range []string{"", "key", "$5\r\n", "\x00\xff"} {
+		for _, val := range []string{"", "a", "\r\n", "$1\r\na\r\n", "\x00\xff", strings.Repeat("x", 1<<20)} {
+			v := newValue(key, []byte(val), time.Second)
+			compare(t, "key", v.key(), key)
+			compare(t, "content", v.content(), val)
+			compare(t, "bulk", v.bulk(), "$"+strconv.Itoa(len(val))+"\r\n"+val+"\r\n")
+			compare(t, "fetched", v.fetched, time.Second)
+		}
+	}
+}
+
+// sniff.go
+
+var beginnings = []struct {
+	name, in string
+	proto    protocol
+	ok       bool
+}{
+	{"nothing", "", 0, false}, {"no line end", "GET / HTTP/1.1", 0, false}, {"carriage return without newline", "GET / HTTP/1.1\r", 0, false},
+	{"array", "*1\r\n$4\r\nPING\r\n", protoRESP, true}, {"asterisk alone", "*", protoRESP, true}, {"inline command", "GET key\r\n", protoRESP, true},
+	{"inline command without carriage return", "PING\n", protoRESP, true}, {"empty line", "\r\n", protoRESP, true},
+	{"HTTP/1.1", "GET /key HTTP/1.1\r\n\r\n", protoHTTP, true}, {"HTTP/1.0", "GET /key HTTP/1.0\r\n\r\n", protoHTTP, true},
+	{"another method", "BREW / HTTP/1.1\r\n\r\n", protoHTTP, true}, {"HTTP without carriage return", "GET / HTTP/1.1\n\n", protoHTTP, true},
+	{"HTTP without path", "GET HTTP/1.1\r\n", protoHTTP, true}, {"HTTP/2 preface", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", protoHTTP, true},
+	{"longest line", "GET /" + strings.Repeat("a", maxFirstLine-16) + " HTTP/1.1\r\n", protoHTTP, true},
+	{"no version", "GET /key\r\n", protoRESP, true}, {"no blank before the version", "GET /HTTP/1.1\r\n", protoRESP, true},
+	{"blank after the version", "GET / HTTP/1.1 \r\n", protoRESP, true}, {"version in lower case", "GET / http/1.1\r\n", protoRESP, true},
+	{"version without minor", "GET / HTTP/1.\r\n", protoRESP, true}, {"minor of two digits", "GET / HTTP/1.10\r\n", protoRESP, true},
+	{"minor not a digit", "GET / HTTP/1.x\r\n", protoRESP, true}, {"HTTP/2 in a request", "GET / HTTP/2.0\r\n", protoRESP, true},
+	{"HTTP on the second line", "PING\r\nGET / HTTP/1.1\r\n", protoRESP, true}, {"HTTP in an array", "*1 HTTP/1.1\r\n", protoRESP, true},
+	{"preface for another path", "PRI / HTTP/2.0\r\n", protoRESP, true}, {"preface with a blank", "PRI * HTTP/2.0 \r\n", protoRESP, true},
+	{"line too long", strings.Repeat("a", maxFirstLine+1), protoRESP, true},
+	{"HTTP line too long", "GET /" + strings.Repeat("a", maxFirstLine) + " HTTP/1.1\r\n", protoRESP, true},
+}
+
+func TestProtocolOfFirstLine(t *testing.T) {
+	for _, tt := range beginnings {
+		proto, ok := protocolOf([]byte(tt.in))
+		if ok != tt.ok || ok && proto != tt.proto {
+			t.Errorf("%s: got %v, %v; want %v, %v", tt.name, protocols[proto], ok, protocols[tt.proto], tt.ok)
+		}
+	}
+}
+
+func FuzzProtocolOf(f *testing.F) {
+	for _, tt := range beginnings {
+		f.Add([]byte(tt.in), uint(len(tt.in)/2))
+		f.Add([]byte(tt.in), uint(maxFirstLine+1))
+	}
+	f.Fuzz(func(t *testing.T, in []byte, cut uint) {
+		early, ok := protocolOf(in[:min(cut, uint(len(in)))])
+		whole, still := protocolOf(in)
+		if ok && (!still || whole != early) {
+			t.Errorf("after %d bytes: got %v; want what the whole is, %v (%v)", cut, protocols[early], protocols[whole], still)
+		}
+	})
+}
+
+func TestDetectConsumesNothing(t *testing.T) {
+	for _, tt := range beginnings {
+		for name, step := range map[string]int{"whole": len(tt.in), "a byte at a time": 1} {
+			client, nc := net.Pipe()
+			go func() { // ends when all is read
+				defer client.Close()
+				for b := range slices.Chunk([]byte(tt.in), max(step, 1)) {
+					client.Write(b)
+				}
+			}()
+			c := &conn{Conn: nc, server: new(server)}
+			proto, err := c.detect(protocolOf)
+			if proto != tt.proto || (err == nil) != tt.ok {
+				t.Errorf("%s, %s: got %v, %v; want %v, %v", tt.name, name, protocols[proto], err, protocols[tt.proto], tt.ok)
+			}
+			rest, err := io.ReadAll(c)
+			if err != nil {
+				t.Errorf("%s, %s: reading on: %v", tt.name, name, err)
+			}
+			compare(t, tt.name+", "+name+": read after detection", string(rest), tt.in)
+		}
+	}
+}
+
+func TestDetectDeadlines(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		idle  time.Duration
+		write func(client net.Conn)
+		took  time.Duration
+		err   error
+	}{
+		{"silent for an hour at first", 0, func(c net.Conn) { time.Sleep(time.Hour); io.WriteString(c, "PING\r\n") }, time.Hour, nil},
+		{"silent with an idle timeout", time.Minute, func(net.Conn) {}, time.Minute, os.ErrDeadlineExceeded},
+		{"silent after the first byte", 0, func(c net.Conn) { io.WriteString(c, "G") }, 10 * time.Second, os.ErrDeadlineExceeded},
+		{"a byte every three seconds", 0, func(c net.Conn) {
+			for _, err := c.Write([]byte("G")); err == nil; _, err = c.Write([]byte("E")) {
+				time.Sleep(3 * time.Second)
+			}
+		}, 10 * time.Second, os.ErrDeadlineExceeded},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				client, nc := net.Pipe()
+				defer synctest.Wait()
+				c, start := &conn{Conn: nc, server: &server{idle: tt.idle}}, time.Now()
+				go tt.write(client) // ends when client is closed
+				_, err := c.detect(protocolOf)
+				if took := time.Since(start); !errors.Is(err, tt.err) || took != tt.took {
+					t.Errorf("got %v after %v; want %v after %v", err, took, tt.err, tt.took)
+				}
+				go func() { time.Sleep(time.Hour); client.Close() }()
+				if _, err := io.ReadAll(c); tt.err == nil && err != nil {
+					t.Errorf("reading an hour after detection: got %v; want the deadline gone", err)
+				}
+				time.Sleep(2 * time.Hour)
+			})
+		})
+	}
+}
+
+// http.go
+
+// serveHTTP answers a request that is given as a line without version, and header lines.
+func serveHTTP(t testing.TB, p *proxy, line string, header ...string) *http.Response {
+	t.Helper()
+	raw := line + " HTTP/1.1\r\nHost: x\r\n" + strings.Join(append(header, "\r\n"), "\r\n")
+	r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(raw)))
+	if err != nil {
+		t.Fatalf("%.200q: %v", raw, err)
+	}
+	rec := httptest.NewRecorder()
+	newWeb(p, nil).ServeHTTP(rec, r)
+	return rec.Result()
+}
+
+func bodyOf(t testing.TB, r *http.Response) string {
+	t.Helper()
+	b, err := io.ReadAll(r.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func TestHTTPAnswers(t *testing.T) {
+	p := newTestProxy(t)
+	cacheNow(p, "text", "0123456789", "empty", "", "binary", "\xff\x00")
+	const tag = `"84d89877f0d4041efb6bf91a16f0248f"` // half the SHA-256 of 0123456789
+	for _, tt := range []struct {
+		line, header string
+		status       int
+		body         string
+		want         string // headers, between semicolons; without a value: must not be there
+	}{
+		{"GET /text", "", 200, "0123456789", "Content-Length: 10|Content-Type: text/plain; charset=utf-8|X-Content-Type-Options: nosniff|" +
+			"Cache-Control: max-age=30|ETag: " + tag},
+		{"GET /binary", "", 200, "\xff\x00", "Content-Length: 2|Content-Type: application/octet-stream|X-Content-Type-Options: nosniff"},
+		{"GET /empty", "", 200, "", `Content-Length: 0|Content-Type: text/plain; charset=utf-8|ETag: "e3b0c44298fc1c149afbf4c8996fb924"`},
+		{"GET /text?x=1", "", 200, "0123456789", "Content-Length: 10"},
+		{"GET http://x/text", "", 200, "0123456789", "Content-Length: 10"},
+		{"HEAD /text", "", 200, "", "Content-Length: 10|ETag: " + tag + "|Cache-Control: max-age=30"},
+		{"GET /text", "If-None-Match: " + tag, 304, "", "ETag: " + tag + "|Cache-Control: max-age=30|Content-Length:"},
+		{"GET /text", `If-None-Match: "other", W/` + tag, 304, "", "ETag: " + tag},
+		{"GET /text", "If-None-Match: *", 304, "", "ETag: " + tag},
+		{"GET /text", `If-None-Match: "other"`, 200, "0123456789", "ETag: " + tag},
+		{"GET /text", "Range: bytes=2-4", 206, "234", "Content-Range: bytes 2-4/10|Content-Length: 3|ETag: " + tag},
+		{"GET /text", "Range: bytes=-2", 206, "89", "Content-Range: bytes 8-9/10"},
+		{"GET /text", "Range: bytes=2-4\r\nIf-Range: " + tag, 206, "234", "Content-Range: bytes 2-4/10"},
+		{"GET /text", "Range: bytes=2-4\r\nIf-Range: \"other\"", 200, "0123456789", "Content-Range:"},
+		{"HEAD /text", "Range: bytes=2-4", 206, "", "Content-Length: 3"},
+		{"GET /text", "Range: bytes=10-", 416, "invalid range: failed to overlap\n", "Content-Range: bytes */10|Cache-Control: no-store|ETag:"},
+		{"POST /text", "Content-Length: 1\r\n\r\nx", 405, "only GET and HEAD are allowed\n", "Allow: GET, HEAD|Cache-Control: no-store|Connection: close"},
+		{"PUT /text", "", 405, "only GET and HEAD are allowed\n", "Allow: GET, HEAD|Connection:"},
+		{"OPTIONS *", "", 405, "only GET and HEAD are allowed\n", "Allow: GET, HEAD"},
+		{"GET *", "", 400, "the path must begin with a slash\n", "Cache-Control: no-store"},
+		{"GET /text", "Content-Length: 1\r\n\r\nx", 200, "0123456789", "Connection: close"},
+		{"GET /nothing", "", 502, "upstream unavailable\n",
+			"Content-Type: text/plain; charset=utf-8|Cache-Control: no-store|Cache-Status: redis_proxy; fwd=miss|ETag:|Age:"},
+	} {
+		r := serveHTTP(t, p, tt.line, tt.header)
+		what := tt.line + " " + tt.header
+		compare(t, what+": status", r.StatusCode, tt.status)
+		compare(t, what+": body", bodyOf(t, r), tt.body)
+		for h := range strings.SplitSeq(tt.want, "|") {
+			name, want, _ := strings.Cut(h, ":")
+			compare(t, what+": "+name, r.Header.Get(name), strings.TrimSpace(want))
+		}
+	}
+}
+
+func TestHTTPTellsAge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		fresh, stale := newTestProxy(t), newTestProxy(t, "--stale-timeout", "60")
+		cacheNow(fresh, "key", "value")
+		cacheNow(stale, "key", "value")
+		for _, tt := range []struct {
+			wait        time.Duration
+			p           *proxy
+			status      int
+			cacheStatus string
+			age         string
+		}{
+			{0, fresh, 200, "redis_proxy; hit; ttl=30", "0"},
+			{7 * time.Second, fresh, 200, "redis_proxy; hit; ttl=23", "7"},
+			{22 * time.Second, fresh, 200, "redis_proxy; hit; ttl=1", "29"},
+			{time.Second, fresh, 502, "redis_proxy; fwd=stale", ""},
+			{5 * time.Second, stale, 200, "redis_proxy; fwd=stale; ttl=-5", "35"},
+			{55 * time.Second, stale, 502, "redis_proxy; fwd=stale", ""},
+		} {
+			time.Sleep(tt.wait)
+			r := serveHTTP(t, tt.p, "GET /key")
+			what := tt.p.now().String()
+			compare(t, what+": status", r.StatusCode, tt.status)
+			compare(t, what+": Cache-Status", r.Header.Get("Cache-Status"), tt.cacheStatus)
+			compare(t, what+": Age", r.Header.Get("Age"), tt.age)
+		}
+	})
+}
+
+func TestHTTPKeyIsThePath(t *testing.T) {
+	p := newTestProxy(t)
+	for _, tt := range []struct{ target, key string }{
+		{"/", ""}, {"/?key", ""}, {"/a", "a"}, {"/a/", "a/"}, {"/a/b", "a/b"}, {"/a%2Fb", "a/b"}, {"/%61", "a"},
+		{"//a", "/a"}, {"//a//b", "/a//b"}, {"/%2Fa", "/a"}, {"/http://x/y", "http://x/y"},
+		{"/.", "."}, {"/..", ".."}, {"/../a", "../a"}, {"/a/../b", "a/../b"}, {"/a/./b", "a/./b"},
+		{"/%00", "\x00"}, {"/a%00b", "a\x00b"}, {"/a%20b", "a b"}, {"/a%2500", "a%00"}, {"/%ff%fe", "\xff\xfe"},
+		{"/a+b", "a+b"}, {"/a%2Bb", "a+b"}, {"/a%3Fb?c", "a?b"}, {"/a;b&c=d", "a;b&c=d"}, {"/a#b", "a#b"},
+		{"/ключ", "ключ"}, {"/%D0%BA%D0%BB%D1%8E%D1%87", "ключ"},
+	} {
+		p.cache.clear()
+		cacheNow(p, tt.key, "value of "+tt.key)
+		compare(t, tt.target, bodyOf(t, serveHTTP(t, p, "GET "+tt.target)), "value of "+tt.key)
+	}
+}
+
+func FuzzHTTPKey(f *testing.F) {
+	p := newTestProxy(f)
+	for _, key := range []string{"", "a", "a b", "/", "..", "//", "a\x00b", "\xff", "ключ", "%2F", "?#+&;=", "\r\n", "http://x"} {
+		f.Add(key)
+	}
+	f.Fuzz(func(t *testing.T, key string) {
+		p.cache.clear()
+		cacheNow(p, key, "value of "+key)
+		var all strings.Builder
+		for _, b := range []byte(key) {
+			fmt.Fprintf(&all, "%%%02X", b)
+		}
+		for _, target := range []string{all.String(), url.PathEscape(key), strings.ReplaceAll(url.PathEscape(key), "%2F", "/") + "?query"} {
+			compare(t, target, bodyOf(t, serveHTTP(t, p, "GET /"+target)), "value of "+key)
+		}
+	})
+}
+
+func TestHTTPErrors(t *testing.T) {
+	for err, want := range map[error]string{
+		errAbsent: "404 no such key", replyError("WRONGTYPE Operation"): "409 the key holds another type than a string",
+		errUnavailable: "502 upstream unavailable", replyError("LOADING Redis at 10.0.0.1"): "502 upstream refused", errTimeout: "504 upstream timed out",
+	} {
+		status, text := httpError(err)
+		compare(t, err.Error(), fmt.Sprint(status, " ", text), want)
+	}
+}
+
+func TestHTTPAnswersFromRedis(t *testing.T) {
+	p := newTestProxy(t, playRedis(t, replies)...)
+	for _, tt := range []struct {
+		key         string
+		status      int
+		cacheStatus string
+		body        string
+	}{
+		{"text", 200, "redis_proxy; fwd=miss; stored", "hello"},
+		{"text", 200, "redis_proxy; hit; ttl=", "hello"},
+		{"empty", 200, "redis_proxy; fwd=miss; stored", ""},
+		{"absent", 404, "redis_proxy; fwd=miss", "no such key\n"},
+		{"absent", 404, "redis_proxy; fwd=miss", "no such key\n"},
+		{"empty", 200, "redis_proxy; hit; ttl=", ""},
+		{"list", 409, "redis_proxy; fwd=miss", "the key holds another type than a string\n"},
+		{"forbidden", 502, "redis_proxy; fwd=miss", "upstream refused\n"},
+	} {
+		r := serveHTTP(t, p, "GET /"+tt.key)
+		compare(t, tt.key+": status", r.StatusCode, tt.status)
+		compare(t, tt.key+": Cache-Status", strings.TrimRight(r.Header.Get("Cache-Status"), "0123456789"), tt.cacheStatus)
+		compare(t, tt.key+": body", bodyOf(t, r), tt.body)
+	}
+}
+
+// resp.go
+
+// requests is all that a reader makes of src, and what it fails with; nil at the end.
+func requests(t testing.TB, src io.Reader) (all [][]string, err error) {
+	t.Helper()
+	r := reader{src: src, buf: make([]byte, readBuffer)}
+	for r.fill() == nil {
+		for {
+			args, err := r.read()
+			if err != nil {
+				return all, err
+			}
+			if args == nil {
+				break
+			}
+			all = append(all, strs(args))
+		}
+		if len(r.buf) > 4*maxRequest {
+			t.Fatalf("got a buffer of %d bytes; want at most %d", len(r.buf), 4*maxRequest)
+		}
+	}
+	return all, nil
+}
+
+// strs copies a request's arguments.
+func strs(args [][]byte) (s []string) {
+	for _, a := range args {
+		s = append(s, string(a))
+	}
+	return s
+}
+
+var rawRequests = []struct{ name, in, want, err string }{
+	{"array", "*2\r\n$3\r\nGET\r\n$1\r\nk\r\n", `[["GET" "k"]]`, ""},
+	{"two arrays", "*1\r\n$4\r\nPING\r\n*1\r\n$4\r\nQUIT\r\n", `[["PING"] ["QUIT"]]`, ""},
+	{"empty and binary arguments", "*3\r\n$0\r\n\r\n$2\r\n\r\n\r\n$1\r\n\x00\r\n", `[["" "\r\n" "\x00"]]`, ""},
+	{"lengths of two and three digits", "*1\r\n$10\r\n0123456789\r\n*1\r\n$100\r\n" + strings.Repeat("a", 100) + "\r\n",
+		`[["0123456789"] ["` + strings.Repeat("a", 100) + `"]]`, ""},
+	{"ten arguments", "*10\r\n" + strings.Repeat("$1\r\na\r\n", 10), `[[` + strings.TrimSpace(strings.Repeat(`"a" `, 10)) + `]]`, ""},
+	{"whatever for terminators", "*1\rX$1\rXaXX*1\r\n$1\r\nb\n\n", `[["a"] ["b"]]`, ""},
+	{"inline", "GET k\r\n", `[["GET" "k"]]`, ""}, {"inline without carriage return", "GET k\nPING\n", `[["GET" "k"] ["PING"]]`, ""},
+	{"inline and arrays", "PING\r\n*1\r\n$4\r\nPING\r\nPING\r\n", `[["PING"] ["PING"] ["PING"]]`, ""},
+	{"requests for nothing", "\r\n\n   \r\n*0\r\n*-1\r\n*-10\r\nPING\r\n", `[["PING"]]`, ""},
+	{"unfinished array", "PING\r\n*2\r\n$3\r\nGET\r\n", `[["PING"]]`, ""}, {"unfinished argument", "PING\r\n*1\r\n$5\r\nabc", `[["PING"]]`, ""},
+	{"unfinished terminator", "*1\r\n$1\r\na\r", `[]`, ""}, {"unfinished line", "PING\r\nPI", `[["PING"]]`, ""},
+	{"zero byte hides the end of a line", "a\x00b\r\nPING\r\n", `[]`, ""},
+	{"count not a number", "*x\r\n", `[]`, "invalid multibulk length"}, {"count empty", "PING\r\n*\r\n", `[["PING"]]`, "invalid multibulk length"},
+	{"count with a leading zero", "*01\r\n", `[]`, "invalid multibulk length"}, {"count with a plus", "*+1\r\n", `[]`, "invalid multibulk length"},
+	{"count with a blank", "* 1\r\n", `[]`, "invalid multibulk length"}, {"count minus zero", "*-0\r\n", `[]`, "invalid multibulk length"},
+	{"count over 2147483647", "*2147483648\r\n", `[]`, "invalid multibulk length"},
+	{"count over any integer", "*99999999999999999999\r\n", `[]`, "invalid multibulk length"},
+	{"count that cannot fit a request", "*262144\r\n", `[]`, "invalid multibulk length"},
+	{"no dollar", "*1\r\nX\r\n", `[]`, "expected '$', got 'X'"},
+	{"count in place of an argument", "*2\r\n$1\r\na\r\n*1\r\n", `[]`, "expected '$', got '*'"},
+	{"argument longer than its length", "*2\r\n$1\r\nabc\r\n$1\r\n", `[]`, "expected '$', got '\r'"},
+	{"length not a number", "*1\r\n$x\r\n", `[]`, "invalid bulk length"}, {"length empty", "*1\r\n$\r\n", `[]`, "invalid bulk length"},
+	{"length negative", "*1\r\n$-1\r\n", `[]`, "invalid bulk length"}, {"length with a leading zero", "*1\r\n$03\r\n", `[]`, "invalid bulk length"},
+	{"length of two zeros", "*1\r\n$00\r\n", `[]`, "invalid bulk length"}, {"length with a plus", "*1\r\n$+3\r\n", `[]`, "invalid bulk length"},
+	{"length over 512 MiB", "*1\r\n$536870913\r\n", `[]`, "invalid bulk length"},
+	{"length over a request", "*1\r\n$1048577\r\n", `[]`, "invalid bulk length"},
+	{"lengths over a request together", "*2\r\n$600000\r\n" + strings.Repeat("a", 600000) + "\r\n$500000\r\n", `[]`, "invalid bulk length"},
+	{"lengths over a request, all short", "*170000\r\n" + strings.Repeat("$1\r\na\r\n", 150000), `[]`, "invalid bulk length"},
+	{"quotes that do not end", "PING\r\nGET \"k\r\n", `[["PING"]]`, "unbalanced quotes in request"},
+	{"quotes that end within a word", "GET \"a\"b\r\n", `[]`, "unbalanced quotes in request"},
+	{"largest request", request("GET", strings.Repeat("k", 1<<20-100)), `[["GET" "` + strings.Repeat("k", 1<<20-100) + `"]]`, ""},
+	{"longest line", strings.Repeat("a", maxInline) + "\n", `[["` + strings.Repeat("a", maxInline) + `"]]`, ""},
+	{"line too long", strings.Repeat("a", maxInline+1), `[]`, "too big inline request"},
+	{"line too long, ended", strings.Repeat("a", maxInline+1) + "\r\n", `[]`, "too big inline request"},
+	{"count line too long", "*" + strings.Repeat("1", maxInline), `[]`, "too big mbulk count string"},
+	{"count line too long, ended", "*" + strings.Repeat("1", maxInline) + "\r\n", `[]`, "too big mbulk count string"},
+	{"length line too long", "*1\r\n$" + strings.Repeat("1", maxInline), `[]`, "too big bulk count string"},
+}
+
+func TestReaderSplitsRequests(t *testing.T) {
+	for _, tt := range rawRequests {
+		want := error(nil)
+		if tt.err != "" {
+			want = protocolError(tt.err)
+		}
+		for name, src := range map[string]io.Reader{
+			"whole": strings.NewReader(tt.in), "a byte at a time": iotest.OneByteReader(strings.NewReader(tt.in)),
+		} {
+			got, err := requests(t, src)
+			compare(t, tt.name+", "+name, fmt.Sprintf("%q", got), tt.want)
+			compare(t, tt.name+", "+name+": error", err, want)
+		}
+	}
+	compare(t, "text", protocolError("invalid bulk length").Error(), "Protocol error: invalid bulk length")
+}
+
+func TestReaderLetsGoOfLargeRequests(t *testing.T) {
+	r := reader{src: io.MultiReader(strings.NewReader(request("GET", strings.Repeat("k", 1<<19))), strings.NewReader("P")), buf: make([]byte, readBuffer)}
+	for {
+		if err := r.fill(); err != nil {
+			t.Fatal(err)
+		}
+		if args, err := r.read(); err != nil {
+			t.Fatal(err)
+		} else if args != nil {
+			break
+		}
+	}
+	large := weak.Make(&r.buf[0])
+	if err := r.fill(); err != nil { // as if the client went on, or was silent: nothing is there to read yet
+		t.Fatal(err)
+	}
+	runtime.GC()
+	if large.Value() != nil {
+		t.Error("the buffer of a request of 512 KiB is still held after the next read")
+	}
+	runtime.KeepAlive(&r)
+}
+
+func FuzzReader(f *testing.F) {
+	for _, tt := range rawRequests {
+		f.Add([]byte(tt.in))
+	}
+	f.Fuzz(func(t *testing.T, whole []byte) {
+		want, wantErr := requests(t, bytes.NewReader(whole))
+		for _, parts := range []func(io.Reader) io.Reader{iotest.OneByteReader, iotest.HalfReader, iotest.DataErrReader} {
+			got, err := requests(t, parts(bytes.NewReader(whole)))
+			if !slices.EqualFunc(got, want, slices.Equal[[]string]) || err != wantErr {
+				t.Errorf("in parts: got %.300q, %v; want what the whole is, %.300q, %v", got, err, want, wantErr)
+			}
+		}
+	})
+}
+
+func TestSplitWordsAsRedisDoes(t *testing.T) {
+	for in, want := range map[string]string{
+		"": `[]`, " \t\n\v\f\r": `[]`, "a": `["a"]`, "  a \t b\r": `["a" "b"]`, "\v\fa": `["a"]`,
+		"a\vb c\fd": `["a\vb" "c\fd"]`, "\"a\"\vb": `["a" "b"]`, // blanks in front of a word and after quotes, but not the end of a word
+		"\u00a0a\u2003b \u0085": `["\u00a0a\u2003b" "\u0085"]`, // blank to Unicode, not to C
+		`"a b" 'c d'`:           `["a b" "c d"]`, `"" ''`: `["" ""]`, `a"b c"`: `["ab c"]`, `a'b' c`: `["ab" "c"]`, "\"\xff\" \xff": `["\xff" "\xff"]`,
+		`"\n\r\t\b\a\q\\\""`: `["\n\r\t\b\aq\\\""]`, `"\x41\xfF\x0"`: `["A\xffx0"]`, `"\x4g\xg4\x"`: `["x4gxg4x"]`, `'\n\x41\'"'`: `["\\n\\x41'\""]`,
+		`a\nb\`: `["a\\nb\\"]`, `"a`: `unbalanced`, `'a`: `unbalanced`, `"a\"`: `unbalanced`, `'a\'`: `unbalanced`, `"a\`: `unbalanced`,
+		`"a"b`: `unbalanced`, `'a'b`: `unbalanced`, `"a""b"`: `unbalanced`, `a b "`: `unbalanced`,
+	} {
+		got, err := splitWords(nil, []byte(in))
+		if want == "unbalanced" {
+			compare(t, in, err, error(protocolError("unbalanced quotes in request")))
+			continue
+		}
+		compare(t, in, fmt.Sprintf("%q %v", got, err), want+" <nil>")
+	}
+}
+
+func FuzzSplitWords(f *testing.F) {
+	for _, line := range []string{"", "a b", `"a" 'b'`, `"\x00\n\"" '\''`, `"`, "\v\f\x00", `a\`, `"\`, `"\x`} {
+		f.Add([]byte(line))
+	}
+	f.Add(bytes.Repeat([]byte("a "), maxInline/2))
+	f.Fuzz(func(t *testing.T, line []byte) {
+		words, err := splitWords(nil, line)
+		held := 0
+		for _, w := range words {
+			held += cap(w)
+		}
+		if held > 16*len(line) {
+			t.Errorf("a line of %d bytes: got words that hold %d; want in proportion", len(line), held)
+		}
+		if err != nil {
+			words = nil
+		}
+		words = append(words, line)
+		var quoted strings.Builder
+		for _, w := range words {
+			quoted.WriteString(`"`)
+			for _, b := range w {
+				fmt.Fprintf(&quoted, `\x%02x`, b)
+			}
+			quoted.WriteString("\"\t")
+		}
+		got, err := splitWords(nil, []byte(quoted.String()))
+		if err != nil || !slices.EqualFunc(got, words, bytes.Equal) {
+			t.Errorf("quoted again: got %.300q, %v; want %.300q", got, err, words)
+		}
+	})
+}
+
+func TestParseIntAsRedisDoes(t *testing.T) {
+	for in, want := range map[string]string{
+		"0": "0 true", "-1": "-1 true", "10": "10 true", "9223372036854775807": "9223372036854775807 true", "-9223372036854775808": "-9223372036854775808 true",
+		"": "0 false", "-": "0 false", "+1": "0 false", "01": "0 false", "-0": "0 false", "-01": "0 false", " 1": "0 false", "1 ": "0 false",
+		"1_0": "0 false", "0x1": "0 false", "1.0": "0 false", "9223372036854775808": "0 false",
+	} {
+		n, ok := parseInt([]byte(in))
+		compare(t, in, fmt.Sprint(n, ok), want)
+	}
+}
+
+func TestUnknownCommandAsRedisHasIt(t *testing.T) {
+	long := strings.Repeat("x", 200)
+	for args, want := range map[string]string{
+		"FOO":                                 "'FOO', with args beginning with: ",
+		"foo|bar|b az":                        "'foo', with args beginning with: 'bar' 'b az' ",
+		"a\x00b|c\x00d|":                      "'a', with args beginning with: 'c' '' ",
+		long:                                  "'" + long[:128] + "', with args beginning with: ",
+		"a|" + long + "|b":                    "'a', with args beginning with: '" + long[:128] + "' ",
+		"a|" + long[:100] + "|" + long + "|b": "'a', with args beginning with: '" + long[:100] + "' '" + long[:25] + "' ",
+	} {
+		compare(t, args, unknownCommand(bytes.Split([]byte(args), []byte("|"))), "ERR unknown command "+want)
+	}
+}
+
+// A script is a client's connection: what it sends is there from the start, and its replies are kept.
+type script struct {
+	net.Conn // for all that is not read or written
+	in       io.Reader
+	out      io.Writer
+	largest  int // the longest write
+}
+
+func newScript(t testing.TB, in io.Reader, out io.Writer) *script {
+	a, b := net.Pipe()
+	t.Cleanup(func() { a.Close(); b.Close() })
+	return &script{Conn: a, in: in, out: out}
+}
+
+func (s *script) Read(p []byte) (int, error) { return s.in.Read(p) }
+func (s *script) Write(p []byte) (int, error) {
+	s.largest = max(s.largest, len(p))
+	return s.out.Write(p)
+}
+
+// talk is what a new client reads after it has sent what in has.
+func talk(t testing.TB, p *proxy, in io.Reader) string {
+	t.Helper()
+	var out bytes.Buffer
+	newRESP(p).serve(newScript(t, in, &out))
+	return out.String()
+}
+
+// helloReply is the reply to HELLO of the first client in protocol 2 or 3.
+func helloReply(proto int) string {
+	return map[int]string{2: "*14\r\n", 3: "%7\r\n"}[proto] + bulk("server") + bulk("redis") + bulk("version") + bulk("7.0.15") + bulk("proto") +
+		":" + strconv.Itoa(proto) + "\r\n" + bulk("id") + ":1\r\n" + bulk("mode") + bulk("standalone") + bulk("role") + bulk("master") + bulk("modules") + "*0\r\n"
+}
+
+func TestRESPReplies(t *testing.T) {
+	p := newTestProxy(t)
+	cacheNow(p, "text", "hello", "empty", "", "crlf", "\r\n")
+	arity := func(name string) string { return "-ERR wrong number of arguments for '" + name + "' command\r\n" }
+	const hello = "$5\r\nhello\r\n"
+	for in, want := range map[string]string{ // NULL, MAP and TEXT stand for empty ones in either protocol
+		"GET text\r\n": hello, request("gEt", "text"): hello, "GET empty\r\nGET crlf\r\nGET text\r\n": "$0\r\n\r\n$2\r\n\r\n\r\n" + hello,
+		"GET\r\nGet a b\r\n": arity("get") + arity("get"), "GET nothing\r\nGET text\r\n": "-ERR upstream unavailable\r\n" + hello,
+		"MGET text empty text\r\n": "*3\r\n" + hello + "$0\r\n\r\n" + hello, "MGET text nothing\r\n": "-ERR upstream unavailable\r\n", "MGET\r\n": arity("mget"),
+		"PING\r\nping\nPING a b\r\n": "+PONG\r\n+PONG\r\n" + arity("ping"), request("PING", "a\r\n\x00"): "$4\r\na\r\n\x00\r\n",
+		request("ECHO", "a\r\n\x00"): "$4\r\na\r\n\x00\r\n", "ECHO\r\n": arity("echo"), "\r\n*0\r\n\n": "",
+		"HELLO 4\r\n": "-NOPROTO unsupported protocol version\r\n", "HELLO x\r\n": "-ERR Protocol version is not an integer or out of range\r\n",
+		"HELLO 2 foo\r\n": "-ERR Syntax error in HELLO option 'foo'\r\n", "HELLO 2 SETNAME\r\n": "-ERR Syntax error in HELLO option 'SETNAME'\r\n",
+		"HELLO 3 AUTH u p\r\nCLIENT GETNAME\r\n":                 "-WRONGPASS invalid username-password pair or user is disabled.\r\nNULL",
+		"HELLO 2 SETNAME \"a b\"\r\n":                            "-ERR Client names cannot contain spaces, newlines or special characters.\r\n",
+		"HELLO 3 AUTH default x SETNAME n\r\nCLIENT GETNAME\r\n": helloReply(3) + "$1\r\nn\r\n",
+		"AUTH x\r\n": "-ERR AUTH <password> called without any password configured for the default user. " +
+			"Are you sure your configuration is correct?\r\n",
+		"AUTH default x\r\nAUTH a b c\r\n": "+OK\r\n-ERR syntax error\r\n", "AUTH u x\r\n": "-WRONGPASS invalid username-password pair or user is disabled.\r\n",
+		"SELECT 0\r\nSELECT 1\r\nSELECT -1\r\n":            "+OK\r\n-ERR DB index is out of range\r\n-ERR DB index is out of range\r\n",
+		"SELECT x\r\n":                                     "-ERR value is not an integer or out of range\r\n",
+		"SELECT 2147483648\r\n":                            "-ERR value is out of range, value must between -2147483648 and 2147483647\r\n",
+		"RESET\r\nCONFIG GET x\r\nRESET x\r\n":             "+RESET\r\n*0\r\n" + arity("reset"),
+		"COMMAND\r\nCOMMAND COUNT\r\nCOMMAND DOCS get\r\n": "*0\r\n:0\r\nMAP", "COMMAND FOO\r\n": "-ERR unknown subcommand 'FOO'. Try COMMAND HELP.\r\n",
+		"COMMAND COUNT x\r\n": arity("command|count"), "CONFIG GET save\r\n": "MAP", "CONFIG\r\nCONFIG GET\r\n": arity("config") + arity("config|get"),
+		"CONFIG SET a b\r\n": "-ERR unknown subcommand 'SET'. Try CONFIG HELP.\r\n", "CLIENT ID\r\n": ":1\r\n",
+		"CLIENT\r\nCLIENT id x\r\n": arity("client") + arity("client|id"), "CLIENT foo\r\n": "-ERR unknown subcommand 'foo'. Try CLIENT HELP.\r\n",
+		"CLIENT TRACKING ON\r\n": "-ERR unknown subcommand 'TRACKING'. Try CLIENT HELP.\r\n", "CLIENT GETNAME\r\n": "NULL",
+		"CLIENT SETNAME n\r\nCLIENT GETNAME\r\nCLIENT SETNAME \"\"\r\nCLIENT GETNAME\r\n": "+OK\r\n$1\r\nn\r\n+OK\r\nNULL",
+		"CLIENT SETNAME \"a b\"\r\n":                                  "-ERR Client names cannot contain spaces, newlines or special characters.\r\n",
+		"CLIENT SETINFO lib-name x\r\nCLIENT SETINFO LIB-VER 1.0\r\n": "+OK\r\n+OK\r\n", "CLIENT SETINFO foo x\r\n": "-ERR Unrecognized option 'foo'\r\n",
+		"CLIENT SETINFO lib-name \"a b\"\r\n":                                "-ERR lib-name cannot contain spaces, newlines or special characters.\r\n",
+		"CLIENT NO-EVICT on\r\nCLIENT NO-TOUCH OFF\r\nCLIENT NO-EVICT x\r\n": "+OK\r\n+OK\r\n-ERR syntax error\r\n", "INFO nosuch\r\n": "TEXT",
+		"SET k v\r\nPING\r\n":    "-ERR unknown command 'SET', with args beginning with: 'k' 'v' \r\n+PONG\r\n",
+		request("a\r\nb", "c\n"): "-ERR unknown command 'a  b', with args beginning with: 'c ' \r\n",
+		"QUIT\r\nPING\r\n":       "+OK\r\n", "QUIT x\r\n": "+OK\r\n", "PING\r\nPOST / x\r\nPING\r\n": "+PONG\r\n", "Host: x\r\nPING\r\n": "",
+		"GET text\r\n*x\r\nPING\r\n": hello + "-ERR Protocol error: invalid multibulk length\r\n",
+		"*1\r\n\r\n\r\nPING\r\n":     "-ERR Protocol error: expected '$', got ' '\r\n",
+	} {
+		want2 := strings.NewReplacer("NULL", "$-1\r\n", "MAP", "*0\r\n", "TEXT", "$0\r\n\r\n").Replace(want)
+		want3 := strings.NewReplacer("NULL", "_\r\n", "MAP", "%0\r\n", "TEXT", "=4\r\ntxt:\r\n").Replace(want)
+		compare(t, in, talk(t, p, strings.NewReader(in)), want2)
+		compare(t, "a byte at a time: "+in, talk(t, p, iotest.OneByteReader(strings.NewReader(in))), want2)
+		compare(t, "in RESP3: "+in, talk(t, p, strings.NewReader("HELLO 3\r\n"+in)), helloReply(3)+want3)
+	}
+	compare(t, "HELLO", talk(t, p, strings.NewReader("HELLO\r\nHELLO 3\r\nHELLO\r\nHELLO 2\r\n")), helloReply(2)+helloReply(3)+helloReply(3)+helloReply(2))
+}
+
+func TestRESPDescribesItself(t *testing.T) {
+	p := newTestProxy(t)
+	cacheNow(p, "key", "value")
+	for in, wants := range map[string]string{
+		"INFO\r\n":                           "# Server\r\n|redis_version:7.0.15\r\n|loading:0\r\n|role:master\r\n|\r\n\r\n# Cache\r\ncache_keys:1\r\n",
+		"INFO all\r\n":                       "# Server\r\n|# Cache\r\n",
+		"GET key\r\nINFO STATS clients\r\n":  "# Clients\r\n|# Stats\r\n|keyspace_hits:1\r\n",
+		"CLIENT SETNAME me\r\nCLIENT INFO\n": "id=1 |name=me |resp=2 ",
+		"CLIENT SETINFO LIB-NAME x\r\nHELLO 3\r\nCLIENT LIST\n": "\r\ntxt:id=1 |resp=3 lib-name=x ",
+	} {
+		got := talk(t, p, strings.NewReader(in))
+		for want := range strings.SplitSeq(wants, "|") {
+			if !strings.Contains(got, want) {
+				t.Errorf("%q: got %q; want it to have %q", in, got, want)
+			}
+		}
+	}
+	if got := talk(t, p, strings.NewReader("INFO stats\r\n")); strings.Contains(got, "# Server") {
+		t.Errorf("INFO stats: got %q; want that section alone", got)
+	}
+}
+
+func TestRESPAnswersPipelinesInOrder(t *testing.T) {
+	p := newTestProxy(t)
+	large := strings.Repeat("x", 100000)
+	cacheNow(p, "text", "hello", "empty", "", "large", large)
+	var in, want strings.Builder
+	for i := range 3000 {
+		n := strconv.Itoa(i)
+		in.WriteString(request("GET", "text") + "GET empty\r\n" + request("ECHO", n) + request("MGET", "empty", "text"))
+		want.WriteString(bulk("hello") + bulk("") + bulk(n) + "*2\r\n" + bulk("") + bulk("hello"))
+		if i%100 == 0 {
+			in.WriteString(request("GET", "large"))
+			want.WriteString(bulk(large))
+		}
+	}
+	for range 1000 {
+		in.WriteString("GET text\r\n")
+		want.WriteString(bulk("hello"))
+	}
+	client, nc := net.Pipe()
+	go newRESP(p).serve(nc) // ends with QUIT
+	go io.WriteString(client, in.String()+"QUIT\r\n")
+	got, err := io.ReadAll(client)
+	if err != nil {
+		t.Error(err)
+	}
+	got, _ = bytes.CutSuffix(got, []byte("+OK\r\n"))
+	for reply := range strings.SplitAfterSeq(want.String(), "\n") {
+		if !bytes.HasPrefix(got, []byte(reply)) {
+			t.Fatalf("got %.80q; want %.80q", got, reply)
+		}
+		got = got[len(reply):]
+	}
+	compare(t, "after all replies", string(got), "")
+}
+
+func TestRESPHoldsFewRepliesBack(t *testing.T) {
+	p := newTestProxy(t)
+	s := newScript(t, strings.NewReader(strings.Repeat("INFO\n", readBuffer/len("INFO\n"))), io.Discard)
+	newRESP(p).serve(s)
+	if s.largest > 4*flushAt {
+		t.Errorf("replies to %d bytes of commands: got %d in one write; want at most %d", readBuffer, s.largest, 4*flushAt)
+	}
+}
+
+func TestRESPKeepsClientsApartAfterAFailedWrite(t *testing.T) {
+	p := newTestProxy(t)
+	cacheNow(p, "large", strings.Repeat("x", 2*flushAt))
+	for range 50 {
+		gone := newScript(t, strings.NewReader(strings.Repeat("GET large\r\n", 3)), failingWriter{})
+		newRESP(p).serve(gone)
+		if got := talk(t, p, strings.NewReader("PING\r\n")); got != "+PONG\r\n" {
+			t.Fatalf("PING of another client: got %.100q; want %q", got, "+PONG\r\n")
+		}
+	}
+}
+
+type failingWriter struct{}
+
+func (failingWriter) Write([]byte) (int, error) { return 0, errors.New("gone") }
+
+func TestRESPHitAllocatesNothing(t *testing.T) {
+	p := newTestProxy(t)
+	cacheNow(p, "key", "value")
+	const n = 20000
+	in := strings.Repeat(request("GET", "key"), n)
+	s := newScript(t, nil, io.Discard)
+	got := testing.AllocsPerRun(3, func() {
+		s.in = strings.NewReader(in)
+		newRESP(p).serve(s)
+	})
+	if got > n/20 { // the race detector has sync.Pool drop some
+		t.Errorf("%d hits: got %v allocations; want none, but for the connection", n, got)
+	}
+}
+
+func TestRESPAnswersFromRedis(t *testing.T) {
+	for in, want := range map[string]string{
+		"GET text":              bulk("hello"),
+		"GET empty":             bulk(""),
+		"GET absent":            "NULL",
+		"GET list":              "-WRONGTYPE Operation against a key holding the wrong kind of value\r\n",
+		"GET loading":           "-LOADING Redis is loading the dataset in memory\r\n",
+		"GET forbidden":         "-ERR upstream refused: NOPERM no permissions\r\n",
+		"GET number":            "-ERR upstream unavailable\r\n",
+		"MGET text absent list": "*3\r\n" + bulk("hello") + "NULLNULL",
+		"MGET text loading":     "-LOADING Redis is loading the dataset in memory\r\n",
+	} {
+		p := newTestProxy(t, playRedis(t, replies)...)
+		compare(t, in, talk(t, p, strings.NewReader(in+"\r\n")), strings.ReplaceAll(want, "NULL", "$-1\r\n"))
+		compare(t, "in RESP3: "+in, talk(t, p, strings.NewReader("HELLO 3\r\n"+in+"\r\n")), helloReply(3)+strings.ReplaceAll(want, "NULL", "_\r\n"))
+	}
+}
+
+// lru.go
+
+// bytesFor is a byte limit that n entries of this length fill.
+func bytesFor(n, keyAndValue int) int64 {
+	v := newValue("", make([]byte, keyAndValue), 0)
+	return int64(n) * (&entry{value: v}).size()
+}
+
+// putAt stores a value that was fetched now.
+func putAt(c *cache, now time.Duration, keys ...string) {
+	for _, key := range keys {
+		c.put(now, newValue(key, []byte("value"), now))
+	}
+}
+
+// lookUp reads a key.
+func lookUp(c *cache, now time.Duration, key string) (val string, hit bool) {
+	var a [1]answer
+	if c.get(now, [][]byte{[]byte(key)}, a[:]) > 0 {
+		return "", false
+	}
+	return a[0].content(), true
+}
+
+// holds tells which of the keys are there, and reads them: the last becomes the most recently used.
+func holds(c *cache, now time.Duration, keys string) (found string) {
+	for _, key := range strings.Split(keys, "") {
+		if _, hit := lookUp(c, now, key); hit {
+			found += key
+		}
+	}
+	return found
+}
+
+func TestCacheEvictsLeastRecentlyUsed(t *testing.T) {
+	c := newCache(3, 1<<20, time.Hour, 0)
+	putAt(c, 0, "a", "b", "c")
+	lookUp(c, 0, "a")
+	lookUp(c, 0, "x")
+	putAt(c, 0, "d")
+	compare(t, "a read, d filled", holds(c, 0, "bcda"), "cda")
+	putAt(c, 0, "c")
+	putAt(c, 0, "e", "f")
+	compare(t, "c refilled, e and f filled", holds(c, 0, "abcdef"), "cef")
+	_, _, counts := c.usage()
+	compare(t, "counts", counts, cacheCounts{evictions: 3})
+}
+
+func TestCacheRefillRenewsTheExpiryAndAReadDoesNot(t *testing.T) {
+	c := newCache(3, 1<<20, 10*time.Second, 0)
+	putAt(c, 0, "a", "b")
+	putAt(c, 5*time.Second, "b")
+	compare(t, "just before", holds(c, 10*time.Second-1, "ab"), "ab")
+	compare(t, "after the first TTL", holds(c, 10*time.Second, "ab"), "b")
+	compare(t, "before the second", holds(c, 15*time.Second-1, "ab"), "b")
+	compare(t, "after the second", holds(c, 15*time.Second, "ab"), "")
+	c.put(15*time.Second, newValue("a", nil, 12*time.Second)) // the fetch took three seconds
+	compare(t, "before the TTL from the fetch", holds(c, 22*time.Second-1, "a"), "a")
+	compare(t, "after the TTL from the fetch", holds(c, 22*time.Second, "a"), "")
+}
+
+func TestCacheExpiredCostsNoLiveEntryItsPlace(t *testing.T) {
+	c := newCache(3, 1<<20, 10*time.Second, 0)
+	putAt(c, 0, "a", "b")
+	putAt(c, 5*time.Second, "c")
+	compare(t, "all read, c first", holds(c, 9*time.Second, "cab"), "cab")
+	putAt(c, 10*time.Second, "d", "e")
+	compare(t, "a and b expired", holds(c, 10*time.Second, "abcde"), "cde")
+	_, _, counts := c.usage()
+	compare(t, "counts", counts, cacheCounts{expirations: 2})
+}
+
+func TestCacheExpiredCostsNoLiveEntryItsPlaceAfterASlowFetch(t *testing.T) {
+	c := newCache(2, 1<<20, 10*time.Second, 0)
+	c.put(3*time.Second, newValue("a", nil, 2*time.Second))
+	c.put(4*time.Second, newValue("b", nil, 1*time.Second)) // asked for earlier, answered later
+	putAt(c, 11*time.Second, "c")
+	compare(t, "b expired", holds(c, 11*time.Second, "abc"), "ac")
+}
+
+func TestCacheBoundsBytes(t *testing.T) {
+	c := newCache(100, bytesFor(3, 6), time.Hour, 0)
+	putAt(c, 0, "a", "b", "c", "d")
+	compare(t, "four where three fit", holds(c, 0, "abcd"), "bcd")
+	keys, used, _ := c.usage()
+	compare(t, "usage", fmt.Sprint(keys, used), fmt.Sprint(3, bytesFor(3, 6)))
+
+	large := make([]byte, bytesFor(3, 6))
+	compare(t, "too large a value: stored", c.put(0, newValue("c", large, 0)), false)
+	compare(t, "c too large", holds(c, 0, "bcd"), "bd")
+	most := large[:bytesFor(3, 6)-bytesFor(1, 0)-int64(len("c")+len("123"))]
+	compare(t, "the largest value: stored", c.put(0, newValue("c", most, 0)), true)
+	compare(t, "c as large as the cache", holds(c, 0, "bcd"), "c")
+	c.remove([]byte("c"))
+	keys, used, _ = c.usage()
+	compare(t, "usage when empty", fmt.Sprint(keys, used), "0 0")
+}
+
+func TestCacheRemovesAndClears(t *testing.T) {
+	c := newCache(5, 1<<20, time.Hour, 0)
+	putAt(c, 0, "a", "b", "c")
+	c.remove([]byte("b"))
+	c.remove([]byte("x"))
+	compare(t, "b removed", holds(c, 0, "abc"), "ac")
+	c.clear()
+	compare(t, "cleared", holds(c, 0, "abc"), "")
+	keys, used, _ := c.usage()
+	compare(t, "usage when cleared", fmt.Sprint(keys, used), "0 0")
+	putAt(c, 0, "d")
+	compare(t, "filled again", holds(c, 0, "acd"), "d")
+}
+
+func TestCacheGetAllocatesNothing(t *testing.T) {
+	c := newCache(5, 1<<20, time.Hour, 0)
+	putAt(c, 0, "a")
+	keys, answers := [][]byte{[]byte("a"), []byte("x")}, make([]answer, 2)
+	compare(t, "allocations", testing.AllocsPerRun(100, func() { c.get(0, keys, answers) }), 0)
+}
+
+// A slowCache does what the cache promises in the plainest way: a list, the most recently used in front.
+type slowCache struct {
+	maxKeys  int
+	maxBytes int64
+	ttl      time.Duration
+	values   []value
+}
+
+func (m *slowCache) remove(key string) {
+	m.values = slices.DeleteFunc(m.values, func(v value) bool { return v.key() == key })
+}
+
+func (m *slowCache) get(now time.Duration, key string) (val string, hit bool) {
+	i := slices.IndexFunc(m.values, func(v value) bool { return v.key() == key && now-v.fetched < m.ttl })
+	if i < 0 {
+		return "", false
+	}
+	v := m.values[i]
+	m.values = slices.Insert(slices.Delete(m.values, i, i+1), 0, v)
+	return v.content(), true
+}
+
+func (m *slowCache) put(now time.Duration, v value) (stored bool) {
+	m.remove(v.key())
+	size := func() (n int64) {
+		for _, v := range m.values {
+			n += (&entry{value: v}).size()
+		}
+		return n
+	}
+	if (&entry{value: v}).size() > m.maxBytes {
+		return false
+	}
+	m.values = slices.Insert(m.values, 0, v)
+	m.values = slices.DeleteFunc(m.values, func(v value) bool { return now-v.fetched >= m.ttl })
+	for len(m.values) > m.maxKeys || size() > m.maxBytes {
+		m.values = m.values[:len(m.values)-1]
+	}
+	return true
+}
+
+// FuzzCache compares the cache with a slowCache. Three bytes are an operation, a key and an argument.
+func FuzzCache(f *testing.F) {
+	for seed := range uint64(4) {
+		ops, r := make([]byte, 6000), rand.New(rand.NewPCG(seed, 0))
+		for i := range ops {
+			ops[i] = byte(r.Uint32())
+		}
+		f.Add(ops, seed%2 == 0)
+	}
+	f.Fuzz(func(t *testing.T, ops []byte, stale bool) {
+		m := &slowCache{maxKeys: 8, maxBytes: bytesFor(7, 100), ttl: 5 * time.Second}
+		c := newCache(m.maxKeys, m.maxBytes, m.ttl, 0)
+		if stale {
+			c.stale = 3 * time.Second
+		}
+		var now time.Duration
+		for op := range slices.Chunk(ops, 3) {
+			if len(op) < 3 {
+				break
+			}
+			what, key, arg := op[0]%16, string('a'+rune(op[1]%16)), int(op[2])
+			switch {
+			case what < 6:
+				got, hit := lookUp(c, now, key)
+				want, wantHit := m.get(now, key)
+				compare(t, "get "+key, fmt.Sprint(got, hit), fmt.Sprint(want, wantHit))
+			case what < 11:
+				val := bytes.Repeat([]byte{op[1]}, arg*arg/30)
+				v := newValue(key, val, now-time.Duration(arg%4)*time.Second)
+				compare(t, "put "+key, c.put(now, v), m.put(now, v))
+			case what < 15:
+				now += time.Duration(arg%4) * time.Second
+			case arg > 0:
+				c.remove([]byte(key))
+				m.remove(key)
+			default:
+				c.clear()
+				m.values = nil
+			}
+			checkCache(t, c)
+			if t.Failed() {
+				return
+			}
+		}
+	})
+}
+
+// checkCache checks that map, lists, and counts agree with one another and with the limits.
+func checkCache(t *testing.T, c *cache) {
+	t.Helper()
+	var used int64
+	for key, e := range c.entries {
+		compare(t, "key in the map", key, e.key())
+		used += e.size()
+	}
+	compare(t, "entries in use order", c.used.Len(), len(c.entries))
+	compare(t, "entries in fill order", c.filled.Len(), len(c.entries))
+	compare(t, "bytes", c.bytes, used)
+	if len(c.entries) > c.maxKeys || used > c.maxBytes {
+		t.Errorf("got %d keys, %d bytes; want at most %d, %d", len(c.entries), used, c.maxKeys, c.maxBytes)
+	}
+}
+
+// pool.go
+
+// replies is a Redis that holds a key for each way there is to answer.
+func replies(_ int, args []string) string {
+	return map[string]string{
+		"text":      bulk("hello"),
+		"empty":     bulk(""),
+		"absent":    "$-1\r\n",
+		"list":      "-WRONGTYPE Operation against a key holding the wrong kind of value\r\n",
+		"loading":   "-LOADING Redis is loading the dataset in memory\r\n",
+		"forbidden": "-NOPERM no permissions\r\n",
+		"number":    ":1\r\n",
+	}[args[1]]
+}
+
+// hungUp at the end of a reply has the connection closed.
+const hungUp = "hung up"
+
+// playRedis has reply play a Redis, for connections numbered from 1, and returns the flags for it.
+func playRedis(t testing.TB, reply func(conn int, args []string) string) (flags []string) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var serving sync.WaitGroup
+	var conns []net.Conn
+	serving.Go(func() { // ends when l is closed
+		for {
+			nc, err := l.Accept()
+			if err != nil {
+				return
+			}
+			conns = append(conns, nc)
+			n := len(conns)
+			serving.Go(func() { playConn(nc, func(args []string) string { return reply(n, args) }) }) // ends when nc is closed
+		}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		for _, nc := range conns {
+			nc.Close()
+		}
+		serving.Wait()
+	})
+	host, port, _ := net.SplitHostPort(l.Addr().String())
+	return []string{"--redis-host", host, "--redis-port", port}
+}
+
+func playConn(nc net.Conn, reply func(args []string) string) {
+	defer nc.Close()
+	r := reader{src: nc, buf: make([]byte, readBuffer)}
+	for r.fill() == nil {
+		for args, err := r.read(); args != nil && err == nil; args, err = r.read() {
+			s, last := strings.CutSuffix(reply(strs(args)), hungUp)
+			io.WriteString(nc, s)
+			if last {
+				return
+			}
+		}
+	}
+}
+
+// askFor asks for keys without waiting.
+func askFor(p *proxy, keys ...string) []answer {
+	answers, raw := make([]answer, len(keys)), make([][]byte, len(keys))
+	for i, key := range keys {
+		raw[i] = []byte(key)
+	}
+	p.ask(raw, answers)
+	return answers
+}
+
+// outcomeOf tells what an answer turned out to be.
+func outcomeOf(a answer) string {
+	if a.err != nil {
+		return a.err.Error()
+	}
+	return a.content()
+}
+
+func TestPoolFetchesEachKeyOnce(t *testing.T) {
+	var fetches atomic.Int64
+	release := make(chan struct{})
+	p := newTestProxy(t, playRedis(t, func(int, []string) string {
+		fetches.Add(1)
+		<-release
+		return bulk("hello")
+	})...)
+	var asked, done sync.WaitGroup
+	var sources [fromStale]atomic.Int64
+	for range 100 {
+		asked.Add(1)
+		done.Go(func() {
+			answers := askFor(p, "key")
+			asked.Done()
+			p.wait(answers)
+			compare(t, "answer", outcomeOf(answers[0]), "hello")
+			sources[answers[0].source].Add(1)
+		})
+	}
+	asked.Wait()
+	close(release)
+	done.Wait()
+	compare(t, "fetches", fetches.Load(), 1)
+	compare(t, "answers from Redis, from another's fetch", fmt.Sprint(sources[fromRedis].Load(), sources[fromAnother].Load()), "1 99")
+}
+
+func TestPoolSendsWhatWaitsTogether(t *testing.T) {
+	const n = 200
+	begun, release := make(chan struct{}), make(chan struct{})
+	var held strings.Builder
+	seen := 0
+	p := newTestProxy(t, append(playRedis(t, func(_ int, args []string) string {
+		if args[1] == "first" {
+			close(begun)
+			<-release
+			return bulk("first")
+		}
+		held.WriteString(bulk(args[1]))
+		if seen++; seen < n {
+			return "" // no reply before all have been asked for
+		}
+		return held.String()
+	}), "--client-limit", "1")...)
+	first := askFor(p, "first")
+	<-begun
+	var answers []answer
+	for i := range n {
+		answers = append(answers, askFor(p, strconv.Itoa(i))...)
+	}
+	close(release)
+	p.wait(first)
+	p.wait(answers)
+	compare(t, "first", outcomeOf(first[0]), "first")
+	for i, a := range answers {
+		compare(t, "answer", outcomeOf(a), strconv.Itoa(i))
+	}
+	_, _, counts := p.pool.usage()
+	compare(t, "fetches", counts.fetches, int64(n+1))
+	compare(t, "batches", counts.batches, 2)
+}
+
+func TestPoolRefusesWhatIsNoReplyToGet(t *testing.T) {
+	for defect, reply := range map[string]string{
+		"integer": ":1\r\n", "status": "+OK\r\n", "array": "*1\r\n$1\r\na\r\n", "null of RESP3": "_\r\n", "no reply at all": "hello\r\n",
+		"nothing": hungUp, "value cut short": "$5\r\nab" + hungUp, "value without end": "$1\r\nabc" + hungUp,
+		"length beyond all memory": "$1000000000000000\r\n", "length not a number": "$x\r\n",
+	} {
+		sick := atomic.Bool{}
+		sick.Store(true)
+		p := newTestProxy(t, playRedis(t, func(n int, args []string) string {
+			if sick.Load() {
+				return reply
+			}
+			return replies(n, args)
+		})...)
+		answers := askFor(p, "key")
+		p.wait(answers)
+		compare(t, defect, answers[0].err, errUnavailable)
+		sick.Store(false)
+		answers = askFor(p, "text")
+		p.wait(answers)
+		compare(t, "next answer after "+defect, outcomeOf(answers[0]), "hello")
+	}
+}
+
+func TestPoolStoresNothingThatWasSuperseded(t *testing.T) {
+	var fetches atomic.Int64
+	begun, release := make(chan struct{}), make(chan struct{})
+	p := newTestProxy(t, playRedis(t, func(int, []string) string {
+		if fetches.Add(1) > 1 {
+			return bulk("new")
+		}
+		close(begun)
+		<-release
+		return bulk("old")
+	})...)
+	keys, old, renewed := [][]byte{[]byte("key")}, askFor(p, "key"), make([]answer, 1)
+	<-begun
+	late := p.now() + p.cfg.redisTimeout // nobody waits for the first any more
+	p.cache.get(late, keys, renewed)
+	p.pool.fetch(late, keys, renewed)
+	p.wait(renewed)
+	compare(t, "second answer", outcomeOf(renewed[0]), "new")
+	close(release)
+	p.wait(old)
+	compare(t, "first answer", outcomeOf(old[0]), "old")
+	compare(t, "stored", old[0].fetch.stored, false)
+	compare(t, "in the cache", outcomeOf(askFor(p, "key")[0]), "new")
+}
+
+func TestRefusedMarksWhatConcernsTheProxy(t *testing.T) {
+	for in, want := range map[redis.Error]replyError{
+		"WRONGTYPE Operation": "WRONGTYPE Operation", "LOADING Redis is": "LOADING Redis is", "ERR any": "ERR any", "NOAUTHORITY": "NOAUTHORITY",
+		"NOAUTH Authentication required.": "ERR upstream refused: NOAUTH Authentication required.",
+		"NOPERM this user":                "ERR upstream refused: NOPERM this user", "WRONGPASS invalid": "ERR upstream refused: WRONGPASS invalid",
+	} {
+		compare(t, string(in), refused(in), want)
+	}
+}
+
+// Benchmarks
+
+// filledCache holds n entries of 16-byte keys and 40-byte values.
+func filledCache(n int) (*cache, [][]byte) {
+	c := newCache(n, 1<<40, time.Hour, 0)
+	keys := make([][]byte, n)
+	for i := range keys {
+		keys[i] = fmt.Appendf(nil, "key:%012d", i)
+		c.put(0, newValue(string(keys[i]), make([]byte, 40), 0))
+	}
+	rand.Shuffle(n, func(i, j int) { keys[i], keys[j] = keys[j], keys[i] })
+	return c, keys
+}
+
+func BenchmarkCacheGet(b *testing.B) {
+	for _, n := range []int{1e3, 1e4, 1e5, 1e6} {
+		b.Run(strconv.Itoa(n), func(b *testing.B) {
+			c, keys := filledCache(n)
+			var answers [1]answer
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				c.get(0, keys[i%n:i%n+1], answers[:])
+			}
+		})
+	}
+}
+
+func BenchmarkCacheGetParallel(b *testing.B) {
+	c, keys := filledCache(1e4)
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		var answers [1]answer
+		for i := rand.IntN(len(keys)); pb.Next(); i++ {
+			at := i % len(keys)
+			c.get(0, keys[at:at+1], answers[:])
+		}
+	})
+}
+
+func BenchmarkCachePut(b *testing.B) {
+	for name, keys := range map[string]int{"refill": 1e4, "evict": 2e4} {
+		b.Run(name, func(b *testing.B) {
+			c, _ := filledCache(1e4)
+			val := make([]byte, 40)
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				c.put(0, newValue(fmt.Sprintf("key:%012d", i%keys), val, 0))
+			}
+		})
+	}
+}
+
+// BenchmarkCacheMemory measures what entryOverhead states.
+func BenchmarkCacheMemory(b *testing.B) {
+	const n, data = 1_000_000, len("key:000000000000") + len("$40\r\n\r\n") + 40
+	var overhead float64
+	for b.Loop() {
+		var before, after runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		c, keys := filledCache(n)
+		clear(keys)
+		runtime.GC()
+		runtime.ReadMemStats(&after)
+		overhead = float64(after.HeapAlloc-before.HeapAlloc-uint64(cap(keys))*24)/n - float64(data)
+		runtime.KeepAlive(c)
+		runtime.KeepAlive(keys)
+	}
+	b.ReportMetric(overhead, "bytes/entry")
+	b.ReportMetric(0, "ns/op")
+}
+
+func BenchmarkReader(b *testing.B) {
+	in := strings.NewReader(strings.Repeat(request("GET", "key:000000000000"), 16))
+	r := reader{src: in, buf: make([]byte, readBuffer)}
+	b.ReportAllocs()
+	b.SetBytes(in.Size())
+	for b.Loop() {
+		in.Seek(0, io.SeekStart)
+		r.fill()
+		for n := 0; ; n++ {
+			if args, err := r.read(); err != nil || args == nil && n != 16 {
+				b.Fatalf("got %d requests, %v; want 16", n, err)
+			} else if args == nil {
+				break
+			}
+		}
+	}
+}
