@@ -21,6 +21,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -75,6 +76,7 @@ func main() {
 		os.Exit(1)
 	}
 	cfg.maxClients = fitDescriptors(cfg, log)
+	tuneGC(cfg)
 	run(ctx, cfg, l, log)
 }
 
@@ -113,6 +115,15 @@ func check(cfg config) error {
 		return fmt.Errorf("PING was answered by %q", s)
 	}
 	return nil
+}
+
+// tuneGC has garbage collected less often than by default while memory is small beside the cache's limit,
+// and within twice that limit otherwise. GOGC and GOMEMLIMIT, where set, say otherwise.
+func tuneGC(cfg config) {
+	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetGCPercent(400)
+		debug.SetMemoryLimit(2*cfg.cacheBytes + 32<<20)
+	}
 }
 
 // fitDescriptors is how many clients the process may have, as each costs a file descriptor.

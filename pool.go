@@ -67,9 +67,10 @@ var latencyBounds = [...]time.Duration{
 
 // A node is one Redis server.
 type node struct {
-	conns *redis.Pool
-	slots chan struct{} // holds an element for each connection in use
-	queue []*fetch      // waiting for a connection; the pool's lock guards it
+	conns  *redis.Pool
+	slots  chan struct{} // holds an element for each connection in use
+	queue  []*fetch      // waiting for a connection; the pool's lock guards it and coming
+	coming bool          // a worker is about to take the queue
 
 	suspect atomic.Int64 // unix nanoseconds; connections idle since before may be dead
 	success atomic.Int64 // unix nanoseconds of the last success
@@ -177,8 +178,8 @@ func (p *pool) fetch(now time.Duration, keys [][]byte, answers []answer) {
 			p.fetchLocked(now, keys[i:i+1], answers[i:i+1])
 		}
 	}
+	p.startLocked(p.node)
 	p.mu.Unlock()
-	p.start(p.node)
 }
 
 // fetchLocked has one key fetched. Key and answer come as slices of length 1.
@@ -204,14 +205,17 @@ func (p *pool) fetchLocked(now time.Duration, key [][]byte, as []answer) {
 	a.fetch = f
 }
 
-// start has the queue worked on, if a slot is free; else those who hold the slots will come to it.
-func (p *pool) start(n *node) bool {
+// startLocked has the queue worked on, unless somebody is on the way to it. If no slot is free, those who
+// hold the slots will come to it.
+func (p *pool) startLocked(n *node) {
+	if len(n.queue) == 0 || n.coming {
+		return
+	}
 	select {
 	case n.slots <- struct{}{}:
+		n.coming = true
 		go p.work(n) // ends when the queue is empty
-		return true
 	default:
-		return false
 	}
 }
 
@@ -221,33 +225,27 @@ func (p *pool) work(n *node) {
 	for {
 		runtime.Gosched() // all who are about to ask do so first, and share a round trip
 		fs = p.batch(n, fs[:0])
-		clear(fs)
-		if p.queued(n) {
-			continue
+		if len(fs) == 0 {
+			break
 		}
-		p.release(n)
-		return
+		clear(fs)
 	}
+	p.release(n)
 }
 
-// release gives a slot back. Who queued since the last look at the queue has found none free.
+// release gives a slot back. Who queued since the last look at the queue may have found none free.
 func (p *pool) release(n *node) {
 	<-n.slots
-	if p.queued(n) {
-		p.start(n)
-	}
-}
-
-func (p *pool) queued(n *node) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return len(n.queue) > 0
+	p.startLocked(n)
 }
 
 // take moves what is queued to fs, at most as much as fits a pipeline.
 func (p *pool) take(n *node, fs []*fetch) []*fetch {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	n.coming = false
 	fs = append(fs, n.queue[:min(len(n.queue), maxPipeline)]...)
 	rest := copy(n.queue, n.queue[len(fs):])
 	clear(n.queue[rest:])
