@@ -5,6 +5,8 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
@@ -18,15 +20,17 @@ import (
 	"net/http/pprof"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
 )
 
 const (
-	headerTimeout   = 10 * time.Second
-	httpIdleTimeout = 2 * time.Minute
-	maxHeaderBytes  = 128 << 10
+	headerTimeout  = 10 * time.Second
+	maxHeaderBytes = 128 << 10
+	// quickBuffer is what a connection has to read plain requests into.
+	quickBuffer = 4 << 10
 )
 
 // A web is the HTTP front end. It is the net.Listener of its own http.Server, to which it gives the
@@ -61,8 +65,18 @@ func newWeb(p *proxy, addr net.Addr) *web {
 // run serves until shutdown.
 func (w *web) run() { w.server.Serve(w) }
 
-// serve takes over a connection that speaks HTTP.
+// serve answers plain requests, and hands the connection to net/http at the first that is not plain. One
+// that came over TLS with a negotiated protocol is net/http's from the start, and so is every one where
+// requests have to bring a password.
 func (w *web) serve(c net.Conn) {
+	if plain, ok := c.(clientConn); ok && w.proxy.authorised(nil) {
+		if !w.quick(plain) {
+			c.Close()
+			return
+		}
+	} else if ok {
+		plain.release(nil)
+	}
 	select {
 	case w.conns <- c:
 	case <-w.closed:
@@ -125,13 +139,8 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		fail(rw, http.StatusBadRequest, "the path must begin with a slash")
 		return
 	}
-	keys, answers := [1][]byte{[]byte(path)}, [1]answer{}
-	w.proxy.ask(keys[:], answers[:])
-	w.proxy.wait(answers[:])
-	w.proxy.count(protoHTTP, answers[:])
-	a := &answers[0]
-	now := w.proxy.now()
-	h["Cache-Status"] = []string{w.cacheStatus(a, now)}
+	a, now := w.get([]byte(path))
+	h["Cache-Status"] = []string{string(w.appendCacheStatus(nil, &a, now))}
 	if a.err != nil {
 		status, text := httpError(a.err)
 		fail(rw, status, text)
@@ -140,13 +149,22 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	content := a.content()
 	h["Content-Type"] = []string{contentType(content)}
 	h["X-Content-Type-Options"] = []string{"nosniff"}
-	h["Etag"] = []string{etag(content)}
+	h["Etag"] = []string{string(appendETag(nil, content))}
 	h["Cache-Control"] = []string{"max-age=" + seconds(w.proxy.cfg.cacheTimeout)}
 	h["Age"] = []string{seconds(now - a.fetched)}
 	if r.Header.Get("Range") != "" {
 		rw = rangeWriter{rw}
 	}
 	http.ServeContent(rw, r, "", time.Time{}, strings.NewReader(content))
+}
+
+// get asks for one key.
+func (w *web) get(key []byte) (answer, time.Duration) {
+	keys, answers := [1][]byte{key}, [1]answer{}
+	w.proxy.ask(keys[:], answers[:])
+	w.proxy.wait(answers[:])
+	w.proxy.count(protoHTTP, answers[:])
+	return answers[0], w.proxy.now()
 }
 
 // authorised tells whether a request brings the password, in one of the two ways of RFC 7617 and 6750.
@@ -193,25 +211,27 @@ func httpError(err error) (status int, text string) {
 	return http.StatusBadGateway, "upstream unavailable"
 }
 
-// cacheStatus tells how the cache handled a request (RFC 9211).
-func (w *web) cacheStatus(a *answer, now time.Duration) string {
+// appendCacheStatus tells how the cache handled a request (RFC 9211).
+func (w *web) appendCacheStatus(b []byte, a *answer, now time.Duration) []byte {
+	ttl := int64((a.fetched + w.proxy.cfg.cacheTimeout - now) / time.Second)
 	if a.source == fromCache {
-		return "redis_proxy; hit; ttl=" + seconds(a.fetched+w.proxy.cfg.cacheTimeout-now)
+		return strconv.AppendInt(append(b, "redis_proxy; hit; ttl="...), ttl, 10)
 	}
-	status := "redis_proxy; fwd=miss"
 	if a.expired {
-		status = "redis_proxy; fwd=stale"
+		b = append(b, "redis_proxy; fwd=stale"...)
+	} else {
+		b = append(b, "redis_proxy; fwd=miss"...)
 	}
 	switch {
 	case a.source == fromStale:
-		status += "; ttl=" + seconds(a.fetched+w.proxy.cfg.cacheTimeout-now)
+		b = strconv.AppendInt(append(b, "; ttl="...), ttl, 10)
 	case a.err == nil && a.fetch.stored:
-		status += "; stored"
+		b = append(b, "; stored"...)
 	}
 	if a.source == fromAnother {
-		status += "; collapsed"
+		b = append(b, "; collapsed"...)
 	}
-	return status
+	return b
 }
 
 // contentType is of what a value looks like: Redis does not say.
@@ -222,14 +242,163 @@ func contentType(content string) string {
 	return "application/octet-stream"
 }
 
-// etag is a strong validator (RFC 9110 §8.8.3): a digest of the value, the same on every replica.
-func etag(content string) string {
+// appendETag adds a strong validator (RFC 9110 §8.8.3): a digest of the value, the same on every replica.
+func appendETag(b []byte, content string) []byte {
 	sum := sha256.Sum256([]byte(content))
-	return `"` + hex.EncodeToString(sum[:16]) + `"`
+	return append(hex.AppendEncode(append(b, '"'), sum[:16]), '"')
 }
 
 // seconds is a duration as HTTP has it: in whole seconds.
 func seconds(d time.Duration) string { return strconv.FormatInt(int64(d/time.Second), 10) }
+
+// quick answers requests as ServeHTTP does, without net/http, which costs more than all the rest of a
+// hit. It takes only what cannot be misunderstood: see plainGet. It returns true when net/http is to go on
+// with what comes next, false when the connection is done with.
+func (w *web) quick(c clientConn) bool {
+	buf := make([]byte, quickBuffer)
+	for kept, answered := 0, false; ; {
+		n, err := c.Read(buf[kept:])
+		if n == 0 {
+			return false
+		}
+		err = nil // if there is one, the next Read has it too
+		page := pages.Get().(*[]byte)
+		out, unread := (*page)[:0], buf[:kept+n]
+		for len(unread) > 0 && err == nil {
+			key, size := plainGet(unread)
+			if size == 0 || w.draining.Load() {
+				break
+			}
+			unread, answered = unread[size:], true
+			var content string
+			out, content = w.appendAnswer(out, key)
+			if len(out)+len(content) <= flushAt {
+				out = append(out, content...)
+				continue
+			}
+			large := bufio.NewWriterSize(c, flushAt)
+			large.Write(out)
+			large.WriteString(content)
+			out, err = out[:0], large.Flush()
+		}
+		if len(out) > 0 && err == nil {
+			_, err = c.Write(out)
+		}
+		*page = out
+		pages.Put(page)
+		if err != nil {
+			return false
+		}
+		// Between requests net/http waits for 4 bytes, and says nothing if they never come.
+		if len(unread) >= 4 || len(unread) > 0 && !answered {
+			c.release(unread)
+			return true
+		}
+		kept = copy(buf, unread)
+	}
+}
+
+// pages are buffers for answers.
+var pages = sync.Pool{New: func() any { b := make([]byte, 0, flushAt); return &b }}
+
+// appendAnswer adds the header of the answer to one GET, and its body if that is an error.
+func (w *web) appendAnswer(b, key []byte) (out []byte, content string) {
+	a, now := w.get(key)
+	if a.err != nil {
+		status, text := httpError(a.err)
+		b = strconv.AppendInt(append(b, "HTTP/1.1 "...), int64(status), 10)
+		b = append(append(b, ' '), http.StatusText(status)...)
+		b = w.appendCacheStatus(append(b, "\r\nCache-Control: no-store\r\nCache-Status: "...), &a, now)
+		b = append(b, "\r\nContent-Type: text/plain; charset=utf-8"...)
+		content = text + "\n"
+	} else {
+		content = a.content()
+		b = append(b, "HTTP/1.1 200 OK\r\nAccept-Ranges: bytes\r\nAge: "...)
+		b = strconv.AppendInt(b, int64((now-a.fetched)/time.Second), 10)
+		b = strconv.AppendInt(append(b, "\r\nCache-Control: max-age="...), int64(w.proxy.cfg.cacheTimeout/time.Second), 10)
+		b = w.appendCacheStatus(append(b, "\r\nCache-Status: "...), &a, now)
+		b = append(append(b, "\r\nContent-Type: "...), contentType(content)...)
+		b = appendETag(append(b, "\r\nEtag: "...), content)
+	}
+	b = append(b, "\r\nX-Content-Type-Options: nosniff\r\nDate: "...)
+	b = time.Now().UTC().AppendFormat(b, http.TimeFormat)
+	b = strconv.AppendInt(append(b, "\r\nContent-Length: "...), int64(len(content)), 10)
+	return append(b, "\r\n\r\n"...), content
+}
+
+// plainGet returns the key and the size of a request that can be answered without net/http; size 0 means
+// that it cannot, or that it is not whole. Plain is: GET, a path of characters that stand for themselves,
+// HTTP/1.1, one Host, and no header but those that have no meaning here, each on a line of its own that
+// ends in CR LF. Whatever else there may be in a request, a body above all, net/http decides.
+func plainGet(b []byte) (key []byte, size int) {
+	line, rest, ok := cutLine(b)
+	if !ok {
+		return nil, 0
+	}
+	key, get := bytes.CutPrefix(line, []byte("GET /"))
+	key, version := bytes.CutSuffix(key, []byte(" HTTP/1.1"))
+	if !get || !version || !only(key, isPathChar) {
+		return nil, 0
+	}
+	for hosts := 0; ; {
+		if line, rest, ok = cutLine(rest); !ok {
+			return nil, 0
+		}
+		if len(line) == 0 {
+			if hosts != 1 {
+				return nil, 0
+			}
+			return key, len(b) - len(rest)
+		}
+		name, val, ok := bytes.Cut(line, []byte(": "))
+		switch {
+		case !ok:
+			return nil, 0
+		case equalFold(name, "host"):
+			hosts++
+			if !only(val, isHostChar) {
+				return nil, 0
+			}
+		case equalFold(name, "user-agent"), equalFold(name, "accept"), equalFold(name, "accept-encoding"),
+			equalFold(name, "accept-language"), equalFold(name, "referer"), equalFold(name, "cookie"):
+			if !only(val, func(c byte) bool { return ' ' <= c && c <= '~' }) {
+				return nil, 0
+			}
+		default:
+			return nil, 0
+		}
+	}
+}
+
+// cutLine cuts off a line that ends in CR LF.
+func cutLine(b []byte) (line, rest []byte, ok bool) {
+	i := bytes.IndexByte(b, '\n')
+	if i < 1 || b[i-1] != '\r' {
+		return nil, nil, false
+	}
+	return b[:i-1], b[i+1:], true
+}
+
+func equalFold(b []byte, lower string) bool {
+	return len(b) == len(lower) && strings.EqualFold(string(b), lower)
+}
+
+func only(b []byte, allowed func(byte) bool) bool {
+	for _, c := range b {
+		if !allowed(c) {
+			return false
+		}
+	}
+	return true
+}
+
+func isAlnum(c byte) bool {
+	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9'
+}
+
+// isPathChar is for pchar and the slash (RFC 3986 §3.3), without percent signs.
+func isPathChar(c byte) bool { return isAlnum(c) || strings.IndexByte("-._~!$&'()*+,;=:@/", c) >= 0 }
+func isHostChar(c byte) bool { return isAlnum(c) || strings.IndexByte("-._:[]", c) >= 0 }
 
 // newAdmin serves metrics, health and profiles.
 func newAdmin(p *proxy) *http.Server {

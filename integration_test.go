@@ -639,19 +639,30 @@ func TestIntegrationSameBytesAsRedis(t *testing.T) {
 	redisDo(t, addr, "SET", key, "value")
 	redisDo(t, addr, "DEL", list)
 	redisDo(t, addr, "RPUSH", list, "x")
+	for _, send := range sameBytes(key, list, "nokey"+t.Name()) {
+		want, got := normalise(exchange(t, addr, send)), normalise(exchange(t, p.addr, send))
+		if got != want {
+			t.Errorf("after %.200q:\n got %.300q\nwant %.300q", send, got, want)
+		}
+	}
+}
+
+// sameBytes are what both answer with the same bytes where key holds a string, list a list and absent
+// nothing.
+func sameBytes(key, list, absent string) []string {
 	long := strings.Repeat("long", 100)
-	rows := []string{
-		request("GET", key), request("get", key), request("gEt", list), request("GET", "nokey"+t.Name()),
-		request("MGET", key, list, "nokey"+t.Name(), key), request("GET"), request("GET", "a", "b"), request("MGET"),
+	return []string{
+		request("GET", key), request("get", key), request("gEt", list), request("GET", absent),
+		request("MGET", key, list, absent, key), request("GET"), request("GET", "a", "b"), request("MGET"),
 		request("PING"), request("PING", "hello"), request("ping", "a", "b"), request("ECHO", "x\r\ny"), request("ECHO"),
 		request("SELECT", "0"), request("SELECT", "17"), request("SELECT", "x"), request("SELECT", "-1"), request("SELECT", "99999999999"), request("SELECT"),
 		request("QUIT") + request("PING"), request("QUIT", "x"), request("RESET"), request("RESET", "x"),
 		request("AUTH", "secret"), request("AUTH", "default", "x"), request("AUTH", "nobody", "x"), request("AUTH", "a", "b", "c"), request("AUTH"),
 		request("HELLO", "x"), request("HELLO", "4"), request("HELLO", "1"), request("HELLO", "3", "foo"), request("HELLO", "3", "AUTH", "nobody", "x"),
 		request("HELLO", "3", "SETNAME", "a b"), request("HELLO", "3", "AUTH", "default"), request("HELLO", ""),
-		request("HELLO", "3") + request("GET", "nokey"+t.Name()) + request("PING") + request("MGET", "nokey"+t.Name()),
+		request("HELLO", "3") + request("GET", absent) + request("PING") + request("MGET", absent),
 		request("HELLO", "3", "AUTH", "default", "x", "SETNAME", "me") + request("CLIENT", "GETNAME"), request("HELLO"), request("HELLO", "2"),
-		request("HELLO", "3") + request("RESET") + request("GET", "nokey"+t.Name()),
+		request("HELLO", "3") + request("RESET") + request("GET", absent),
 		request("CLIENT"), request("CLIENT", "NONSENSE"), request("CLIENT", "non\r\nsense", "x"), request("CLIENT", "ID", "x"), request("CLIENT", "GETNAME"),
 		request("CLIENT", "SETNAME", "me") + request("CLIENT", "GETNAME"), request("CLIENT", "SETNAME", "a b"), request("CLIENT", "SETNAME"), request("CLIENT", "SETNAME", ""),
 		request("CLIENT", "NO-EVICT", "on"), request("CLIENT", "NO-EVICT", "x"), request("CLIENT", "NO-EVICT"), request("CLIENT", "INFO", "x"),
@@ -670,12 +681,6 @@ func TestIntegrationSameBytesAsRedis(t *testing.T) {
 		request("PING") + "*x\r\n" + request("PING"), "PING\r\n" + request("PING") + "PING\r\n",
 		strings.Repeat("x", 65537), "*" + strings.Repeat("1", 65537), "*1\r\n$" + strings.Repeat("1", 65537), "PING " + strings.Repeat("x", 65000) + "\r\n",
 		strings.Repeat(request("GET", key)+request("PING"), 1000), strings.Repeat("\r\n", 5000) + "PING\r\n",
-	}
-	for _, send := range rows {
-		want, got := normalise(exchange(t, addr, send)), normalise(exchange(t, p.addr, send))
-		if got != want {
-			t.Errorf("after %.200q:\n got %.300q\nwant %.300q", send, got, want)
-		}
 	}
 }
 
@@ -2271,4 +2276,95 @@ func TestIntegrationLogs(t *testing.T) {
 		}
 		return false
 	})
+}
+
+// FuzzSameBytesAsRedis sends to a Redis and to the proxy what both must answer with the same bytes. The
+// Redis is without the commands that the proxy does not know: it has no name for them either, and
+// whatever is sent cannot harm it.
+func FuzzSameBytesAsRedis(f *testing.F) {
+	const limit = 4 << 10 // so little is read in one go by both, and minimised soon
+	server := startRedis(f)
+	redisDo(f, server.addr, "SET", "key", "value")
+	redisDo(f, server.addr, "RPUSH", "list", "x")
+	redisDo(f, server.addr, "SAVE") // for the next start
+	names, err := redis.Strings(redisDo(f, server.addr, "COMMAND", "LIST"), nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	server.kill()
+	subcommands := make(map[string]bool)
+	for _, name := range names {
+		if container, _, sub := strings.Cut(name, "|"); sub {
+			subcommands[name] = true
+		} else if _, ok := commands[container]; !ok {
+			server.args = append(server.args, "--rename-command", name, "")
+		}
+	}
+	if err := server.start(); err != nil {
+		f.Fatal(err)
+	}
+	p := startProxy(f, server.addr, "--redis-timeout", "20s")
+	for _, send := range sameBytes("key", "list", "absent") {
+		if len(send) <= limit {
+			f.Add([]byte(send))
+		}
+	}
+	f.Fuzz(func(t *testing.T, send []byte) {
+		if len(send) > limit || !sameBytesDue(t, send, subcommands) {
+			return
+		}
+		var want, got string
+		for range 3 { // a difference that is due to time does not come again
+			want, got = normalise(exchange(t, server.addr, string(send))), normalise(exchange(t, p.addr, string(send)))
+			if got == want {
+				return
+			}
+		}
+		t.Errorf("after %q:\n got %.300q\nwant %.300q", send, got, want)
+	})
+}
+
+// sameBytesDue tells whether the proxy has no answer of its own to anything of this. Subcommands are those
+// of Redis.
+func sameBytesDue(t *testing.T, send []byte, subcommands map[string]bool) bool {
+	t.Helper()
+	if proto, ok := protocolOf(send); ok && proto == protoHTTP {
+		return false
+	}
+	for _, header := range regexp.MustCompile(`[*$]\d+`).FindAll(send, -1) {
+		if n, ok := parseInt(header[1:]); ok && n > maxRequest/5 && n <= 1<<31-1 {
+			return false // Redis may wait for more where the proxy has a lower limit
+		}
+	}
+	all, _ := requests(t, bytes.NewReader(send))
+	for i, args := range all {
+		// Redis compares names up to a zero byte, but only where it looks for them by a hash of all of it.
+		name, _, zero := strings.Cut(strings.ToLower(args[0]), "\x00")
+		if name == "post" || name == "host:" {
+			return i == 0 // else Redis forgets what it has not yet written
+		}
+		cmd, ok := commands[name]
+		if ok && zero {
+			return false
+		}
+		if ok && cmd.sub != nil && len(args) > 1 {
+			sub, _, zero := strings.Cut(strings.ToLower(args[1]), "\x00")
+			name += "|" + sub
+			cmd, ok = cmd.sub[sub]
+			if ok != subcommands[name] || ok && zero {
+				return false
+			}
+		}
+		fits := cmd.run != nil && (len(args) == cmd.arity || len(args) >= -cmd.arity && cmd.arity < 0)
+		if ok && fits && slices.Contains(ownAnswers, name) {
+			return false
+		}
+	}
+	return true
+}
+
+// ownAnswers are the commands that both know and the proxy answers in its way.
+var ownAnswers = []string{
+	"info", "config|get", "command", "command|count", "command|docs", "command|info", "command|list", "command|getkeys",
+	"client|id", "client|info", "client|list",
 }

@@ -36,6 +36,12 @@ var version = "dev"
 // writeTimeout is how long a client may take nothing of its replies.
 const writeTimeout = 30 * time.Second
 
+// httpIdleTimeout is how long an HTTP connection is kept alive if --idle-timeout does not say.
+const httpIdleTimeout = 2 * time.Minute
+
+// flushAt is how many bytes of answers are gathered before they are written.
+const flushAt = 16 << 10
+
 // drainTimeout bounds a shutdown: what is not finished by then is cut off.
 const drainTimeout = 9 * time.Second
 
@@ -467,6 +473,13 @@ func (v value) bulk() string { return v.data[v.keyLen:] }
 func (v value) content() string {
 	b := v.bulk()
 	return b[strings.IndexByte(b, '\n')+1 : len(b)-2]
+}
+
+// A clientConn can be handed on.
+type clientConn interface {
+	net.Conn
+	// release leaves the read deadlines to another, who reads what was read too much once more.
+	release(unread []byte)
 }
 
 // A frontEnd speaks a protocol with clients.

@@ -7,6 +7,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -18,6 +19,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -1451,4 +1453,98 @@ func BenchmarkReader(b *testing.B) {
 			}
 		}
 	}
+}
+
+// requests are what clients, proxies and attackers send; each is also tried with another behind it.
+var httpRequests = []string{
+	"GET /k HTTP/1.1\r\nHost: h\r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nUser-Agent: curl/8.0\r\nAccept: */*\r\n\r\n",
+	"GET /absent HTTP/1.1\r\nHost: h\r\n\r\n", "GET /list HTTP/1.1\r\nHost: h\r\n\r\n", "GET /binary HTTP/1.1\r\nHost: h\r\n\r\n",
+	"GET /empty HTTP/1.1\r\nHost: h\r\n\r\n", "GET /large HTTP/1.1\r\nHost: h\r\n\r\n", "GET / HTTP/1.1\r\nHost: h\r\n\r\n",
+	"HEAD /k HTTP/1.1\r\nHost: h\r\n\r\n", "POST /k HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello", "get /k HTTP/1.1\r\nHost: h\r\n\r\n",
+	"GET /k HTTP/1.0\r\n\r\n", "GET /k HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", "GET /k HTTP/1.2\r\nHost: h\r\n\r\n", "GET /k HTTP/1.1 \r\nHost: h\r\n\r\n",
+	"GET /k HTTP/1.1\nHost: h\n\n", "GET /k HTTP/1.1\r\nHost: h\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\n\n", "GET /k HTTP/1.1\rHost: h\r\n\r\n", "GET /k HTTP/1.1\r\r\nHost: h\r\n\r\n",
+	"GET /k HTTP/1.1\r\n\r\n", "GET /k HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", "GET /k HTTP/1.1\r\nHost: a b\r\n\r\n", "GET /k HTTP/1.1\r\nHost:\r\n\r\n", "GET /k HTTP/1.1\r\nHost: \r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost : h\r\n\r\n", "GET /k HTTP/1.1\r\n Host: h\r\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\n folded\r\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\nAccept: a\r\n folded\r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost: h\r\nAccept\r\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\n: x\r\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\nAccept:x\r\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\nAccept: \x00\r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost: h\r\nCookie: \xff\r\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\nCookie: a\tb\r\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\nX\x00: a\r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\nConnection: keep-alive\r\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost: h\r\nContent-Length: 30\r\n\r\nGET /binary HTTP/1.1\r\nHost: h\r\n", "GET /k HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: xchunked\r\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\nUpgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost: h\r\nRange: bytes=0-0\r\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\nIf-None-Match: *\r\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer x\r\n\r\n",
+	"GET /%6b HTTP/1.1\r\nHost: h\r\n\r\n", "GET /%zz HTTP/1.1\r\nHost: h\r\n\r\n", "GET /k?q HTTP/1.1\r\nHost: h\r\n\r\n", "GET /k#f HTTP/1.1\r\nHost: h\r\n\r\n", "GET //k HTTP/1.1\r\nHost: h\r\n\r\n",
+	"GET /../k HTTP/1.1\r\nHost: h\r\n\r\n", "GET /a b HTTP/1.1\r\nHost: h\r\n\r\n", "GET /a\\b HTTP/1.1\r\nHost: h\r\n\r\n", "GET /[k]{} HTTP/1.1\r\nHost: h\r\n\r\n", "GET /k:1@x;y=z,(!)*'$&~ HTTP/1.1\r\nHost: h\r\n\r\n",
+	"GET http://other/k HTTP/1.1\r\nHost: h\r\n\r\n", "GET * HTTP/1.1\r\nHost: h\r\n\r\n", "GET k HTTP/1.1\r\nHost: h\r\n\r\n", "CONNECT /k HTTP/1.1\r\nHost: h\r\n\r\n", "GET  /k HTTP/1.1\r\nHost: h\r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost: h", "GET /k HTTP/1.1\r\nHost: h\r\n", "GET /\xc3\xbc HTTP/1.1\r\nHost: h\r\n\r\n", "GET /k HTTP/1.1\r\nHOST: h\r\nACCEPT: a\r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost: h\r\n" + strings.Repeat("Accept: a\r\n", 300) + "\r\n", "GET /" + strings.Repeat("k", 5000) + " HTTP/1.1\r\nHost: h\r\n\r\n",
+}
+
+// Whatever is sent, the quick way and net/http answer alike: there is nothing that one takes for a
+// request and the other for something else.
+func FuzzQuickAnswersAsNetHTTP(f *testing.F) {
+	for _, r := range httpRequests {
+		f.Add([]byte(r))
+		f.Add([]byte(r + httpRequests[0]))
+		f.Add([]byte(httpRequests[0] + r))
+	}
+	addrs := [2]string{}
+	for i := range addrs {
+		p := newTestProxy(f, "--cache-timeout", "24h")
+		for key, val := range map[string]string{"k": "value", "/k": "another", "empty": "", "binary": "\xff\x00", "large": strings.Repeat("x", 3*flushAt)} {
+			cacheNow(p, key, val)
+		}
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			f.Fatal(err)
+		}
+		web := newWeb(p, l.Addr())
+		front := frontEnd(web)
+		if i == 1 {
+			front = byNetHTTP{web}
+		}
+		s := newServer(l, config{maxClients: 1000, writeTimeout: time.Minute}, p.log, [...]frontEnd{protoHTTP: front, protoRESP: front})
+		go web.run()
+		go s.run()
+		f.Cleanup(func() {
+			s.stop()
+			web.shutdown(context.Background())
+		})
+		addrs[i] = l.Addr().String()
+	}
+	clock := regexp.MustCompile(`Date: [^\r]*|Age: \d+|ttl=\d+`)
+	f.Fuzz(func(t *testing.T, sent []byte) {
+		if proto, ok := protocolOf(sent); !ok || proto != protoHTTP || bytes.HasPrefix(sent, []byte("PRI ")) {
+			t.Skip()
+		}
+		var answers [2][]string
+		for i, addr := range addrs {
+			got := clock.ReplaceAllString(exchange(t, addr, string(sent)), "now")
+			answers[i] = sortHeaders(got)
+		}
+		if !slices.Equal(answers[0], answers[1]) {
+			t.Errorf("after %.500q:\n    quick %.500q\nnet/http %.500q", sent, answers[0], answers[1])
+		}
+	})
+}
+
+// byNetHTTP is a web without its quick way.
+type byNetHTTP struct{ *web }
+
+func (w byNetHTTP) serve(c net.Conn) {
+	c.(clientConn).release(nil)
+	w.conns <- c
+}
+
+// sortHeaders splits what came back into header blocks with sorted lines, and what is between them.
+func sortHeaders(s string) (parts []string) {
+	for part := range strings.SplitSeq(s, "\r\n\r\n") {
+		if i := strings.Index(part, "HTTP/1."); i >= 0 {
+			lines := strings.Split(part[i:], "\r\n")
+			slices.Sort(lines[1:])
+			part = part[:i] + strings.Join(lines, "\r\n")
+		}
+		parts = append(parts, part)
+	}
+	return parts
 }

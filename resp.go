@@ -31,8 +31,6 @@ const (
 	maxBatch = 128
 	// maxReply bounds the values of one MGET, which are held together, in bytes.
 	maxReply = 512 << 20
-	// flushAt is how many bytes of replies are gathered before they are written.
-	flushAt = 16 << 10
 	// redisVersion is the Redis whose answers these are.
 	redisVersion = "7.0.15"
 )

@@ -15,6 +15,7 @@ import (
 	"net"
 	"os"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -129,17 +130,11 @@ func (s *server) handle(c *conn) {
 		}
 	}()
 	front, nc, err := s.frontEnd(c)
+	s.detecting.Done()
 	if err != nil {
 		s.log.Debug("closed before its protocol was known", "client", c.RemoteAddr().String(), "error", err)
 		c.Close()
-		s.detecting.Done()
 		return
-	}
-	if front == s.frontEnds[protoHTTP] {
-		c.release()
-		defer s.detecting.Done() // when net/http has it
-	} else {
-		s.detecting.Done()
 	}
 	if c.refused {
 		front.refuse(nc)
@@ -152,6 +147,7 @@ func (s *server) handle(c *conn) {
 func (s *server) frontEnd(c *conn) (frontEnd, net.Conn, error) {
 	if s.tls == nil {
 		proto, err := c.detect(protocolOf)
+		c.speaks(proto)
 		return s.frontEnds[proto], c, err
 	}
 	if _, err := c.detect(func(begin []byte) (protocol, bool) { return 0, len(begin) > 0 }); err != nil {
@@ -166,11 +162,12 @@ func (s *server) frontEnd(c *conn) (frontEnd, net.Conn, error) {
 		return nil, nil, err
 	}
 	if t.ConnectionState().NegotiatedProtocol != "" { // h2 or http/1.1: net/http wants to see for itself
+		c.release(nil)
 		return s.frontEnds[protoHTTP], t, nil
 	}
 	inner := &conn{Conn: t, server: s, refused: c.refused}
 	proto, err := inner.detect(protocolOf)
-	inner.released = proto == protoHTTP
+	inner.speaks(proto)
 	return s.frontEnds[proto], inner, err
 }
 
@@ -208,14 +205,29 @@ func (s *server) wait(ctx context.Context) {
 type conn struct {
 	net.Conn
 	server   *server
-	refused  bool      // one too many
-	unread   []byte    // what detection has read and nobody has consumed; Read begins with it
-	writeBy  time.Time // the write deadline that is set
-	released bool      // net/http sets the read deadlines; the server's lock guards it
+	refused  bool          // one too many
+	unread   []byte        // what detection has read and nobody has consumed; Read begins with it
+	idle     time.Duration // how long the client may be silent; 0: for ever
+	readBy   time.Time     // the read deadline that is set for that
+	writeBy  time.Time     // the write deadline that is set
+	released bool          // net/http sets the read deadlines; the server's lock guards it
 }
 
-// release leaves a connection's read deadlines to net/http.
-func (c *conn) release() {
+// speaks sets how long the client may be silent.
+func (c *conn) speaks(proto protocol) {
+	if c.idle = c.server.idle; c.idle == 0 && proto == protoHTTP {
+		c.idle = httpIdleTimeout
+	}
+}
+
+// release leaves the read deadlines to whoever has the connection now, and gives back what was read too
+// much: it is read again.
+func (c *conn) release(unread []byte) {
+	c.unread, c.idle = slices.Concat(unread, c.unread), 0
+	if outer, ok := c.Conn.(*tls.Conn); ok {
+		outer.NetConn().(*conn).release(nil)
+		return
+	}
 	c.server.mu.Lock()
 	defer c.server.mu.Unlock()
 	c.released = true
@@ -238,7 +250,7 @@ func (c *conn) detect(decide func([]byte) (protocol, bool)) (protocol, error) {
 		line = line[:len(line)+n]
 		c.unread = line
 		if proto, ok := decide(line); ok {
-			c.readFor(c.server.idle)
+			c.readFor(0)
 			return proto, nil
 		}
 		if err != nil {
@@ -284,7 +296,8 @@ func (c *conn) readFor(d time.Duration) {
 	}
 }
 
-// Read begins with what detection has read.
+// Read begins with what detection has read. It fails when the client is silent for its idle time, or up
+// to a quarter longer; see Write.
 func (c *conn) Read(p []byte) (int, error) {
 	if len(c.unread) > 0 {
 		n := copy(p, c.unread)
@@ -293,8 +306,11 @@ func (c *conn) Read(p []byte) (int, error) {
 		}
 		return n, nil
 	}
-	if c.server.idle > 0 && !c.released {
-		c.readFor(c.server.idle)
+	if c.idle > 0 {
+		if now := time.Now(); c.readBy.Sub(now) < c.idle {
+			c.readBy = now.Add(c.idle + c.idle/4)
+			c.readFor(c.idle + c.idle/4)
+		}
 	}
 	return c.Conn.Read(p)
 }
