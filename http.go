@@ -161,9 +161,7 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 // get asks for one key.
 func (w *web) get(key []byte) (answer, time.Duration) {
 	keys, answers := [1][]byte{key}, [1]answer{}
-	w.proxy.ask(keys[:], answers[:])
-	w.proxy.wait(answers[:])
-	w.proxy.count(protoHTTP, answers[:])
+	w.proxy.get(protoHTTP, keys[:], answers[:])
 	return answers[0], w.proxy.now()
 }
 

@@ -1149,7 +1149,7 @@ func TestIntegrationFaults(t *testing.T) {
 		t.Run(fault.name, func(t *testing.T) {
 			server := startRedis(t)
 			r := startRelay(t, server.addr)
-			p := startProxy(t, r.addr, "--redis-timeout", "400ms")
+			p := startProxy(t, r.addr, "--redis-timeout", "400ms", "--cache-timeout", "1h")
 			set := func() {
 				for _, k := range []string{"warm", "cold-resp", "cold-http", "after-resp", "after-http"} {
 					redisDo(t, server.addr, "SET", k, "value")

@@ -199,13 +199,24 @@ type clientCounts struct{ now, accepted, refused int }
 // now is the proxy's clock: the time since it was made, which no change of the wall clock moves.
 func (p *proxy) now() time.Duration { return time.Since(p.started) }
 
-// ask answers keys from the cache, and has what it lacks fetched: an answer with a fetch is not
-// complete before wait. The keys are not kept. len(answers) must be len(keys).
-func (p *proxy) ask(keys [][]byte, answers []answer) {
+// get answers keys: all that the cache lacks is asked for before the first is waited for. The keys are not
+// kept. len(answers) must be len(keys).
+func (p *proxy) get(proto protocol, keys [][]byte, answers []answer) {
+	if p.ask(keys, answers) == 0 {
+		p.counts[proto][fromCache].Add(int64(len(answers)))
+		return
+	}
+	p.wait(answers)
+	p.count(proto, answers)
+}
+
+// ask answers keys from the cache, and has what it lacks fetched: such an answer is complete after wait.
+func (p *proxy) ask(keys [][]byte, answers []answer) (misses int) {
 	now := p.now()
-	if p.cache.get(now, keys, answers) > 0 {
+	if misses = p.cache.get(now, keys, answers); misses > 0 {
 		p.pool.fetch(now, keys, answers)
 	}
+	return misses
 }
 
 // wait completes answers. It begins with the last: replies come in the order of the questions, so that

@@ -121,6 +121,25 @@ func (r *reader) read() ([][]byte, error) {
 	return nil, nil
 }
 
+// readGet returns the key if the next request is a whole GET of a common form; read takes all others.
+func (r *reader) readGet() (key []byte, ok bool) {
+	const head = "*2\r\n$3\r\nGET\r\n$"
+	b := r.buf[r.start:r.end]
+	if r.strict || r.left > 0 || len(b) <= len(head) || string(b[:8]) != head[:8] || !isGet(b[8:11]) || string(b[11:len(head)]) != head[11:] {
+		return nil, false
+	}
+	i, n := len(head), 0
+	for ; i < len(b) && n < 1000 && '0' <= b[i] && b[i] <= '9'; i++ {
+		n = n*10 + int(b[i]-'0')
+	}
+	if b[len(head)] <= '0' || i+2+n+2 > len(b) || b[i] != '\r' {
+		return nil, false
+	}
+	key = b[i+2 : i+2+n]
+	r.start += i + 2 + n + 2
+	return key, true
+}
+
 // consume goes on after what has been parsed.
 func (r *reader) consume() { r.start, r.next = r.start+r.next, 0 }
 
@@ -315,13 +334,17 @@ func (c *client) answer() (err error) {
 	c.batch = batches.Get().(*batch)
 	for err == nil {
 		var args [][]byte
-		args, err = c.in.read()
-		if err == nil && args == nil {
-			break
+		key, ok := c.in.readGet()
+		if !ok {
+			if args, err = c.in.read(); err == nil && args == nil {
+				break
+			}
+			if ok = err == nil && len(args) == 2 && c.authed && isGet(args[0]); ok {
+				key = args[1]
+			}
 		}
-		if err == nil && len(args) == 2 && c.authed && len(args[0]) == 3 && strings.EqualFold(string(args[0]), "get") {
-			c.keys = append(c.keys, args[1])
-			if len(c.keys) == maxBatch {
+		if ok {
+			if c.keys = append(c.keys, key); len(c.keys) == maxBatch {
 				err = c.get()
 			}
 			continue
@@ -344,6 +367,10 @@ func (c *client) answer() (err error) {
 	return err
 }
 
+func isGet(name []byte) bool {
+	return len(name) == 3 && name[0]|' ' == 'g' && name[1]|' ' == 'e' && name[2]|' ' == 't'
+}
+
 // give returns the batch, empty, for another client.
 func (c *client) give() {
 	b := c.batch
@@ -358,8 +385,9 @@ func (c *client) give() {
 
 // get answers the GETs that have been gathered.
 func (c *client) get() error {
-	for _, a := range c.ask(c.keys) {
-		if err := c.writeAnswer(&a); err != nil {
+	answers := c.ask(c.keys)
+	for i := range answers {
+		if err := c.writeAnswer(&answers[i]); err != nil {
 			return err
 		}
 	}
@@ -375,9 +403,7 @@ func (c *client) ask(keys [][]byte) []answer {
 		return nil
 	}
 	c.answers = slices.Grow(c.answers[:0], len(keys))[:len(keys)]
-	c.resp.proxy.ask(keys, c.answers)
-	c.resp.proxy.wait(c.answers)
-	c.resp.proxy.count(protoRESP, c.answers)
+	c.resp.proxy.get(protoRESP, keys, c.answers)
 	return c.answers
 }
 
