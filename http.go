@@ -30,7 +30,7 @@ const (
 	headerTimeout  = 10 * time.Second
 	maxHeaderBytes = 128 << 10
 	// quickBuffer is what a connection has to read plain requests into.
-	quickBuffer = 4 << 10
+	quickBuffer = 2 << 10
 )
 
 // A web is the HTTP front end. It is the net.Listener of its own http.Server, to which it gives the

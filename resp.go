@@ -21,8 +21,10 @@ import (
 )
 
 const (
-	// readBuffer is what a connection has to read into. It grows with a request that does not fit.
-	readBuffer = 4 << 10
+	// readBuffer is what a connection has to read into, and pipelineBuffer while it sends more than that.
+	// A request that does not fit gets as much as it needs.
+	readBuffer     = 2 << 10
+	pipelineBuffer = 16 << 10
 	// maxRequest bounds a request: all its arguments and their framing.
 	maxRequest = 1 << 20
 	// maxInline bounds a line: an inline request, a count or a length (PROTO_INLINE_MAX_SIZE).
@@ -47,6 +49,7 @@ type reader struct {
 	start  int    // of the current request
 	end    int
 	next   int  // where parsing goes on, from start
+	last   int  // how much was read last
 	left   int  // arguments still to come; 0 between requests
 	strict bool // the client has not authenticated
 	spans  []span
@@ -58,18 +61,24 @@ type span struct{ from, to int }
 
 // fill reads once. What read has returned is invalid afterwards.
 func (r *reader) fill() error {
-	if r.start == r.end && len(r.buf) != readBuffer {
-		*r = reader{src: r.src, buf: make([]byte, readBuffer), strict: r.strict} // a large request is over
-	} else if r.start > 0 {
-		r.end = copy(r.buf, r.buf[r.start:r.end])
-		r.start = 0
+	rest, size := r.buf[r.start:r.end], len(r.buf)
+	switch full := r.end == size; {
+	case full && size < pipelineBuffer:
+		size = pipelineBuffer // more is coming
+	case full && len(rest) == size:
+		size *= 2 // requests that are too long are refused before they get here
+	case len(rest) == 0 && (r.last < readBuffer || size > pipelineBuffer):
+		size = readBuffer
 	}
-	if r.end == len(r.buf) {
-		// Requests that are too long are refused before they get here.
-		r.buf = append(r.buf, make([]byte, len(r.buf))...)
+	if size != len(r.buf) {
+		r.buf, r.args = make([]byte, size), nil // args has parts of the old buffer
 	}
+	if r.start > 0 || size != cap(rest) {
+		copy(r.buf, rest)
+	}
+	r.start, r.end = 0, len(rest)
 	n, err := r.src.Read(r.buf[r.end:])
-	r.end += n
+	r.end, r.last = r.end+n, n
 	if n > 0 {
 		return nil
 	}
