@@ -148,6 +148,9 @@ func fitDescriptors(cfg config, log *slog.Logger) int {
 
 // run serves on l until ctx is done, then stops what it started in reverse order. It owns l.
 func run(ctx context.Context, cfg config, l net.Listener, log *slog.Logger) {
+	if addr, ok := l.Addr().(*net.TCPAddr); ok {
+		cfg.port = addr.Port // for INFO, where the flag said 0
+	}
 	p := newProxy(cfg, log)
 	defer p.pool.close()
 	web, resp := newWeb(p, l.Addr()), newRESP(p)
@@ -546,26 +549,26 @@ type option struct {
 // options is the table of flags: each parses, checks and stores its own.
 func (c *config) options() []option {
 	return []option{
-		{"listen-address", "127.0.0.1", "`address` to serve on", text(&c.listenAddress)},
-		{"port", "8080", "`port` to serve on; 0 picks a free one", number(&c.port, 0, 65535)},
-		{"redis-host", "127.0.0.1", "`host` of the backing Redis", text(&c.redis.host)},
-		{"redis-port", "6379", "`port` of the backing Redis", number(&c.redis.port, 1, 65535)},
-		{"redis-url", "", "`URL` redis://[[user]:pass@]host[:port][/db], rediss:// for TLS; instead of host and port", c.setRedisURL},
-		{"redis-timeout", "1s", "longest `time` a request waits for Redis in all: queue, dial, reply", duration(&c.redisTimeout, false)},
-		{"client-limit", "8", "most Redis `connections` in use at once; further misses wait their turn", number(&c.clientLimit, 1, 1000)},
-		{"cache-size", "10000", "most `keys` in the cache", number(&c.cacheSize, 1, 1<<31-1)},
-		{"cache-bytes", "256MB", "most `bytes` of keys, values and bookkeeping in the cache", size(&c.cacheBytes)},
-		{"cache-timeout", "30s", "TTL of every entry, a `time` from the moment it was fetched; 30, 1.5 (seconds) or 250ms", duration(&c.cacheTimeout, false)},
-		{"stale-timeout", "0", "how long after its TTL an entry may still answer while Redis cannot, a `time`", duration(&c.staleTimeout, true)},
-		{"max-clients", "10000", "most client `connections` at once", number(&c.maxClients, 1, 1<<20)},
-		{"idle-timeout", "0", "`time` after which a silent client is closed; 0: never (HTTP keep-alive: 2 minutes)", duration(&c.idleTimeout, true)},
+		{"listen-address", "127.0.0.1", "address to serve on", text(&c.listenAddress, true)},
+		{"port", "8080", "port to serve on; 0 picks a free one", number(&c.port, 0, 65535)},
+		{"redis-host", "127.0.0.1", "host of the backing Redis", text(&c.redis.host, true)},
+		{"redis-port", "6379", "port of the backing Redis", number(&c.redis.port, 1, 65535)},
+		{"redis-url", "", "URL redis://[[user]:pass@]host[:port][/db], rediss:// for TLS; instead of host and port", c.setRedisURL},
+		{"redis-timeout", "1s", "longest time a request waits for Redis in all: queue, dial, reply", duration(&c.redisTimeout, false)},
+		{"client-limit", "8", "most Redis connections in use at once; further misses wait their turn", number(&c.clientLimit, 1, 1000)},
+		{"cache-size", "10000", "most keys in the cache", number(&c.cacheSize, 1, 1<<31-1)},
+		{"cache-bytes", "256MB", "most bytes of keys, values and bookkeeping in the cache", size(&c.cacheBytes)},
+		{"cache-timeout", "30s", "TTL of every entry, a time from the moment it was fetched; 30, 1.5 (seconds) or 250ms", duration(&c.cacheTimeout, false)},
+		{"stale-timeout", "0", "how long after its TTL an entry may still answer while Redis cannot, a time", duration(&c.staleTimeout, true)},
+		{"max-clients", "10000", "most client connections at once", number(&c.maxClients, 1, 1<<20)},
+		{"idle-timeout", "0", "time after which a silent client is closed; 0: never (HTTP keep-alive: 2 minutes)", duration(&c.idleTimeout, true)},
 		{"tracking", "false", "drop entries as soon as Redis says that they changed", boolean(&c.tracking)},
-		{"password", "", "`password` that clients must present; empty: anyone who can connect", optional(&c.password)},
-		{"tls-cert", "", "`file` of a certificate in PEM: serve TLS only, both protocols", optional(&c.tlsCert)},
-		{"tls-key", "", "`file` of its key in PEM", optional(&c.tlsKey)},
-		{"admin-address", "", "`host:port` for metrics, health and profiles; empty: none", optional(&c.adminAddress)},
-		{"log-level", "info", "`level`: debug, info, warn or error", logLevel(&c.logLevel)},
-		{"log-format", "text", "`format`: text or json", oneOf(&c.logFormat, "text", "json")},
+		{"password", "", "password that clients must present; empty: anyone who can connect", text(&c.password, false)},
+		{"tls-cert", "", "file of a certificate in PEM: serve TLS only, both protocols", text(&c.tlsCert, false)},
+		{"tls-key", "", "file of its key in PEM", text(&c.tlsKey, false)},
+		{"admin-address", "", "host:port for metrics, health and profiles; empty: none", text(&c.adminAddress, false)},
+		{"log-level", "info", "level: debug, info, warn or error", c.setLogLevel},
+		{"log-format", "text", "format: text or json", c.setLogFormat},
 	}
 }
 
@@ -663,26 +666,19 @@ func printHelp(w io.Writer) {
 	fmt.Fprint(w, "redis_proxy answers HTTP GET /key and Redis GET key from a cache in front of Redis.\n\n"+
 		"Each flag has an environment variable, which it overrides. --flag value and --flag=value both work.\n\n")
 	for _, o := range new(config).options() {
-		arg, usage := flag.UnquoteUsage(&flag.Flag{Usage: o.usage, Value: noValue{}})
 		def := ""
 		if o.def != "" {
 			def = " (default " + o.def + ")"
 		}
-		fmt.Fprintf(w, "  --%s %s, %s\n        %s%s\n", o.name, arg, o.variable(), usage, def)
+		fmt.Fprintf(w, "  --%s, %s\n        %s%s\n", o.name, o.variable(), o.usage, def)
 	}
 	fmt.Fprint(w, "  --check\n        ask the configured address for a PING; exit 0 if it answers, else 1\n"+
 		"  --version\n        print the version and exit\n  --help\n        print this and exit\n")
 }
 
-// noValue lets flag.UnquoteUsage name an argument that the usage does not.
-type noValue struct{}
-
-func (noValue) String() string   { return "" }
-func (noValue) Set(string) error { return nil }
-
-func text(p *string) func(string) error {
+func text(p *string, required bool) func(string) error {
 	return func(s string) error {
-		if s == "" {
+		if s == "" && required {
 			return errors.New("must not be empty")
 		}
 		*p = s
@@ -690,28 +686,19 @@ func text(p *string) func(string) error {
 	}
 }
 
-func optional(p *string) func(string) error {
-	return func(s string) error { *p = s; return nil }
+func (c *config) setLogLevel(s string) error {
+	if c.logLevel.UnmarshalText([]byte(s)) != nil {
+		return errors.New("must be debug, info, warn or error")
+	}
+	return nil
 }
 
-func oneOf(p *string, words ...string) func(string) error {
-	return func(s string) error {
-		if !slices.Contains(words, s) {
-			return errors.New("must be " + strings.Join(words, " or "))
-		}
-		*p = s
-		return nil
+func (c *config) setLogFormat(s string) error {
+	if s != "text" && s != "json" {
+		return errors.New("must be text or json")
 	}
-}
-
-func logLevel(p *slog.Level) func(string) error {
-	return func(s string) error {
-		var word string
-		if err := oneOf(&word, "debug", "info", "warn", "error")(s); err != nil {
-			return err
-		}
-		return p.UnmarshalText([]byte(s))
-	}
+	c.logFormat = s
+	return nil
 }
 
 func boolean(p *bool) func(string) error {

@@ -72,8 +72,8 @@ func (r *reader) fill() error {
 	}
 	if size != len(r.buf) {
 		r.buf, r.args = make([]byte, size), nil // args has parts of the old buffer
-	}
-	if r.start > 0 || size != cap(rest) {
+		copy(r.buf, rest)
+	} else if r.start > 0 {
 		copy(r.buf, rest)
 	}
 	r.start, r.end = 0, len(rest)

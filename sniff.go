@@ -46,8 +46,8 @@ type server struct {
 	stuck      time.Duration // how long a client may take nothing of its replies
 	tls        *tls.Config   // nil: no TLS
 
-	detecting, serving sync.WaitGroup // for the handlers; the first until the protocol is known
-	draining           atomic.Pointer[time.Time]
+	handlers sync.WaitGroup
+	draining atomic.Pointer[time.Time] // until when clients are read from; nil until stop
 
 	mu       sync.Mutex // guards the following, and released of a connection
 	conns    map[*conn]struct{}
@@ -94,8 +94,7 @@ func (s *server) admit(c *conn) {
 		return
 	}
 	s.conns[c] = struct{}{}
-	s.detecting.Add(1)
-	s.serving.Add(1)
+	s.handlers.Add(1)
 	if full {
 		s.refusing++
 		c.refused = true
@@ -122,7 +121,7 @@ func (s *server) clients() clientCounts {
 
 // handle finds out the protocol of a connection and hands it to its front end.
 func (s *server) handle(c *conn) {
-	defer s.serving.Done()
+	defer s.handlers.Done()
 	defer func() {
 		if r := recover(); r != nil {
 			s.log.Error("panic; its connection is closed", "client", c.RemoteAddr().String(), "panic", r, "stack", string(debug.Stack()))
@@ -130,7 +129,6 @@ func (s *server) handle(c *conn) {
 		}
 	}()
 	front, nc, err := s.frontEnd(c)
-	s.detecting.Done()
 	if err != nil {
 		s.log.Debug("closed before its protocol was known", "client", c.RemoteAddr().String(), "error", err)
 		c.Close()
@@ -171,8 +169,7 @@ func (s *server) frontEnd(c *conn) (frontEnd, net.Conn, error) {
 	return s.frontEnds[proto], inner, err
 }
 
-// stop ends accepting, and reading a moment later: what clients have sent by then is answered. It
-// returns when every connection has found its front end or is closed.
+// stop ends accepting, and reading a moment later: what clients have sent by then is answered.
 func (s *server) stop() {
 	until := time.Now().Add(quiet)
 	s.draining.Store(&until)
@@ -185,7 +182,6 @@ func (s *server) stop() {
 	}
 	s.mu.Unlock()
 	time.Sleep(quiet)
-	s.detecting.Wait()
 }
 
 // wait returns when no handler is left, or ctx is done and it has cut off their connections.
@@ -198,7 +194,7 @@ func (s *server) wait(ctx context.Context) {
 		}
 	})
 	defer cut()
-	s.serving.Wait()
+	s.handlers.Wait()
 }
 
 // A conn is a client's connection.
