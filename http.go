@@ -255,11 +255,11 @@ func seconds(d time.Duration) string { return strconv.FormatInt(int64(d/time.Sec
 func (w *web) quick(c clientConn) bool {
 	buf := make([]byte, quickBuffer)
 	for kept, answered := 0, false; ; {
-		n, err := c.Read(buf[kept:])
+		n, _ := c.Read(buf[kept:]) // if there is an error besides bytes, the next Read has it too
 		if n == 0 {
 			return false
 		}
-		err = nil // if there is one, the next Read has it too
+		var err error
 		page := pages.Get().(*[]byte)
 		out, unread := (*page)[:0], buf[:kept+n]
 		for len(unread) > 0 && err == nil {
