@@ -2380,3 +2380,268 @@ var ownAnswers = []string{
 	"info", "config|get", "command", "command|count", "command|docs", "command|info", "command|list", "command|getkeys",
 	"client|id", "client|info", "client|list",
 }
+
+// Benchmarks: the proxy, and the same load on Redis itself, over loopback. The clients are in this
+// process, and allocate nothing for a request.
+
+const (
+	// benchValue is the value of all keys of benchmarks.
+	benchValue = "0123456789012345678901234567890123456789"
+	// benchClients is how many connections a benchmark has.
+	benchClients = 50
+	// benchPipeline is the longest of its pipelines.
+	benchPipeline = 100
+)
+
+// setKeys sets n keys for as long as a benchmark runs, and returns what names them.
+func setKeys(b *testing.B, addr string, n int) (key func(i int) string) {
+	b.Helper()
+	key = func(i int) string { return fmt.Sprintf("%s:%09d", b.Name(), i) }
+	each := func(cmd string, args ...any) {
+		c, err := redis.Dial("tcp", addr)
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer c.Close()
+		for i := range n {
+			c.Send(cmd, append([]any{key(i)}, args...)...)
+			if i%1000 == 999 || i == n-1 {
+				if _, err := c.Do(""); err != nil {
+					b.Fatal(err)
+				}
+			}
+		}
+	}
+	each("SET", benchValue)
+	b.Cleanup(func() { each("DEL") })
+	return key
+}
+
+// A load is what the clients of a benchmark send, again and again.
+type load struct {
+	requests []string
+	// answered tells whether got is all of the answers to n requests, or else whether it can become so.
+	answered func(got []byte, n int) (done, ok bool)
+}
+
+// respLoad asks for n keys, in an order of its own.
+func respLoad(key func(i int) string, n int) *load {
+	l, want := new(load), []byte(strings.Repeat(bulk(benchValue), benchPipeline))
+	for i := range n {
+		l.requests = append(l.requests, request("GET", key(i*7919%n)))
+	}
+	l.answered = func(got []byte, n int) (done, ok bool) {
+		want := want[:n*len(bulk(benchValue))]
+		return len(got) == len(want), bytes.HasPrefix(want, got)
+	}
+	return l
+}
+
+func httpLoad(key func(i int) string, n int) *load {
+	l, begin, end := new(load), []byte("HTTP/1.1 200 OK\r\n"), []byte("\r\n\r\n"+benchValue)
+	for i := range n {
+		l.requests = append(l.requests, "GET /"+key(i*7919%n)+" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+	}
+	l.answered = func(got []byte, _ int) (done, ok bool) {
+		return bytes.HasSuffix(got, end), bytes.HasPrefix(got, begin[:min(len(got), len(begin))])
+	}
+	return l
+}
+
+// A loadClient is one connection of a load.
+type loadClient struct {
+	*load
+	net.Conn
+	next int // of the requests
+	buf  []byte
+}
+
+func (l *load) dial(b *testing.B, addr string, first int) *loadClient {
+	b.Helper()
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { c.Close() })
+	return &loadClient{load: l, Conn: c, next: first, buf: make([]byte, 64<<10)}
+}
+
+// ask sends the next n requests and reads the answers.
+func (c *loadClient) ask(n int) error {
+	batch := c.buf[:0]
+	for range n {
+		batch = append(batch, c.requests[c.next%len(c.requests)]...)
+		c.next++
+	}
+	if _, err := c.Write(batch); err != nil {
+		return err
+	}
+	for got, done := 0, false; !done; {
+		read, err := c.Read(c.buf[got:])
+		if err != nil {
+			return err
+		}
+		got += read
+		var ok bool
+		if done, ok = c.answered(c.buf[:got], n); !ok {
+			return fmt.Errorf("got %.200q", c.buf[:got])
+		}
+	}
+	return nil
+}
+
+// askAll sends each request once.
+func (l *load) askAll(b *testing.B, addr string) {
+	b.Helper()
+	c := l.dial(b, addr, 0)
+	for left := len(l.requests); left > 0; left -= benchPipeline {
+		if err := c.ask(min(left, benchPipeline)); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// run measures requests that are sent so many at once, by clients each of which begins with others.
+func (l *load) run(b *testing.B, addr string, pipeline int) {
+	b.Helper()
+	procs := runtime.GOMAXPROCS(0)
+	each := max(1, benchClients/procs)
+	clients := make(chan *loadClient, procs*each)
+	for i := range cap(clients) {
+		c := l.dial(b, addr, i*len(l.requests)/cap(clients))
+		if err := c.ask(pipeline); err != nil { // all that is made for a connection is there afterwards
+			b.Fatal(err)
+		}
+		clients <- c
+	}
+	b.SetParallelism(each)
+	b.ReportAllocs()
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		c := <-clients
+		for n := pipeline; n == pipeline; {
+			for n = 0; n < pipeline && pb.Next(); {
+				n++
+			}
+			if n == 0 {
+				return
+			}
+			if err := c.ask(n); err != nil {
+				b.Error(err)
+				return
+			}
+		}
+	})
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "req/s")
+}
+
+func BenchmarkIntegrationHit(b *testing.B) {
+	addr, n := sharedRedis(b), 10_000
+	key := setKeys(b, addr, n)
+	p := startProxy(b, addr, "--cache-timeout", "1h")
+	l := respLoad(key, n)
+	l.askAll(b, p.addr)
+	fetches := p.stat(b, "upstream_fetches")
+	for _, pipeline := range []int{1, 16, 64} {
+		b.Run(fmt.Sprintf("pipeline=%d/proxy", pipeline), func(b *testing.B) { l.run(b, p.addr, pipeline) })
+		b.Run(fmt.Sprintf("pipeline=%d/redis", pipeline), func(b *testing.B) { l.run(b, addr, pipeline) })
+	}
+	b.Run("http", func(b *testing.B) { httpLoad(key, n).run(b, p.addr, 1) })
+	if got := p.stat(b, "upstream_fetches"); got != fetches {
+		b.Errorf("fetches: got %s; want %s, those from before", got, fetches)
+	}
+}
+
+// No key is asked for again before all the others have been, of which the cache holds one.
+func BenchmarkIntegrationMiss(b *testing.B) {
+	addr, n := sharedRedis(b), 100_000
+	key := setKeys(b, addr, n)
+	p := startProxy(b, addr, "--cache-size", "1", "--redis-timeout", "20s")
+	l := respLoad(key, n)
+	for _, pipeline := range []int{1, 16} {
+		b.Run(fmt.Sprintf("pipeline=%d/proxy", pipeline), func(b *testing.B) { l.run(b, p.addr, pipeline) })
+		b.Run(fmt.Sprintf("pipeline=%d/redis", pipeline), func(b *testing.B) { l.run(b, addr, pipeline) })
+	}
+	if got := p.stat(b, "cache_hits"); got != "0" {
+		b.Errorf("hits: got %s; want none", got)
+	}
+}
+
+// BenchmarkIntegrationLatency measures hits on a full cache, in which misses replace entries meanwhile. Half
+// of the cache is hot; the rest are keys that are asked for in turn, of which there are more than fit.
+func BenchmarkIntegrationLatency(b *testing.B) {
+	addr, entries := sharedRedis(b), soak(50_000, 1_000_000)
+	hot, cold := entries/2, entries*6/10
+	key := setKeys(b, addr, hot+cold)
+	host, port, _ := net.SplitHostPort(addr)
+	_, proxy, _ := startProgram(b, nil, "--redis-host", host, "--redis-port", port, "--cache-size", fmt.Sprint(entries),
+		"--cache-bytes", "1GB", "--cache-timeout", "1h", "--redis-timeout", "20s")
+	hits, misses := respLoad(key, hot), respLoad(func(i int) string { return key(hot + i) }, cold)
+	misses.askAll(b, proxy)
+	hits.askAll(b, proxy)
+	missed := 0
+	b.Run(fmt.Sprintf("entries=%d/proxy", entries), func(b *testing.B) { missed = measureLatency(b, proxy, hits, misses, missed) })
+	b.Run(fmt.Sprintf("entries=%d/redis", entries), func(b *testing.B) { measureLatency(b, addr, hits, misses, 0) })
+	for field, want := range map[string]int{"cache_keys": entries, "cache_misses": hot + cold + missed} {
+		if got := infoField(b, dial(b, proxy), field); got != fmt.Sprint(want) {
+			b.Errorf("%s: got %s; want %d", field, got, want)
+		}
+	}
+}
+
+// measureLatency has clients ask for one hot key each, another one for a batch of cold keys, at a constant
+// pace. It returns which cold key would be next.
+func measureLatency(b *testing.B, addr string, hits, misses *load, next int) int {
+	b.Helper()
+	const pace, batch = 5 * time.Millisecond, 5
+	rounds := (b.N + benchClients - 1) / benchClients
+	took := make([]time.Duration, rounds*benchClients)
+	other := misses.dial(b, addr, next)
+	clients := make([]*loadClient, benchClients)
+	for i := range clients {
+		clients[i] = hits.dial(b, addr, i*len(hits.requests)/benchClients)
+		if err := clients[i].ask(1); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ResetTimer()
+	var wg sync.WaitGroup
+	begin := time.Now()
+	wg.Go(func() {
+		for round := range rounds {
+			time.Sleep(time.Until(begin.Add(time.Duration(round) * pace)))
+			if err := other.ask(batch); err != nil {
+				b.Error(err)
+				return
+			}
+		}
+	})
+	for i, c := range clients {
+		wg.Go(func() {
+			due, end := begin.Add(pace*time.Duration(i)/benchClients), begin
+			for round := range rounds {
+				sent := due // where the answer before came late, this one is late from then on
+				if end.Before(due) {
+					time.Sleep(time.Until(due))
+					sent = time.Now()
+				}
+				if err := c.ask(1); err != nil {
+					b.Error(err)
+					return
+				}
+				end = time.Now()
+				took[round*benchClients+i] = end.Sub(sent)
+				due = due.Add(pace)
+			}
+		})
+	}
+	wg.Wait()
+	b.StopTimer()
+	slices.Sort(took)
+	for _, percent := range []float64{50, 99, 99.9} {
+		at := min(int(float64(len(took))*percent/100), len(took)-1)
+		b.ReportMetric(float64(took[at])/float64(time.Microsecond), fmt.Sprintf("p%v-us", percent))
+	}
+	b.ReportMetric(0, "ns/op")
+	return other.next
+}

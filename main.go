@@ -71,8 +71,15 @@ func main() {
 	for _, name := range unreadVariables(os.Environ()) {
 		log.Warn("nobody reads this variable; is it misspelt?", "variable", name)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	ctx, stop := context.WithCancel(context.Background())
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	go func() { // ends with the process
+		<-signals
+		stop()
+		<-signals
+		os.Exit(1) // somebody does not want to wait
+	}()
 	l, err := net.Listen("tcp", net.JoinHostPort(cfg.listenAddress, strconv.Itoa(cfg.port)))
 	if err == nil && cfg.adminAddress != "" {
 		cfg.admin, err = net.Listen("tcp", cfg.adminAddress)
