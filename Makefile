@@ -42,7 +42,7 @@ test-unit: go cgo ## run the tests that need no Redis
 	go test -race -skip '^TestIntegration' $(TESTFLAGS) ./...
 
 .PHONY: fuzz
-fuzz: go ## fuzz every target for FUZZTIME=10s
+fuzz: go redis-server ## fuzz every target for FUZZTIME=10s
 	@targets=$$(go test -list '^Fuzz' .) || { echo "$$targets"; exit 1; }; \
 	for target in $$(echo "$$targets" | grep '^Fuzz'); do \
 		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1s . || exit; \

@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"net/http/pprof"
@@ -161,7 +162,7 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 // get asks for one key.
 func (w *web) get(key []byte) (answer, time.Duration) {
 	keys, answers := [1][]byte{key}, [1]answer{}
-	w.proxy.get(protoHTTP, keys[:], answers[:])
+	w.proxy.get(protoHTTP, w.proxy.now(), keys[:], answers[:])
 	return answers[0], w.proxy.now()
 }
 
@@ -211,7 +212,7 @@ func httpError(err error) (status int, text string) {
 
 // appendCacheStatus tells how the cache handled a request (RFC 9211).
 func (w *web) appendCacheStatus(b []byte, a *answer, now time.Duration) []byte {
-	ttl := int64((a.fetched + w.proxy.cfg.cacheTimeout - now) / time.Second)
+	ttl := int64(math.Floor((a.fetched + w.proxy.cfg.cacheTimeout - now).Seconds()))
 	if a.source == fromCache {
 		return strconv.AppendInt(append(b, "redis_proxy; hit; ttl="...), ttl, 10)
 	}
@@ -405,7 +406,7 @@ func newAdmin(p *proxy) *http.Server {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/healthz", func(rw http.ResponseWriter, _ *http.Request) { io.WriteString(rw, "alive\n") })
 	mux.HandleFunc("/readyz", func(rw http.ResponseWriter, _ *http.Request) {
-		if p.pool.ping() != nil {
+		if !p.ready() {
 			fail(rw, http.StatusServiceUnavailable, "Redis does not answer")
 			return
 		}

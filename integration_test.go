@@ -2426,12 +2426,13 @@ type load struct {
 
 // respLoad asks for n keys, in an order of its own.
 func respLoad(key func(i int) string, n int) *load {
-	l, want := new(load), []byte(strings.Repeat(bulk(benchValue), benchPipeline))
+	l, reply := new(load), bulk(benchValue)
+	all := []byte(strings.Repeat(reply, benchPipeline))
 	for i := range n {
 		l.requests = append(l.requests, request("GET", key(i*7919%n)))
 	}
 	l.answered = func(got []byte, n int) (done, ok bool) {
-		want := want[:n*len(bulk(benchValue))]
+		want := all[:n*len(reply)]
 		return len(got) == len(want), bytes.HasPrefix(want, got)
 	}
 	return l
@@ -2644,4 +2645,22 @@ func measureLatency(b *testing.B, addr string, hits, misses *load, next int) int
 	}
 	b.ReportMetric(0, "ns/op")
 	return other.next
+}
+
+// However many keys one MGET has, it waits no longer than a GET.
+func TestIntegrationMGETWaitsOnce(t *testing.T) {
+	r := startRelay(t, sharedRedis(t))
+	p := startProxy(t, r.addr, "--redis-timeout", "300ms")
+	r.stall()
+	args := []string{"MGET"}
+	for i := range 2000 {
+		args = append(args, fmt.Sprint(t.Name(), i))
+	}
+	began := time.Now()
+	if got := exchange(t, p.addr, request(args...)); got != "-ERR upstream timed out\r\n" {
+		t.Errorf("got %.100q", got)
+	}
+	if took := time.Since(began); took < 300*time.Millisecond || took > 2*time.Second {
+		t.Errorf("took %v; want about 300ms", took)
+	}
 }

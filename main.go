@@ -101,7 +101,7 @@ func newLogger(w io.Writer, cfg config) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, opts))
 }
 
-// check asks a running proxy for a sign of life. To be told to authenticate is one.
+// check asks a running proxy for a sign of life. An error, such as that there are too many clients, is one.
 func check(cfg config) error {
 	host := cfg.listenAddress
 	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
@@ -117,15 +117,15 @@ func check(cfg config) error {
 		c = tls.Client(c, &tls.Config{InsecureSkipVerify: true}) // it is alive, whoever it is
 	}
 	c.SetDeadline(time.Now().Add(2 * time.Second))
-	reply := make([]byte, len("+PONG"))
+	reply := make([]byte, 1)
 	if _, err := io.WriteString(c, "PING\r\n"); err != nil {
 		return err
 	}
 	if _, err := io.ReadFull(c, reply); err != nil {
 		return err
 	}
-	if s := string(reply); s != "+PONG" && s != "-NOAU" {
-		return fmt.Errorf("PING was answered by %q", s)
+	if reply[0] != '+' && reply[0] != '-' {
+		return fmt.Errorf("PING was answered by %q", reply)
 	}
 	return nil
 }
@@ -141,7 +141,7 @@ func tuneGC(cfg config) {
 
 // fitDescriptors is how many clients the process may have, as each costs a file descriptor.
 func fitDescriptors(cfg config, log *slog.Logger) int {
-	const others = 32 // listeners, logs, refused clients
+	const others = 32 + maxRefusing // listeners, logs
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
 		return cfg.maxClients
@@ -209,15 +209,23 @@ type clientCounts struct{ now, accepted, refused int }
 // now is the proxy's clock: the time since it was made, which no change of the wall clock moves.
 func (p *proxy) now() time.Duration { return time.Since(p.started) }
 
-// get answers keys: all that the cache lacks is asked for before the first is waited for. The keys are not
-// kept. len(answers) must be len(keys).
-func (p *proxy) get(proto protocol, keys [][]byte, answers []answer) {
+// get answers keys to a client that waits since then: all that the cache lacks is asked for before the
+// first is waited for. The keys are not kept. len(answers) must be len(keys).
+func (p *proxy) get(proto protocol, since time.Duration, keys [][]byte, answers []answer) {
 	if p.ask(keys, answers) == 0 {
 		p.counts[proto][fromCache].Add(int64(len(answers)))
 		return
 	}
-	p.wait(answers)
+	p.wait(since, answers)
 	p.count(proto, answers)
+}
+
+// ready tells whether Redis answers, by a fetch like any other.
+func (p *proxy) ready() bool {
+	now, answers := p.now(), []answer{{source: fromRedis}}
+	p.pool.fetch(now, [][]byte{[]byte("redis_proxy:ready")}, answers)
+	p.wait(now, answers)
+	return !isOutage(answers[0].err)
 }
 
 // ask answers keys from the cache, and has what it lacks fetched: such an answer is complete after wait.
@@ -229,9 +237,9 @@ func (p *proxy) ask(keys [][]byte, answers []answer) (misses int) {
 	return misses
 }
 
-// wait completes answers. It begins with the last: replies come in the order of the questions, so that
+// wait completes answers to who waits since then. It begins with the last: replies come in the order of the questions, so that
 // whoever waits for many is woken once.
-func (p *proxy) wait(answers []answer) {
+func (p *proxy) wait(since time.Duration, answers []answer) {
 	var late <-chan time.Time
 	for i := len(answers) - 1; i >= 0; i-- {
 		a := &answers[i]
@@ -241,7 +249,7 @@ func (p *proxy) wait(answers []answer) {
 		old := a.value
 		if a.fetch != nil {
 			if late == nil {
-				timer := time.NewTimer(p.cfg.redisTimeout)
+				timer := time.NewTimer(since + p.cfg.redisTimeout - p.now())
 				defer timer.Stop()
 				late = timer.C
 			}

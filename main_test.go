@@ -1248,7 +1248,7 @@ func TestPoolFetchesEachKeyOnce(t *testing.T) {
 		done.Go(func() {
 			answers := askFor(p, "key")
 			asked.Done()
-			p.wait(answers)
+			p.wait(p.now(), answers)
 			compare(t, "answer", outcomeOf(answers[0]), "hello")
 			sources[answers[0].source].Add(1)
 		})
@@ -1284,8 +1284,8 @@ func TestPoolSendsWhatWaitsTogether(t *testing.T) {
 		answers = append(answers, askFor(p, strconv.Itoa(i))...)
 	}
 	close(release)
-	p.wait(first)
-	p.wait(answers)
+	p.wait(p.now(), first)
+	p.wait(p.now(), answers)
 	compare(t, "first", outcomeOf(first[0]), "first")
 	for i, a := range answers {
 		compare(t, "answer", outcomeOf(a), strconv.Itoa(i))
@@ -1310,11 +1310,11 @@ func TestPoolRefusesWhatIsNoReplyToGet(t *testing.T) {
 			return replies(n, args)
 		})...)
 		answers := askFor(p, "key")
-		p.wait(answers)
+		p.wait(p.now(), answers)
 		compare(t, defect, answers[0].err, errUnavailable)
 		sick.Store(false)
 		answers = askFor(p, "text")
-		p.wait(answers)
+		p.wait(p.now(), answers)
 		compare(t, "next answer after "+defect, outcomeOf(answers[0]), "hello")
 	}
 }
@@ -1323,7 +1323,7 @@ func TestPoolStoresALateReply(t *testing.T) {
 	release := make(chan struct{})
 	p := newTestProxy(t, append(playRedis(t, func(int, []string) string { <-release; return bulk("late") }), "--redis-timeout", "20ms")...)
 	answers := askFor(p, "key")
-	p.wait(answers)
+	p.wait(p.now(), answers)
 	compare(t, "answer in time", answers[0].err, errTimeout)
 	close(release)
 	<-answers[0].fetch.done
@@ -1346,10 +1346,10 @@ func TestPoolStoresNothingThatWasSuperseded(t *testing.T) {
 	late := p.now() + p.cfg.redisTimeout // nobody waits for the first any more
 	p.cache.get(late, keys, renewed)
 	p.pool.fetch(late, keys, renewed)
-	p.wait(renewed)
+	p.wait(p.now(), renewed)
 	compare(t, "second answer", outcomeOf(renewed[0]), "new")
 	close(release)
-	p.wait(old)
+	p.wait(p.now(), old)
 	compare(t, "first answer", outcomeOf(old[0]), "old")
 	compare(t, "stored", old[0].fetch.stored, false)
 	compare(t, "in the cache", outcomeOf(askFor(p, "key")[0]), "new")

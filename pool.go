@@ -40,6 +40,7 @@ type pool struct {
 	now     func() time.Duration
 	log     *slog.Logger
 	timeout time.Duration // how long those who ask for a fetch wait
+	shared  time.Duration // how long others may join it: what it brings must not be older than the TTL
 
 	node *node // with Redis Cluster: one for each master, chosen by the key's slot
 
@@ -93,7 +94,8 @@ func newPool(cfg config, s store, now func() time.Duration, log *slog.Logger) *p
 			return nil
 		},
 	}
-	p := &pool{store: s, now: now, log: log, timeout: cfg.redisTimeout, node: n, flights: make(map[string]*fetch), stopTracking: func() {}}
+	p := &pool{store: s, now: now, log: log, timeout: cfg.redisTimeout, shared: min(cfg.redisTimeout, cfg.cacheTimeout), node: n,
+		flights: make(map[string]*fetch), stopTracking: func() {}}
 	if cfg.tracking {
 		p.tracked.Store(int32(trackingDown))
 		ctx, cancel := context.WithCancel(context.Background())
@@ -185,7 +187,7 @@ func (p *pool) fetch(now time.Duration, keys [][]byte, answers []answer) {
 // fetchLocked has one key fetched. Key and answer come as slices of length 1.
 func (p *pool) fetchLocked(now time.Duration, key [][]byte, as []answer) {
 	a, f := &as[0], p.flights[string(key[0])]
-	if f != nil && now < f.asked+p.timeout {
+	if f != nil && now < f.asked+p.shared {
 		a.source, a.fetch = fromAnother, f
 		return
 	}
@@ -230,15 +232,10 @@ func (p *pool) work(n *node) {
 		}
 		clear(fs)
 	}
-	p.release(n)
-}
-
-// release gives a slot back. Who queued since the last look at the queue may have found none free.
-func (p *pool) release(n *node) {
 	<-n.slots
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.startLocked(n)
+	p.startLocked(n) // who queued since the last look at the queue may have found no slot
 }
 
 // take moves what is queued to fs, at most as much as fits a pipeline.
@@ -458,27 +455,6 @@ func (p *pool) forget(keys [][]byte) {
 	}
 }
 
-// ping tells whether Redis answers. It waits for its turn as a fetch does.
-func (p *pool) ping() error {
-	n := p.node
-	select {
-	case n.slots <- struct{}{}:
-	case <-time.After(p.timeout):
-		return errTimeout
-	}
-	defer p.release(n)
-	for retried := false; ; retried = true {
-		began := time.Now()
-		conn := n.conns.Get()
-		_, err := conn.Do("PING")
-		conn.Close()
-		if err == nil || retried {
-			return err
-		}
-		n.suspect.Store(began.UnixNano())
-	}
-}
-
 // observe counts the time that a batch took.
 func (p *pool) observe(d time.Duration) {
 	i := 0
@@ -502,7 +478,7 @@ func (p *pool) usage() (open, used int, counts poolCounts) {
 // success says nothing of the time after it.
 func (n *node) failed(log *slog.Logger, began time.Time, err error) {
 	if began.UnixNano() >= n.success.Load() && n.failure.CompareAndSwap(0, time.Now().UnixNano()) {
-		log.Warn("Redis cannot be read; entries are served until their TTL", "error", err)
+		log.Warn("Redis cannot be read; hits go on", "error", err)
 	}
 }
 
@@ -516,10 +492,10 @@ func (n *node) worked(log *slog.Logger) {
 // refused is an error reply as it is passed on. What concerns the proxy's own standing with Redis is
 // marked, so that a client does not take it for its own.
 func refused(reply redis.Error) replyError {
-	code, _, _ := strings.Cut(string(reply), " ")
-	switch code {
-	case "NOAUTH", "NOPERM", "WRONGPASS", "MOVED", "ASK":
-		return replyError("ERR upstream refused: " + string(reply))
+	for _, code := range []string{"NOAUTH ", "NOPERM ", "WRONGPASS ", "DENIED ", "MOVED ", "ASK ", "ERR max number of clients"} {
+		if strings.HasPrefix(string(reply), code) {
+			return replyError("ERR upstream refused: " + string(reply))
+		}
 	}
 	return replyError(reply)
 }

@@ -394,7 +394,10 @@ func (c *client) give() {
 
 // get answers the GETs that have been gathered.
 func (c *client) get() error {
-	answers := c.ask(c.keys)
+	if len(c.keys) == 0 {
+		return nil
+	}
+	answers := c.ask(c.resp.proxy.now(), c.keys)
 	for i := range answers {
 		if err := c.writeAnswer(&answers[i]); err != nil {
 			return err
@@ -406,13 +409,11 @@ func (c *client) get() error {
 	return nil
 }
 
-// ask returns the answers to keys, complete. They hold until the next call.
-func (c *client) ask(keys [][]byte) []answer {
-	if len(keys) == 0 {
-		return nil
-	}
+// ask returns the answers to keys, complete, for a client that waits since then. They hold until the next
+// call.
+func (c *client) ask(since time.Duration, keys [][]byte) []answer {
 	c.answers = slices.Grow(c.answers[:0], len(keys))[:len(keys)]
-	c.resp.proxy.get(protoRESP, keys, c.answers)
+	c.resp.proxy.get(protoRESP, since, keys, c.answers)
 	return c.answers
 }
 
@@ -612,24 +613,24 @@ func cString(b []byte, limit int) string {
 // tell of an error than instead of the array.
 func (c *client) mget(args [][]byte) error {
 	var all []answer
+	held, began := 0, c.resp.proxy.now()
 	for keys := range slices.Chunk(args[1:], maxBatch) {
-		all = append(all, c.ask(keys)...)
-		clear(c.answers)
-	}
-	total := 0
-	for i := range all {
-		if total += len(all[i].data); total > maxReply {
+		for _, a := range c.ask(began, keys) {
+			refusal, isReply := a.err.(replyError)
+			switch {
+			case isReply && refusal.wrongType():
+				a.err = errAbsent
+			case a.err != nil && a.err != errAbsent:
+				c.fail(respError(a.err))
+				return nil
+			}
+			all, held = append(all, a), held+len(a.data)
+		}
+		if held > maxReply {
 			c.fail("ERR the values are too large together for one reply")
 			return nil
 		}
-		var refusal replyError
-		switch err := all[i].err; {
-		case errors.As(err, &refusal) && refusal.wrongType():
-			all[i].err = errAbsent
-		case err != nil && err != errAbsent:
-			c.fail(respError(err))
-			return nil
-		}
+		clear(c.answers)
 	}
 	c.array(len(all))
 	for i := range all {
