@@ -39,7 +39,7 @@ test: ## run every test, race detector on, against a Redis (or RP_TEST_REDIS=hos
 
 .PHONY: test-unit
 test-unit: go cgo ## run the tests that need no Redis
-	go test -race -skip '^TestIntegration' $(TESTFLAGS) ./...
+	go test -race -skip '^(TestIntegration|FuzzSameBytes)' $(TESTFLAGS) ./...
 
 .PHONY: fuzz
 fuzz: go redis-server ## fuzz every target for FUZZTIME=10s
@@ -55,7 +55,7 @@ lint: go ## check the code: gofmt, go vet, staticcheck
 	go run honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK) ./...
 
 .PHONY: bench
-bench: go ## run the benchmarks
+bench: go redis-server ## run the benchmarks
 	go test -run '^$$' -bench . -benchmem $(TESTFLAGS) ./...
 
 .PHONY: soak

@@ -662,6 +662,8 @@ func sameBytes(key, list, absent string) []string {
 		request("HELLO", "3", "SETNAME", "a b"), request("HELLO", "3", "AUTH", "default"), request("HELLO", ""),
 		request("HELLO", "3") + request("GET", absent) + request("PING") + request("MGET", absent),
 		request("HELLO", "3", "AUTH", "default", "x", "SETNAME", "me") + request("CLIENT", "GETNAME"), request("HELLO"), request("HELLO", "2"),
+		request("POST\x00x"), request("HOST:\x00"), request("HELLO", "3", "AUTH\x00", "default", "x"), request("CLIENT", "NO-EVICT", "on\x00x"),
+		request("HELLO", "3", "SETNAME", "a", "foo") + request("CLIENT", "GETNAME"), request("HELLO", "3", "SETNAME", "a", "SETNAME", "b c") + request("CLIENT", "GETNAME"),
 		request("HELLO", "3") + request("RESET") + request("GET", absent),
 		request("CLIENT"), request("CLIENT", "NONSENSE"), request("CLIENT", "non\r\nsense", "x"), request("CLIENT", "ID", "x"), request("CLIENT", "GETNAME"),
 		request("CLIENT", "SETNAME", "me") + request("CLIENT", "GETNAME"), request("CLIENT", "SETNAME", "a b"), request("CLIENT", "SETNAME"), request("CLIENT", "SETNAME", ""),
@@ -2001,7 +2003,8 @@ func TestIntegrationPassword(t *testing.T) {
 		request("AUTH", "a", "b", "c"), request("HELLO", "3", "AUTH", "default", "wrong"), request("HELLO", "3", "AUTH", "default"),
 		request("AUTH", "open sesame") + request("PING"), request("AUTH", "default", "open sesame") + request("PING"),
 		request("AUTH", "open sesame") + request("AUTH", "wrong") + request("PING"), request("AUTH", "open sesame") + request("RESET") + request("PING"),
-		request("HELLO", "3", "AUTH", "default", "open sesame") + request("GET", "nokey"), request("HELLO", "2", "AUTH", "default", "open sesame"),
+		request("HELLO", "3", "AUTH", "default", "open sesame") + request("GET", "nokey"), request("HELLO", "3", "AUTH", "default", "open sesame", "foo") + request("PING"),
+		request("HELLO", "3", "SETNAME", "me") + request("AUTH", "open sesame") + request("CLIENT", "GETNAME"), request("HELLO", "2", "AUTH", "default", "open sesame"),
 		"*11\r\n", "*10\r\n", "*1\r\n$16385\r\n", "*1\r\n$16384\r\n", "PING\r\n", "GET k\r\n",
 		request("AUTH", "open sesame") + "*11\r\n", request("AUTH", "open sesame") + "*1\r\n$16385\r\n", request("AUTH", strings.Repeat("x", 16385)),
 	} {

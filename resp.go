@@ -49,7 +49,7 @@ type reader struct {
 	start  int    // of the current request
 	end    int
 	next   int  // where parsing goes on, from start
-	last   int  // how much was read last
+	last   int  // how much was read since a read last left room in buf
 	left   int  // arguments still to come; 0 between requests
 	strict bool // the client has not authenticated
 	spans  []span
@@ -62,7 +62,8 @@ type span struct{ from, to int }
 // fill reads once. What read has returned is invalid afterwards.
 func (r *reader) fill() error {
 	rest, size := r.buf[r.start:r.end], len(r.buf)
-	switch full := r.end == size; {
+	full := r.end == size
+	switch {
 	case full && size < pipelineBuffer:
 		size = pipelineBuffer // more is coming
 	case full && len(rest) == size:
@@ -77,8 +78,11 @@ func (r *reader) fill() error {
 		copy(r.buf, rest)
 	}
 	r.start, r.end = 0, len(rest)
+	if !full {
+		r.last = 0
+	}
 	n, err := r.src.Read(r.buf[r.end:])
-	r.end, r.last = r.end+n, n
+	r.end, r.last = r.end+n, r.last+n
 	if n > 0 {
 		return nil
 	}
@@ -563,8 +567,8 @@ func init() {
 
 // execute answers one command. An error ends the connection.
 func (c *client) execute(args [][]byte) error {
-	name := strings.ToLower(string(args[0]))
-	if name == "post" || name == "host:" {
+	name := lower(string(args[0]))
+	if guard := word(args[0]); guard == "post" || guard == "host:" {
 		return errQuit // a browser that was made to speak to a Redis (networking.c, securityWarningCommand)
 	}
 	cmd, ok := commands[name]
@@ -573,7 +577,7 @@ func (c *client) execute(args [][]byte) error {
 		return nil
 	}
 	if cmd.sub != nil && len(args) > 1 {
-		sub := strings.ToLower(string(args[1]))
+		sub := lower(string(args[1]))
 		if cmd, ok = cmd.sub[sub]; !ok {
 			c.fail(fmt.Sprintf("ERR unknown subcommand '%s'. Try %s HELP.", cString(args[1], 128), strings.ToUpper(name)))
 			return nil
@@ -608,6 +612,19 @@ func cString(b []byte, limit int) string {
 	b, _, _ = bytes.Cut(b, []byte{0})
 	return string(b[:min(len(b), limit)])
 }
+
+// lower is s as C's tolower has it: only ASCII has cases.
+func lower(s string) string {
+	return strings.Map(func(r rune) rune {
+		if 'A' <= r && r <= 'Z' {
+			return r + 'a' - 'A'
+		}
+		return r
+	}, s)
+}
+
+// word is an option as strcasecmp reads it.
+func word(b []byte) string { return lower(cString(b, math.MaxInt)) }
 
 // mget answers MGET as Redis does: with null for a key that holds another type. It has no other way to
 // tell of an error than instead of the array.
@@ -655,7 +672,7 @@ func (c *client) ping(args [][]byte) error {
 
 // hello switches the protocol (networking.c, helloCommand).
 func (c *client) hello(args [][]byte) error {
-	proto, name, authed := c.proto, c.name, c.authed
+	proto := c.proto
 	if len(args) > 1 {
 		n, ok := parseInt(args[1])
 		if !ok {
@@ -669,32 +686,32 @@ func (c *client) hello(args [][]byte) error {
 		proto = int(n)
 	}
 	for i := 2; i < len(args); i++ {
-		switch opt, more := strings.ToLower(string(args[i])), len(args)-1-i; {
+		switch opt, more := word(args[i]), len(args)-1-i; {
 		case opt == "auth" && more >= 2:
-			if authed = c.passes(args[i+1], args[i+2]); !authed {
+			if !c.passes(args[i+1], args[i+2]) {
 				c.fail(wrongPass)
 				return nil
 			}
+			c.admit(true) // at once, whatever is wrong with what follows
 			i += 2
 		case opt == "setname" && more >= 1:
 			if !validName(args[i+1]) {
 				c.fail(badName)
 				return nil
 			}
-			name = string(args[i+1])
+			c.name = string(args[i+1])
 			i++
 		default:
 			c.fail("ERR Syntax error in HELLO option '" + cString(args[i], math.MaxInt) + "'")
 			return nil
 		}
 	}
-	if !authed {
+	if !c.authed {
 		c.fail("NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO AUTH <user> <pass> option can be used to " +
 			"authenticate the client and select the RESP protocol version at the same time")
 		return nil
 	}
-	c.proto, c.name = proto, name
-	c.admit(true)
+	c.proto = proto
 	c.mapping(7)
 	for _, field := range [][2]any{{"server", "redis"}, {"version", redisVersion}, {"proto", int64(proto)}, {"id", c.id}, {"mode", "standalone"}, {"role", "master"}} {
 		c.bulk(field[0].(string))
@@ -785,7 +802,7 @@ func (c *client) setName(args [][]byte) error {
 }
 
 func (c *client) setInfo(args [][]byte) error {
-	attr := strings.ToLower(string(args[2]))
+	attr := word(args[2])
 	i := slices.Index([]string{"lib-name", "lib-ver"}, attr)
 	switch {
 	case i < 0:
@@ -801,7 +818,7 @@ func (c *client) setInfo(args [][]byte) error {
 
 // onOff accepts a switch that has no meaning here.
 func (c *client) onOff(args [][]byte) error {
-	if s := strings.ToLower(string(args[2])); s == "on" || s == "off" {
+	if s := word(args[2]); s == "on" || s == "off" {
 		c.ok()
 	} else {
 		c.fail("ERR syntax error")
