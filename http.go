@@ -19,6 +19,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/pprof"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -70,13 +71,13 @@ func (w *web) run() { w.server.Serve(w) }
 // that came over TLS with a negotiated protocol is net/http's from the start, and so is every one where
 // requests have to bring a password.
 func (w *web) serve(c net.Conn) {
-	if plain, ok := c.(clientConn); ok && w.proxy.authorised(nil) {
-		if !w.quick(plain) {
+	if own, ok := c.(clientConn); ok && w.proxy.authorised(nil) {
+		if !w.quick(own) {
 			c.Close()
 			return
 		}
 	} else if ok {
-		plain.release(nil)
+		own.release(nil)
 	}
 	select {
 	case w.conns <- c:
@@ -338,7 +339,7 @@ func plainGet(b []byte) (key []byte, size int) {
 	}
 	key, get := bytes.CutPrefix(line, []byte("GET /"))
 	key, version := bytes.CutSuffix(key, []byte(" HTTP/1.1"))
-	if !get || !version || !only(key, isPathChar) {
+	if !get || !version || !plain(key, "-._~!$&'()*+,;=:@/") { // pchar and the slash (RFC 3986 §3.3)
 		return nil, 0
 	}
 	for hosts := 0; ; {
@@ -352,24 +353,21 @@ func plainGet(b []byte) (key []byte, size int) {
 			return key, len(b) - len(rest)
 		}
 		name, val, ok := bytes.Cut(line, []byte(": "))
-		switch {
-		case !ok:
-			return nil, 0
-		case equalFold(name, "host"):
+		known := func(header string) bool { return strings.EqualFold(string(name), header) }
+		if ok && known("Host") {
 			hosts++
-			if !only(val, isHostChar) {
-				return nil, 0
-			}
-		case equalFold(name, "user-agent"), equalFold(name, "accept"), equalFold(name, "accept-encoding"),
-			equalFold(name, "accept-language"), equalFold(name, "referer"), equalFold(name, "cookie"):
-			if !only(val, func(c byte) bool { return ' ' <= c && c <= '~' }) {
-				return nil, 0
-			}
-		default:
+			ok = plain(val, "-._:[]")
+		} else if ok {
+			ok = slices.ContainsFunc(ignored, known) && plain(val, " !\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
+		}
+		if !ok {
 			return nil, 0
 		}
 	}
 }
+
+// ignored are the headers that have no meaning here.
+var ignored = []string{"User-Agent", "Accept", "Accept-Encoding", "Accept-Language", "Referer", "Cookie"}
 
 // cutLine cuts off a line that ends in CR LF.
 func cutLine(b []byte) (line, rest []byte, ok bool) {
@@ -380,26 +378,16 @@ func cutLine(b []byte) (line, rest []byte, ok bool) {
 	return b[:i-1], b[i+1:], true
 }
 
-func equalFold(b []byte, lower string) bool {
-	return len(b) == len(lower) && strings.EqualFold(string(b), lower)
-}
-
-func only(b []byte, allowed func(byte) bool) bool {
+// plain tells whether b consists of letters, digits and others.
+func plain(b []byte, others string) bool {
 	for _, c := range b {
-		if !allowed(c) {
+		letter := 'a' <= c|' ' && c|' ' <= 'z'
+		if !letter && (c < '0' || '9' < c) && strings.IndexByte(others, c) < 0 {
 			return false
 		}
 	}
 	return true
 }
-
-func isAlnum(c byte) bool {
-	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9'
-}
-
-// isPathChar is for pchar and the slash (RFC 3986 §3.3), without percent signs.
-func isPathChar(c byte) bool { return isAlnum(c) || strings.IndexByte("-._~!$&'()*+,;=:@/", c) >= 0 }
-func isHostChar(c byte) bool { return isAlnum(c) || strings.IndexByte("-._:[]", c) >= 0 }
 
 // newAdmin serves metrics, health and profiles.
 func newAdmin(p *proxy) *http.Server {
