@@ -154,10 +154,7 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	h["Etag"] = []string{string(appendETag(nil, content))}
 	h["Cache-Control"] = []string{"max-age=" + seconds(w.proxy.cfg.cacheTimeout)}
 	h["Age"] = []string{seconds(now - a.fetched)}
-	if r.Header.Get("Range") != "" {
-		rw = rangeWriter{rw}
-	}
-	http.ServeContent(rw, r, "", time.Time{}, strings.NewReader(content))
+	http.ServeContent(contentWriter{rw, w.proxy.cfg.writeTimeout}, r, "", time.Time{}, strings.NewReader(content))
 }
 
 // get asks for one key.
@@ -179,14 +176,23 @@ func (w *web) authorised(r *http.Request) bool {
 	return strings.EqualFold(scheme, "Bearer") && w.proxy.authorised([]byte(token))
 }
 
-// A rangeWriter gives the one error that http.ServeContent writes the header of all errors.
-type rangeWriter struct{ http.ResponseWriter }
+// A contentWriter gives the one error that http.ServeContent writes the header of all errors, and an HTTP/2
+// client that opens no window as little time as one that does not read.
+type contentWriter struct {
+	http.ResponseWriter
+	stuck time.Duration
+}
 
-func (w rangeWriter) WriteHeader(status int) {
+func (w contentWriter) WriteHeader(status int) {
 	if status == http.StatusRequestedRangeNotSatisfiable {
 		w.Header().Set("Cache-Control", "no-store")
 	}
 	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w contentWriter) Write(p []byte) (int, error) {
+	http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(w.stuck))
+	return w.ResponseWriter.Write(p)
 }
 
 // fail answers with an error: one line of text.

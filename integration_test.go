@@ -1896,7 +1896,11 @@ func TestIntegrationTrackingDownAndUp(t *testing.T) {
 			p := startProxy(t, r.addr, "--tracking", "--cache-timeout", "1h", "--redis-timeout", "300ms")
 			eventually(t, "tracking is live", func() bool { return p.stat(t, "tracking") == "live" })
 			redisDo(t, server.addr, "SET", "k", "old")
-			exchange(t, p.addr, request("GET", "k"))
+			eventually(t, "the old value is cached for good", func() bool {
+				reported := p.stat(t, "tracking_invalidations") // 1 is for the beginning, 2 for the SET
+				resp, _ := httpDo(t, "GET", "http://"+p.addr+"/k")
+				return reported != "0" && reported != "1" && strings.HasPrefix(resp.Header.Get("Cache-Status"), "redis_proxy; hit")
+			})
 			stop := make(chan struct{})
 			r.setFilter(fault.via(stop))
 			redisDo(t, server.addr, "SET", "k", "missed")

@@ -14,6 +14,10 @@ import (
 // entry, its slot in the map. BenchmarkCacheMemory measures it.
 const entryOverhead = 200
 
+// maxLate bounds how far a late reply is moved back. Behind more than these, its expiry may be noticed as
+// much too late as the reply was.
+const maxLate = 1000
+
 // A cache maps keys to values. It is safe for concurrent use.
 type cache struct {
 	maxKeys  int
@@ -83,8 +87,10 @@ func (c *cache) put(now time.Duration, v value) (stored bool) {
 	}
 	e.used, e.filled = c.used.PushFront(e), c.filled.PushFront(e)
 	// A reply that was long on its way belongs behind those that were asked for after it.
-	for next := e.filled.Next(); next != nil && next.Value.(*entry).fetched > v.fetched; next = e.filled.Next() {
+	next := e.filled.Next()
+	for n := 0; n < maxLate && next != nil && next.Value.(*entry).fetched > v.fetched; n++ {
 		c.filled.MoveAfter(e.filled, next)
+		next = e.filled.Next()
 	}
 	c.entries[v.key()] = e
 	c.bytes += e.size()

@@ -135,7 +135,7 @@ func check(cfg config) error {
 func tuneGC(cfg config) {
 	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetGCPercent(400)
-		debug.SetMemoryLimit(2*cfg.cacheBytes + 32<<20)
+		debug.SetMemoryLimit(2*min(cfg.cacheBytes, 1<<60) + 32<<20)
 	}
 }
 
@@ -223,7 +223,8 @@ func (p *proxy) get(proto protocol, since time.Duration, keys [][]byte, answers 
 // ready tells whether Redis answers, by a fetch like any other.
 func (p *proxy) ready() bool {
 	now, answers := p.now(), []answer{{source: fromRedis}}
-	p.pool.fetch(now, [][]byte{[]byte("redis_proxy:ready")}, answers)
+	key := fmt.Sprint("redis_proxy:ready:", p.started.UnixNano()) // nobody has it, so it is never in the cache
+	p.pool.fetch(now, [][]byte{[]byte(key)}, answers)
 	p.wait(now, answers)
 	return !isOutage(answers[0].err)
 }
@@ -451,7 +452,8 @@ func (e replyError) wrongType() bool { return strings.HasPrefix(string(e), "WRON
 type fetch struct {
 	key   string
 	asked time.Duration // on the proxy's clock
-	dirty bool          // what Redis replies must not be stored; the pool's lock guards it
+	older *fetch        // in flight for the same key, too late to be joined; the pool's lock guards it and dirty
+	dirty bool          // what Redis replies must not be stored
 	done  chan struct{} // closed when the following are set
 	value
 	err    error
@@ -743,7 +745,7 @@ func duration(p *time.Duration, zero bool) func(string) error {
 		if sec, e := strconv.ParseFloat(s, 64); e == nil && math.Abs(sec) < 1e9 {
 			d, err = time.Duration(sec*float64(time.Second)), nil
 		}
-		if err != nil || d < 0 || d == 0 && !zero {
+		if err != nil || d < 0 || d == 0 && !zero || d >= 1e9*time.Second {
 			if zero {
 				return errors.New("must be a time such as 30, 1.5 or 250ms, or 0")
 			}

@@ -27,6 +27,8 @@ const (
 	// maxQueue bounds the fetches that wait for a connection. Who comes later is told that Redis is too
 	// slow, which is then true.
 	maxQueue = 1 << 16
+	// maxQueueBytes bounds their keys.
+	maxQueueBytes = 64 << 20
 	// grace is how much longer than anybody waits a connection may take for a reply: it still fills
 	// the cache.
 	grace = time.Second
@@ -68,10 +70,11 @@ var latencyBounds = [...]time.Duration{
 
 // A node is one Redis server.
 type node struct {
-	conns  *redis.Pool
-	slots  chan struct{} // holds an element for each connection in use
-	queue  []*fetch      // waiting for a connection; the pool's lock guards it and coming
-	coming bool          // a worker is about to take the queue
+	conns      *redis.Pool
+	slots      chan struct{} // holds an element for each connection in use
+	queue      []*fetch      // waiting for a connection; the pool's lock guards it and coming
+	coming     bool          // a worker is about to take the queue
+	queueBytes int           // of the keys in the queue
 
 	suspect atomic.Int64 // unix nanoseconds; connections idle since before may be dead
 	success atomic.Int64 // unix nanoseconds of the last success
@@ -79,7 +82,7 @@ type node struct {
 }
 
 func newPool(cfg config, s store, now func() time.Duration, log *slog.Logger) *pool {
-	dial := dialer(cfg.redis, cfg.redisTimeout, cfg.redisTimeout+grace)
+	dial := dialer(context.Background(), cfg.redis, cfg.redisTimeout, cfg.redisTimeout+grace)
 	n := &node{slots: make(chan struct{}, cfg.clientLimit)}
 	n.conns = &redis.Pool{
 		MaxIdle: cfg.clientLimit,
@@ -102,21 +105,24 @@ func newPool(cfg config, s store, now func() time.Duration, log *slog.Logger) *p
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			p.track(ctx, dialer(cfg.redis, cfg.redisTimeout, cfg.redisTimeout+pingEvery))
+			p.track(ctx, dialer(ctx, cfg.redis, cfg.redisTimeout, cfg.redisTimeout+pingEvery))
 		}()
 		p.stopTracking = func() { cancel(); <-done }
 	}
 	return p
 }
 
-// dialer makes connections that are given up when they take longer to make than timeout, or when a
-// read or write takes longer than patience.
-func dialer(to redisAddress, timeout, patience time.Duration) func() (redis.Conn, error) {
+// dialer makes connections that are given up when they take longer to make than timeout, when a read or
+// write takes longer than patience, or when ctx is done.
+func dialer(ctx context.Context, to redisAddress, timeout, patience time.Duration) func() (redis.Conn, error) {
 	return func() (redis.Conn, error) {
 		return redis.Dial("tcp", to.address(),
 			redis.DialNetDial(func(network, addr string) (net.Conn, error) {
-				c, err := net.DialTimeout(network, addr, timeout)
-				return wire{c, patience}, err
+				c, err := (&net.Dialer{Timeout: timeout}).DialContext(ctx, network, addr)
+				if err != nil {
+					return nil, err
+				}
+				return wire{c, patience, context.AfterFunc(ctx, func() { c.Close() })}, nil
 			}),
 			redis.DialTLSHandshakeTimeout(timeout), redis.DialUseTLS(to.tls),
 			redis.DialUsername(to.user), redis.DialPassword(to.password), redis.DialDatabase(to.db))
@@ -150,6 +156,12 @@ func (u upstream) Receive() (reply any, err error) {
 type wire struct {
 	net.Conn
 	timeout time.Duration
+	unwatch func() bool
+}
+
+func (w wire) Close() error {
+	w.unwatch()
+	return w.Conn.Close()
 }
 
 func (w wire) Read(p []byte) (int, error) {
@@ -194,16 +206,14 @@ func (p *pool) fetchLocked(now time.Duration, key [][]byte, as []answer) {
 	if p.store.get(now, key, as) == 0 {
 		return // a fetch has ended since the cache was asked
 	}
-	if len(p.node.queue) >= maxQueue {
+	if len(p.node.queue) >= maxQueue || p.node.queueBytes+len(key[0]) > maxQueueBytes {
 		a.err = errTimeout
 		return
 	}
-	if f != nil {
-		f.dirty = true // it is late, and what the new one brings must not be replaced by something older
-	}
-	f = &fetch{key: string(key[0]), asked: now, done: make(chan struct{})}
+	f = &fetch{key: string(key[0]), asked: now, done: make(chan struct{}), older: f}
 	p.flights[f.key] = f
 	p.node.queue = append(p.node.queue, f)
+	p.node.queueBytes += len(f.key)
 	a.fetch = f
 }
 
@@ -247,6 +257,9 @@ func (p *pool) take(n *node, fs []*fetch) []*fetch {
 	rest := copy(n.queue, n.queue[len(fs):])
 	clear(n.queue[rest:])
 	n.queue = n.queue[:rest]
+	for _, f := range fs {
+		n.queueBytes -= len(f.key)
+	}
 	if len(fs) > 0 {
 		p.fetches += int64(len(fs))
 		p.batches++
@@ -326,8 +339,14 @@ func (p *pool) finish(f *fetch, v value, err error) {
 	if p.flights[f.key] == f {
 		delete(p.flights, f.key)
 	}
-	if err == nil && !f.dirty {
+	f.older.spoil() // it must not replace what is newer
+	f.older = nil
+	switch {
+	case f.dirty:
+	case err == nil:
 		f.stored = p.store.put(p.now(), v)
+	case !isOutage(err):
+		p.store.remove([]byte(f.key)) // or it might be answered once more, as stale
 	}
 	p.mu.Unlock()
 	close(f.done)
@@ -341,7 +360,7 @@ func (p *pool) fail(fs []*fetch, err error) {
 	var refusal redis.Error
 	switch {
 	case errors.As(err, &refusal):
-		err = refused(refusal)
+		err = replyError("ERR upstream refused: " + refusal)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		err = errTimeout
 	default:
@@ -357,7 +376,7 @@ func (p *pool) fail(fs []*fetch, err error) {
 func (p *pool) track(ctx context.Context, dial func() (redis.Conn, error)) {
 	pause, told := time.Duration(0), false
 	for ctx.Err() == nil {
-		err := p.follow(ctx, dial)
+		err := p.follow(dial)
 		if p.tracked.Swap(int32(trackingDown)) == int32(trackingLive) {
 			pause, told = 0, false
 		}
@@ -375,13 +394,17 @@ func (p *pool) track(ctx context.Context, dial func() (redis.Conn, error)) {
 
 // follow tracks over one connection, until that breaks. The connection redirects to itself: Redis
 // reports changes only to RESP3 clients or to subscribers, and redigo speaks RESP2.
-func (p *pool) follow(ctx context.Context, dial func() (redis.Conn, error)) error {
+func (p *pool) follow(dial func() (redis.Conn, error)) (err error) {
+	defer func() {
+		if r := recover(); r != nil { // redigo allocates whatever length a reply states
+			err = fmt.Errorf("reading a report: %v", r)
+		}
+	}()
 	c, err := dial()
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	defer context.AfterFunc(ctx, func() { c.Close() })()
 	id, err := redis.Int64(c.Do("CLIENT", "ID"))
 	if err != nil {
 		return err
@@ -420,7 +443,7 @@ func (p *pool) follow(ctx context.Context, dial func() (redis.Conn, error)) erro
 		if err != nil {
 			return err
 		}
-		if kind, _ := redis.String(msg[0], nil); kind == "message" && len(msg) == 3 {
+		if len(msg) == 3 { // a report; a PING is answered by two
 			keys, err := redis.ByteSlices(msg[2], nil)
 			if err != nil && err != redis.ErrNil {
 				return err
@@ -439,19 +462,24 @@ func (p *pool) forget(keys [][]byte) {
 	defer p.mu.Unlock()
 	p.invalidations += int64(len(keys))
 	for _, key := range keys {
-		if f := p.flights[string(key)]; f != nil {
-			f.dirty = true
-			delete(p.flights, f.key)
-		}
+		p.flights[string(key)].spoil()
+		delete(p.flights, string(key))
 		p.store.remove(key)
 	}
 	if keys == nil {
 		p.invalidations++
 		for _, f := range p.flights {
-			f.dirty = true
+			f.spoil()
 		}
 		clear(p.flights)
 		p.store.clear()
+	}
+}
+
+// spoil needs the pool's lock.
+func (f *fetch) spoil() {
+	for ; f != nil; f = f.older {
+		f.dirty = true
 	}
 }
 

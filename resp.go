@@ -73,6 +73,9 @@ func (r *reader) fill() error {
 	}
 	if size != len(r.buf) {
 		r.buf, r.args = make([]byte, size), nil // args has parts of the old buffer
+		if r.left == 0 {
+			r.spans = nil
+		}
 		copy(r.buf, rest)
 	} else if r.start > 0 {
 		copy(r.buf, rest)
@@ -406,8 +409,8 @@ func (c *client) get() error {
 		if err := c.writeAnswer(&answers[i]); err != nil {
 			return err
 		}
+		answers[i] = answer{} // let go of the value
 	}
-	clear(c.answers) // let go of the values
 	clear(c.keys)
 	c.keys = c.keys[:0]
 	return nil
@@ -632,7 +635,11 @@ func (c *client) mget(args [][]byte) error {
 	var all []answer
 	held, began := 0, c.resp.proxy.now()
 	for keys := range slices.Chunk(args[1:], maxBatch) {
-		for _, a := range c.ask(began, keys) {
+		asked := len(all)
+		all = append(all, c.ask(began, keys)...)
+		clear(c.answers)
+		for i := range all[asked:] {
+			a := &all[asked+i]
 			refusal, isReply := a.err.(replyError)
 			switch {
 			case isReply && refusal.wrongType():
@@ -641,13 +648,12 @@ func (c *client) mget(args [][]byte) error {
 				c.fail(respError(a.err))
 				return nil
 			}
-			all, held = append(all, a), held+len(a.data)
+			held += len(a.data)
 		}
 		if held > maxReply {
 			c.fail("ERR the values are too large together for one reply")
 			return nil
 		}
-		clear(c.answers)
 	}
 	c.array(len(all))
 	for i := range all {

@@ -169,7 +169,7 @@ func (s *server) frontEnd(c *conn) (frontEnd, net.Conn, error) {
 	return s.frontEnds[proto], inner, err
 }
 
-// stop ends accepting, and reading a moment later: what clients have sent by then is answered.
+// stop ends accepting, and reading a moment later: what has been read by then is answered.
 func (s *server) stop() {
 	until := time.Now().Add(quiet)
 	s.draining.Store(&until)
@@ -184,17 +184,19 @@ func (s *server) stop() {
 	time.Sleep(quiet)
 }
 
-// wait returns when no handler is left, or ctx is done and it has cut off their connections.
+// wait returns when no handler is left, or when ctx is done: then it cuts off their connections.
 func (s *server) wait(ctx context.Context) {
-	cut := context.AfterFunc(ctx, func() {
+	done := make(chan struct{})
+	go func() { s.handlers.Wait(); close(done) }() // ends with the last handler
+	select {
+	case <-done:
+	case <-ctx.Done():
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		for c := range s.conns {
 			c.Conn.Close()
 		}
-	})
-	defer cut()
-	s.handlers.Wait()
+	}
 }
 
 // A conn is a client's connection.
@@ -206,6 +208,7 @@ type conn struct {
 	idle     time.Duration // how long the client may be silent; 0: for ever
 	readBy   time.Time     // the read deadline that is set for that
 	writeBy  time.Time     // the write deadline that is set
+	last     bool          // crypto/tls has set it, for its last words
 	released bool          // net/http sets the read deadlines; the server's lock guards it
 }
 
@@ -314,10 +317,13 @@ func (c *conn) Read(p []byte) (int, error) {
 // Write fails when the client takes nothing for the write timeout, or up to a third longer: a deadline
 // costs as much as a short reply, and is not set anew for each.
 func (c *conn) Write(p []byte) (written int, err error) {
+	if _, inner := c.Conn.(*tls.Conn); inner {
+		return c.Conn.Write(p) // to another conn, which sees to the deadlines
+	}
 	for {
-		if now, stuck := time.Now(), c.server.stuck; c.writeBy.Sub(now) < stuck {
+		if now, stuck := time.Now(), c.server.stuck; !c.last && c.writeBy.Sub(now) < stuck {
 			c.writeBy = now.Add(stuck + stuck/3)
-			if err := c.SetWriteDeadline(c.writeBy); err != nil {
+			if err := c.Conn.SetWriteDeadline(c.writeBy); err != nil {
 				return written, err
 			}
 		}
@@ -327,6 +333,13 @@ func (c *conn) Write(p []byte) (written int, err error) {
 			return written, err
 		}
 	}
+}
+
+// SetWriteDeadline takes note of what net/http and crypto/tls set: the one clears the deadline after each
+// answer, the other sets one to say goodbye.
+func (c *conn) SetWriteDeadline(t time.Time) error {
+	c.writeBy, c.last = t, !t.IsZero()
+	return c.Conn.SetWriteDeadline(t)
 }
 
 // CloseWrite lets net/http say goodbye before it hangs up on a client that is still sending.
