@@ -2671,3 +2671,72 @@ func TestIntegrationMGETWaitsOnce(t *testing.T) {
 		t.Errorf("took %v; want about 300ms", took)
 	}
 }
+
+// A client of net/http that takes nothing is given up like any other, over HTTP/1 and over HTTP/2, where it
+// need only open no window.
+func TestIntegrationUnreadHTTPAnswersAreGivenUp(t *testing.T) {
+	flags := playRedis(t, func(_ int, args []string) string {
+		if args[1] == "big" {
+			return bulk(strings.Repeat("x", 32<<20))
+		}
+		return bulk("small")
+	})
+	cfg, err := parseConfig(append(flags, "--redis-timeout", "10s"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.writeTimeout = 300 * time.Millisecond
+	p := runProxy(t, cfg)
+	exchange(t, p.addr, "GET big\r\n")
+	kept := func(key string) string {
+		return "GET /" + key + " HTTP/1.1\r\nHost: h\r\nConnection: keep-alive\r\n\r\n"
+	}
+	h2 := "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x04\x00\x00\x00\x00" // INITIAL_WINDOW_SIZE 0
+	for id := 1; id < 40; id += 2 {
+		h2 += "\x00\x00\x0b\x01\x05\x00\x00\x00" + string(rune(id)) + "\x82\x86\x41\x01a\x04\x04/big"
+	}
+	for name, send := range map[string]string{"HTTP/1.1": kept("big"), "HTTP/1.1 after an answer": kept("small") + kept("big"), "HTTP/2": h2} {
+		dial(t, p.addr).send(send)
+		eventually(t, "the answer is begun: "+name, func() bool { return strings.Contains(stacks(), "http.ServeContent(") })
+		eventually(t, "the answer is given up: "+name, func() bool { return !strings.Contains(stacks(), "http.ServeContent(") })
+	}
+}
+
+func stacks() string {
+	buf := make([]byte, 4<<20)
+	return string(buf[:runtime.Stack(buf, true)])
+}
+
+// Neither a handler that waits for Redis nor a tracker that is being dialled holds up a stop.
+func TestIntegrationStopDoesNotWaitForRedis(t *testing.T) {
+	hang := make(chan struct{})
+	defer close(hang)
+	cfg, err := parseConfig(append(playRedis(t, func(int, []string) string { <-hang; return "" }), "--redis-timeout", "1m", "--tracking"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.redis.password = "AUTH is not answered"
+	p := runProxy(t, cfg)
+	dial(t, p.addr).send("GET a\r\n")
+	eventually(t, "the fetch", func() bool { return p.stat(t, "upstream_connections_used") == "1" })
+	p.stop()
+	select {
+	case <-p.done:
+	case <-time.After(drainTimeout + 3*time.Second):
+		t.Errorf("not stopped after %v", drainTimeout+3*time.Second)
+	}
+}
+
+// What is wrong with the proxy's own standing with Redis is not passed on as if it were the client's.
+func TestIntegrationOwnRefusalIsMarked(t *testing.T) {
+	addr := sharedRedis(t)
+	for _, url := range []string{"redis://:secret@" + addr, "redis://" + addr + "/99"} {
+		cfg, err := parseConfig([]string{"--redis-url", url}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := exchange(t, runProxy(t, cfg).addr, "GET a\r\n"); !strings.HasPrefix(got, "-ERR upstream refused: ") {
+			t.Errorf("%s: got %q; want it marked", url, got)
+		}
+	}
+}

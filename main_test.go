@@ -1548,3 +1548,39 @@ func sortHeaders(s string) (parts []string) {
 	}
 	return parts
 }
+
+// Redis has said that the key is gone: it does not come back when Redis goes too.
+func TestProxyForgetsWhatRedisSaysIsGone(t *testing.T) {
+	for _, gone := range []string{"$-1\r\n", "-WRONGTYPE Operation against a key holding the wrong kind of value\r\n"} {
+		var reply atomic.Value
+		reply.Store(bulk("old"))
+		flags := playRedis(t, func(int, []string) string { return reply.Load().(string) })
+		p := newTestProxy(t, append(flags, "--cache-timeout", "1ms", "--stale-timeout", "1h")...)
+		get := func() answer {
+			time.Sleep(2 * time.Millisecond) // past the TTL
+			answers := askFor(p, "k")
+			p.wait(p.now(), answers)
+			return answers[0]
+		}
+		get()
+		reply.Store(gone)
+		get()
+		reply.Store(hungUp)
+		if a := get(); a.err != errUnavailable {
+			t.Errorf("after %q and an outage: got %q, %v; want %v", gone, a.data, a.err, errUnavailable)
+		}
+	}
+}
+
+// Redis takes longer than anybody waits, and the key is asked for all the time: its replies are stored.
+func TestPoolStoresLateRepliesForAHotKey(t *testing.T) {
+	p := newTestProxy(t, append(playRedis(t, func(int, []string) string {
+		time.Sleep(60 * time.Millisecond)
+		return bulk("v")
+	}), "--redis-timeout", "40ms")...)
+	for end := time.Now().Add(10 * time.Second); askFor(p, "k")[0].source != fromCache; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("never a hit")
+		}
+	}
+}
