@@ -484,17 +484,8 @@ type value struct {
 }
 
 func newValue(key string, val []byte, fetched time.Duration) value {
-	var b strings.Builder
-	var scratch [20]byte
-	size := strconv.AppendInt(scratch[:0], int64(len(val)), 10)
-	b.Grow(len(key) + len("$\r\n\r\n") + len(size) + len(val))
-	b.WriteString(key)
-	b.WriteByte('$')
-	b.Write(size)
-	b.WriteString("\r\n")
-	b.Write(val)
-	b.WriteString("\r\n")
-	return value{data: b.String(), keyLen: len(key), fetched: fetched}
+	data := key + "$" + strconv.Itoa(len(val)) + "\r\n" + string(val) + "\r\n"
+	return value{data: data, keyLen: len(key), fetched: fetched}
 }
 
 func (v value) key() string  { return v.data[:v.keyLen] }

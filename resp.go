@@ -436,15 +436,12 @@ func (c *client) writeAnswer(a *answer) error {
 	return nil
 }
 
-// respError says in RESP what is wrong with an answer.
+// respError says in RESP what is wrong with an answer; Redis' own errors have their own words.
 func respError(err error) string {
-	switch err {
-	case errTimeout:
-		return "ERR upstream timed out"
-	case errUnavailable:
-		return "ERR upstream unavailable"
+	if refusal, ok := err.(replyError); ok {
+		return string(refusal)
 	}
-	return err.Error() // a replyError, in Redis' own words
+	return "ERR " + err.Error()
 }
 
 // write adds s to the replies. However long it is, no more than a part of it is copied at a time.
