@@ -1012,6 +1012,7 @@ func TestIntegrationCommandLine(t *testing.T) {
 		{"an unknown flag", nil, []string{"--prot=1"}, 2, `^$`, `^redis_proxy: .*-prot.*--help.*\n$`},
 		{"a stray argument", nil, []string{"8080"}, 2, `^$`, `^redis_proxy: unexpected argument "8080".*\n$`},
 		{"a secret in a bad value", nil, []string{"--redis-url=http://:secret@h"}, 2, `^$`, `^redis_proxy: --redis-url: must be redis://\[\[user\].*rediss:// for TLS\n$`},
+		{"a certificate that is not there", nil, []string{"--tls-cert", "/no/cert.pem", "--tls-key", "/no/key.pem"}, 2, `^$`, `^redis_proxy: --tls-cert "/no/cert.pem", --tls-key "/no/key.pem": open /no/cert.pem: no such file or directory\n$`},
 		{"an address that is taken", nil, []string{"--listen-address", "192.0.2.1"}, 1, `^$`, `cannot assign requested address`},
 	} {
 		cmd := program(t, row.env, row.args...)

@@ -369,7 +369,7 @@ func tlsConfig(certFile, keyFile string) (*tls.Config, error) {
 				now[i] = info.ModTime()
 			}
 		}
-		if now != changed {
+		if now != changed || cert.Certificate == nil {
 			renewed, err := tls.LoadX509KeyPair(certFile, keyFile)
 			if err != nil && cert.Certificate == nil {
 				return nil, fmt.Errorf("--tls-cert %q, --tls-key %q: %w", certFile, keyFile, err)
