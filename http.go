@@ -14,7 +14,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
+	"maps"
 	"math"
 	"net"
 	"net/http"
@@ -45,17 +47,22 @@ type web struct {
 	addr   net.Addr
 
 	draining atomic.Bool
+
+	mu      sync.Mutex // guards the following
+	fresh   map[net.Conn]struct{}
+	stopped bool
 }
 
 func newWeb(p *proxy, addr net.Addr) *web {
-	w := &web{proxy: p, conns: make(chan net.Conn), closed: make(chan struct{}), addr: addr}
+	w := &web{proxy: p, conns: make(chan net.Conn), closed: make(chan struct{}), addr: addr, fresh: make(map[net.Conn]struct{})}
 	w.server = http.Server{
 		Handler:                      w,
 		DisableGeneralOptionsHandler: true,
 		ReadHeaderTimeout:            headerTimeout,
 		IdleTimeout:                  cmp.Or(p.cfg.idleTimeout, httpIdleTimeout),
 		MaxHeaderBytes:               maxHeaderBytes,
-		ErrorLog:                     slog.NewLogLogger(p.log.Handler(), slog.LevelWarn),
+		ConnState:                    w.track,
+		ErrorLog:                     log.New(complaints{p.log}, "", 0),
 		Protocols:                    new(http.Protocols),
 	}
 	w.server.Protocols.SetHTTP1(true)
@@ -89,6 +96,10 @@ func (w *web) serve(c net.Conn) {
 // refuse answers a connection that is one too many.
 func (w *web) refuse(c net.Conn) {
 	defer c.Close()
+	begin := make([]byte, len("PRI"))
+	if _, err := io.ReadFull(c, begin); err != nil || string(begin) == "PRI" {
+		return // HTTP/2 has no answer before a request
+	}
 	const text = "too many clients\n"
 	fmt.Fprintf(c, "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nCache-Control: no-store\r\nConnection: close\r\n"+
 		"Content-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n\r\n%s", len(text), text)
@@ -98,8 +109,31 @@ func (w *web) refuse(c net.Conn) {
 // are idle, although a request may be on its way.)
 func (w *web) drain() { w.draining.Store(true) }
 
-// shutdown closes idle connections, and the others when they are answered or ctx is done.
+// track notes which connections have not sent a whole request yet. http.Server.Shutdown waits for those as
+// if they were being answered.
+func (w *web) track(c net.Conn, state http.ConnState) {
+	w.mu.Lock()
+	stopped := w.stopped
+	if state == http.StateNew {
+		w.fresh[c] = struct{}{}
+	} else {
+		delete(w.fresh, c)
+	}
+	w.mu.Unlock()
+	if stopped && state == http.StateNew {
+		c.Close()
+	}
+}
+
+// shutdown closes connections that are not being answered, and the others when they are or ctx is done.
 func (w *web) shutdown(ctx context.Context) {
+	w.mu.Lock()
+	w.stopped = true
+	fresh := slices.Collect(maps.Keys(w.fresh))
+	w.mu.Unlock()
+	for _, c := range fresh {
+		c.Close()
+	}
 	if w.server.Shutdown(ctx) != nil {
 		w.server.Close()
 	}
@@ -173,7 +207,7 @@ func (w *web) authorised(r *http.Request) bool {
 		return w.proxy.authorised([]byte(password))
 	}
 	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-	return strings.EqualFold(scheme, "Bearer") && w.proxy.authorised([]byte(token))
+	return strings.EqualFold(scheme, "Bearer") && w.proxy.authorised([]byte(strings.TrimLeft(token, " ")))
 }
 
 // A contentWriter gives the one error that http.ServeContent writes the header of all errors, and an HTTP/2
@@ -395,6 +429,18 @@ func plain(b []byte, others string) bool {
 	return true
 }
 
+// complaints takes what net/http has to say. What is not a panic is about a client.
+type complaints struct{ log *slog.Logger }
+
+func (c complaints) Write(p []byte) (int, error) {
+	level := slog.LevelDebug
+	if bytes.Contains(p, []byte("panic")) {
+		level = slog.LevelError
+	}
+	c.log.Log(context.Background(), level, strings.TrimSpace(string(p)))
+	return len(p), nil
+}
+
 // newAdmin serves metrics, health and profiles.
 func newAdmin(p *proxy) *http.Server {
 	mux := http.NewServeMux()
@@ -411,7 +457,7 @@ func newAdmin(p *proxy) *http.Server {
 		writeMetrics(rw, p)
 	})
 	mux.Handle("/debug/pprof/", http.DefaultServeMux) // where package pprof puts its handlers
-	return &http.Server{Handler: mux, ReadHeaderTimeout: headerTimeout, ErrorLog: slog.NewLogLogger(p.log.Handler(), slog.LevelWarn)}
+	return &http.Server{Handler: mux, ReadHeaderTimeout: headerTimeout, ErrorLog: log.New(complaints{p.log}, "", 0)}
 }
 
 // writeMetrics writes the text format of Prometheus.
@@ -421,8 +467,8 @@ func writeMetrics(out io.Writer, p *proxy) {
 	}
 	header("requests_total", "counter", "Keys asked for, by protocol and how they were answered.")
 	for proto := range protocols {
-		for o := range outcomes {
-			fmt.Fprintf(out, "redis_proxy_requests_total{protocol=%q,result=%q} %d\n", protocols[proto], outcomes[o], p.counts[proto][o].Load())
+		for o := range results {
+			fmt.Fprintf(out, "redis_proxy_requests_total{protocol=%q,result=%q} %d\n", protocols[proto], results[o], p.counts[proto][o].Load())
 		}
 	}
 	for _, f := range p.figures() {

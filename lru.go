@@ -79,7 +79,7 @@ func (c *cache) put(now time.Duration, v value) (stored bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if e := c.entries[v.key()]; e != nil {
-		c.drop(e) // whole: the map's key is part of the old value
+		c.drop(now, e) // whole: the map's key is part of the old value
 	}
 	e := &entry{value: v}
 	if e.size() > c.maxBytes {
@@ -107,10 +107,9 @@ func (c *cache) shrink(now time.Duration) {
 		over := len(c.entries) > c.maxKeys || c.bytes > c.maxBytes
 		switch {
 		case over && c.expired(oldest, now) || n < few && c.useless(oldest, now):
-			c.drop(oldest)
-			c.expirations++
+			c.drop(now, oldest)
 		case over:
-			c.drop(c.used.Back().Value.(*entry))
+			c.drop(now, c.used.Back().Value.(*entry))
 			c.evictions++
 		default:
 			return
@@ -119,11 +118,11 @@ func (c *cache) shrink(now time.Duration) {
 }
 
 // remove drops a key, if it is there.
-func (c *cache) remove(key []byte) {
+func (c *cache) remove(now time.Duration, key []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if e := c.entries[string(key)]; e != nil {
-		c.drop(e)
+		c.drop(now, e)
 	}
 }
 
@@ -148,7 +147,10 @@ func (c *cache) expired(e *entry, now time.Duration) bool { return now-e.fetched
 func (c *cache) useless(e *entry, now time.Duration) bool { return now-e.fetched >= c.ttl+c.stale }
 
 // drop needs the lock.
-func (c *cache) drop(e *entry) {
+func (c *cache) drop(now time.Duration, e *entry) {
+	if c.expired(e, now) {
+		c.expirations++
+	}
 	c.used.Remove(e.used)
 	c.filled.Remove(e.filled)
 	delete(c.entries, e.key())

@@ -6,6 +6,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -17,6 +18,7 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/signal"
@@ -42,13 +44,21 @@ const httpIdleTimeout = 2 * time.Minute
 // flushAt is how many bytes of answers are gathered before they are written.
 const flushAt = 16 << 10
 
+// maxAhead bounds the keys that a client asks for before it waits, and aheadBytes the values, by how large
+// they typically are.
+const (
+	maxAhead   = 128
+	aheadBytes = 256 << 10
+)
+
 // drainTimeout bounds a shutdown: what is not finished by then is cut off.
 const drainTimeout = 9 * time.Second
 
 func main() {
 	cfg, err := parseConfig(os.Args[1:], os.Environ())
-	if err == nil && cfg.tlsCert != "" {
-		cfg.tls, err = tlsConfig(cfg.tlsCert, cfg.tlsKey)
+	log := newLogger(os.Stderr, cfg)
+	if err == nil && cfg.tlsCert != "" && !cfg.check && !cfg.version {
+		cfg.tls, err = tlsConfig(cfg.tlsCert, cfg.tlsKey, log)
 	}
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -67,7 +77,6 @@ func main() {
 		}
 		return
 	}
-	log := newLogger(os.Stderr, cfg)
 	for _, name := range unreadVariables(os.Environ()) {
 		log.Warn("nobody reads this variable; is it misspelt?", "variable", name)
 	}
@@ -89,12 +98,17 @@ func main() {
 		os.Exit(1)
 	}
 	cfg.maxClients = fitDescriptors(cfg, log)
-	tuneGC(cfg)
+	tune(cfg)
 	run(ctx, cfg, l, log)
 }
 
 func newLogger(w io.Writer, cfg config) *slog.Logger {
-	opts := &slog.HandlerOptions{Level: cfg.logLevel}
+	opts := &slog.HandlerOptions{Level: cfg.logLevel, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if a.Value.Kind() == slog.KindDuration { // JSON would have nanoseconds
+			a.Value = slog.StringValue(a.Value.Duration().String())
+		}
+		return a
+	}}
 	if cfg.logFormat == "json" {
 		return slog.New(slog.NewJSONHandler(w, opts))
 	}
@@ -113,7 +127,7 @@ func check(cfg config) error {
 		return err
 	}
 	defer c.Close()
-	if cfg.tls != nil {
+	if cfg.tlsCert != "" {
 		c = tls.Client(c, &tls.Config{InsecureSkipVerify: true}) // it is alive, whoever it is
 	}
 	c.SetDeadline(time.Now().Add(2 * time.Second))
@@ -130,9 +144,14 @@ func check(cfg config) error {
 	return nil
 }
 
-// tuneGC has garbage collected less often than by default while memory is small beside the cache's limit,
-// and within twice that limit otherwise. GOGC and GOMEMLIMIT, where set, say otherwise.
-func tuneGC(cfg config) {
+// tune sets up the Go runtime, where GOMAXPROCS, GOGC and GOMEMLIMIT do not say otherwise. Half of the
+// cores serve: the others are for those who ask, and threads that wait for work cost more than they
+// bring. Garbage is collected seldom while memory is small beside the cache's limit, and within twice
+// that limit otherwise.
+func tune(cfg config) {
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(max(1, runtime.GOMAXPROCS(0)/2))
+	}
 	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetGCPercent(400)
 		debug.SetMemoryLimit(2*min(cfg.cacheBytes, 1<<60) + 32<<20)
@@ -167,6 +186,7 @@ func run(ctx context.Context, cfg config, l net.Listener, log *slog.Logger) {
 	log.Info("serving", "version", version, "address", l.Addr().String(), "protocols", "http resp", "redis", cfg.redis.address(),
 		"cache_size", cfg.cacheSize, "cache_bytes", cfg.cacheBytes, "cache_timeout", cfg.cacheTimeout)
 	if cfg.admin != nil {
+		log.Info("serving metrics, health and profiles", "address", cfg.admin.Addr().String())
 		admin := newAdmin(p)
 		go admin.Serve(cfg.admin) // ends with its Close
 		defer admin.Close()
@@ -193,7 +213,8 @@ type proxy struct {
 	cache   *cache
 	pool    *pool
 	clients func() clientCounts
-	counts  [len(protocols)][len(outcomes)]atomic.Int64
+	counts  [len(protocols)][len(results)]atomic.Int64
+	denied  atomic.Int64 // wrong passwords
 }
 
 func newProxy(cfg config, log *slog.Logger) *proxy {
@@ -220,13 +241,21 @@ func (p *proxy) get(proto protocol, since time.Duration, keys [][]byte, answers 
 	p.count(proto, answers)
 }
 
-// ready tells whether Redis answers, by a fetch like any other.
+// ahead is how many keys a client may ask for at once. What was fetched for it is held until it is written,
+// and there may be many clients.
+func (p *proxy) ahead() int {
+	return int(max(1, min(maxAhead, aheadBytes/max(p.pool.typical.Load(), 1))))
+}
+
+// ready tells whether Redis answers, by a fetch like any other. That it does not let the proxy read this
+// key is an answer.
 func (p *proxy) ready() bool {
 	now, answers := p.now(), []answer{{source: fromRedis}}
 	key := fmt.Sprint("redis_proxy:ready:", p.started.UnixNano()) // nobody has it, so it is never in the cache
 	p.pool.fetch(now, [][]byte{[]byte(key)}, answers)
 	p.wait(now, answers)
-	return !isOutage(answers[0].err)
+	refusal, _ := answers[0].err.(replyError)
+	return !isOutage(answers[0].err) || strings.HasPrefix(string(refusal), upstreamRefused+"NOPERM ")
 }
 
 // ask answers keys from the cache, and has what it lacks fetched: such an answer is complete after wait.
@@ -238,10 +267,10 @@ func (p *proxy) ask(keys [][]byte, answers []answer) (misses int) {
 	return misses
 }
 
-// wait completes answers to who waits since then. It begins with the last: replies come in the order of the questions, so that
-// whoever waits for many is woken once.
+// wait completes answers to who waits since then. It begins with the last: replies come in the order of
+// the questions, so that whoever waits for many is woken once.
 func (p *proxy) wait(since time.Duration, answers []answer) {
-	var late <-chan time.Time
+	var timer *time.Timer
 	for i := len(answers) - 1; i >= 0; i-- {
 		a := &answers[i]
 		if a.source == fromCache {
@@ -249,16 +278,15 @@ func (p *proxy) wait(since time.Duration, answers []answer) {
 		}
 		old := a.value
 		if a.fetch != nil {
-			if late == nil {
-				timer := time.NewTimer(since + p.cfg.redisTimeout - p.now())
+			if timer == nil {
+				timer = time.NewTimer(since + p.cfg.redisTimeout - p.now())
 				defer timer.Stop()
-				late = timer.C
 			}
-			if a.fetch.wait(late) {
+			if p.pool.wait(a.fetch, timer.C) {
 				a.value, a.err = a.fetch.value, a.fetch.err
 			} else {
 				a.value, a.err = value{}, errTimeout
-				late = closedTime // the others have had their time too
+				timer.Reset(0) // the others have had their time too
 			}
 		}
 		if old.data != "" && isOutage(a.err) {
@@ -280,18 +308,29 @@ func (p *proxy) authorised(password []byte) bool {
 		return p.cfg.password == ""
 	}
 	want, got := sha256.Sum256([]byte(p.cfg.password)), sha256.Sum256(password)
-	return subtle.ConstantTimeCompare(want[:], got[:]) == 1
+	if subtle.ConstantTimeCompare(want[:], got[:]) == 1 {
+		return true
+	}
+	p.denied.Add(1)
+	return false
 }
 
 // count adds complete answers to the statistics.
 func (p *proxy) count(proto protocol, answers []answer) {
-	var n [len(outcomes)]int64
+	var n [len(results)]int64
 	for i := range answers {
-		n[answers[i].outcome()]++
+		switch answers[i].err {
+		case nil:
+			n[answers[i].source]++
+		case errAbsent:
+			n[absent]++
+		default:
+			n[unanswerable]++
+		}
 	}
-	for o := range n {
-		if n[o] > 0 {
-			p.counts[proto][o].Add(n[o])
+	for r := range n {
+		if n[r] > 0 {
+			p.counts[proto][r].Add(n[r])
 		}
 	}
 }
@@ -310,9 +349,9 @@ func (p *proxy) figures() []figure {
 	clients := p.clients()
 	var mem runtime.MemStats
 	runtime.ReadMemStats(&mem)
-	var answered [len(outcomes)]int64
+	var answered [len(results)]int64
 	for proto := range protocols {
-		for o := range outcomes {
+		for o := range results {
 			answered[o] += p.counts[proto][o].Load()
 		}
 	}
@@ -341,6 +380,7 @@ func (p *proxy) figures() []figure {
 		{"Stats", "total_commands_processed", "", "", "", all},
 		{"Stats", "keyspace_hits", "", "", "", hits},
 		{"Stats", "keyspace_misses", "", "", "", all - hits},
+		{"Stats", "acl_access_denied_auth", "passwords_denied_total", "counter", "Wrong passwords of clients.", p.denied.Load()},
 		{"Stats", "evicted_keys", "evictions_total", "counter", "Entries that made room for others.", cached.evictions},
 		{"Stats", "expired_keys", "expirations_total", "counter", "Entries dropped after their TTL.", cached.expirations},
 		{"Replication", "role", "", "", "", "master"},
@@ -351,13 +391,13 @@ func (p *proxy) figures() []figure {
 		{"Cache", "cache_misses", "", "", "", answered[fromRedis]},
 		{"Cache", "cache_collapsed", "", "", "", answered[fromAnother]},
 		{"Cache", "cache_stale", "", "", "", answered[fromStale]},
-		{"Cache", "cache_absent", "", "", "", answered[outcomeAbsent]},
-		{"Cache", "cache_errors", "", "", "", answered[outcomeError]},
+		{"Cache", "cache_absent", "", "", "", answered[absent]},
+		{"Cache", "cache_errors", "", "", "", answered[unanswerable]},
 		{"Cache", "upstream_connections", "upstream_connections", "gauge", "Connections to Redis.", open},
 		{"Cache", "upstream_connections_used", "upstream_connections_used", "gauge", "Connections to Redis in use.", used},
 		{"Cache", "upstream_fetches", "upstream_fetches_total", "counter", "GETs sent to Redis.", fetched.fetches},
 		{"Cache", "upstream_batches", "upstream_batches_total", "counter", "Pipelines in which they were sent.", fetched.batches},
-		{"Cache", "upstream_errors", "upstream_errors_total", "counter", "Fetches that a broken connection ended.", fetched.errors},
+		{"Cache", "upstream_errors", "upstream_errors_total", "counter", "Fetches that failed, or that Redis refused to the proxy.", fetched.errors},
 		{"Cache", "tracking", "tracking", "gauge", "Whether Redis reports changes: 0 is off, 1 down, 2 live.", trackingState(p.pool.tracked.Load())},
 		{"Cache", "tracking_invalidations", "invalidations_total", "counter", "Changes that Redis reported.", fetched.invalidations},
 		{"", "", "go_goroutines", "gauge", "Goroutines.", runtime.NumGoroutine()},
@@ -386,35 +426,20 @@ type answer struct {
 	fetch   *fetch // nil if there is nothing to wait for
 }
 
-func (a *answer) outcome() outcome {
-	switch a.err {
-	case nil:
-		return outcome(a.source)
-	case errAbsent:
-		return outcomeAbsent
-	}
-	return outcomeError
-}
-
 // A source tells where an answer comes from.
 type source uint8
 
 const (
-	fromCache   source = iota
-	fromRedis          // this request had it fetched
-	fromAnother        // another request had it fetched already
-	fromStale          // from the cache, past its TTL, as Redis cannot answer
+	fromCache    source = iota
+	fromRedis           // this request had it fetched
+	fromAnother         // another request had it fetched already
+	fromStale           // from the cache, past its TTL, as Redis cannot answer
+	absent              // in the statistics only: there is no such key
+	unanswerable        // in the statistics only: an error
 )
 
-// An outcome is what the statistics count of an answer: its source, or that there is no value.
-type outcome uint8
-
-const (
-	outcomeAbsent = outcome(fromStale) + 1 + iota
-	outcomeError
-)
-
-var outcomes = [...]string{"hit", "miss", "collapsed", "stale", "absent", "error"}
+// results are the sources' names in the metrics.
+var results = [...]string{"hit", "miss", "collapsed", "stale", "absent", "error"}
 
 type protocol uint8
 
@@ -425,13 +450,6 @@ const (
 
 var protocols = [...]string{"http", "resp"}
 
-// closedTime is a timer that has expired, for any number of readers.
-var closedTime = func() <-chan time.Time {
-	c := make(chan time.Time)
-	close(c)
-	return c
-}()
-
 // What can be wrong with an answer, besides a replyError. The texts are for logs; each front end has
 // its own words.
 var (
@@ -439,6 +457,9 @@ var (
 	errUnavailable = errors.New("upstream unavailable")
 	errTimeout     = errors.New("upstream timed out")
 )
+
+// upstreamRefused begins a replyError that is about the proxy and not about a key.
+const upstreamRefused = "ERR upstream refused: "
 
 // A replyError is an error reply of Redis, as it came.
 type replyError string
@@ -452,27 +473,14 @@ func (e replyError) wrongType() bool { return strings.HasPrefix(string(e), "WRON
 type fetch struct {
 	key   string
 	asked time.Duration // on the proxy's clock
-	older *fetch        // in flight for the same key, too late to be joined; the pool's lock guards it and dirty
+	older *fetch        // in flight for the same key, too late to be joined; the pool's lock guards it, dirty and done
 	dirty bool          // what Redis replies must not be stored
-	done  chan struct{} // closed when the following are set
+	done  chan struct{} // nil until somebody waits; closed when finished
+
+	finished atomic.Bool // set when the following are
 	value
 	err    error
 	stored bool // in the cache
-}
-
-// wait tells whether the fetch is done before it is too late.
-func (f *fetch) wait(late <-chan time.Time) bool {
-	select {
-	case <-f.done:
-		return true
-	default:
-	}
-	select {
-	case <-f.done:
-		return true
-	case <-late:
-		return false
-	}
 }
 
 // A value is what Redis had for a key at one moment. It is a string and not bytes, because it is shared
@@ -516,7 +524,7 @@ type frontEnd interface {
 type store interface {
 	get(now time.Duration, keys [][]byte, answers []answer) (misses int)
 	put(now time.Duration, v value) (stored bool)
-	remove(key []byte)
+	remove(now time.Duration, key []byte)
 	clear()
 }
 
@@ -557,9 +565,9 @@ type option struct {
 // options is the table of flags: each parses, checks and stores its own.
 func (c *config) options() []option {
 	return []option{
-		{"listen-address", "127.0.0.1", "address to serve on", text(&c.listenAddress, true)},
+		{"listen-address", "127.0.0.1", "address to serve on", host(&c.listenAddress)},
 		{"port", "8080", "port to serve on; 0 picks a free one", number(&c.port, 0, 65535)},
-		{"redis-host", "127.0.0.1", "host of the backing Redis", text(&c.redis.host, true)},
+		{"redis-host", "127.0.0.1", "host of the backing Redis", host(&c.redis.host)},
 		{"redis-port", "6379", "port of the backing Redis", number(&c.redis.port, 1, 65535)},
 		{"redis-url", "", "URL redis://[[user]:pass@]host[:port][/db], rediss:// for TLS; instead of host and port", c.setRedisURL},
 		{"redis-timeout", "1s", "longest time a request waits for Redis in all: queue, dial, reply", duration(&c.redisTimeout, false)},
@@ -571,12 +579,12 @@ func (c *config) options() []option {
 		{"max-clients", "10000", "most client connections at once", number(&c.maxClients, 1, 1<<20)},
 		{"idle-timeout", "0", "time after which a silent client is closed; 0: never (HTTP keep-alive: 2 minutes)", duration(&c.idleTimeout, true)},
 		{"tracking", "false", "drop entries as soon as Redis says that they changed", boolean(&c.tracking)},
-		{"password", "", "password that clients must present; empty: anyone who can connect", text(&c.password, false)},
-		{"tls-cert", "", "file of a certificate in PEM: serve TLS only, both protocols", text(&c.tlsCert, false)},
-		{"tls-key", "", "file of its key in PEM", text(&c.tlsKey, false)},
-		{"admin-address", "", "host:port for metrics, health and profiles; empty: none", text(&c.adminAddress, false)},
+		{"password", "", "password that clients must present; empty: anyone who can connect", text(&c.password)},
+		{"tls-cert", "", "file of a certificate in PEM: serve TLS only, both protocols", text(&c.tlsCert)},
+		{"tls-key", "", "file of its key in PEM", text(&c.tlsKey)},
+		{"admin-address", "", "host:port for metrics, health and profiles; empty: none", hostPort(&c.adminAddress)},
 		{"log-level", "info", "level: debug, info, warn or error", c.setLogLevel},
-		{"log-format", "text", "format: text or json", c.setLogFormat},
+		{"log-format", "text", "format: text or json", choice(&c.logFormat, "text", "json")},
 	}
 }
 
@@ -603,20 +611,15 @@ func (o option) assign(where, val string) error {
 // not set. The error is flag.ErrHelp where help was asked for.
 func parseConfig(args, environ []string) (config, error) {
 	cfg := config{writeTimeout: writeTimeout}
-	var bad error
+	variables := make(map[string]string)
+	for _, kv := range environ {
+		name, val, _ := strings.Cut(kv, "=")
+		variables[name] = val
+	}
+	var bad, badVariable error
 	fs := flag.NewFlagSet("redis_proxy", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
-	fs.BoolVar(&cfg.version, "version", false, "")
-	fs.BoolVar(&cfg.check, "check", false, "")
-	for _, o := range cfg.options() {
-		if err := o.assign("default", o.def); err != nil {
-			panic(err)
-		}
-		if val := lookup(environ, o.variable()); val != "" {
-			if err := o.assign(o.variable(), val); err != nil {
-				return cfg, err
-			}
-		}
+	define := func(o option) {
 		assign := func(val string) error {
 			bad = o.assign("--"+o.name, val)
 			return bad
@@ -627,6 +630,17 @@ func parseConfig(args, environ []string) (config, error) {
 			fs.Func(o.name, o.usage, assign)
 		}
 	}
+	define(option{name: "check", def: "false", set: boolean(&cfg.check)})
+	define(option{name: "version", def: "false", set: boolean(&cfg.version)})
+	for _, o := range cfg.options() {
+		if err := o.assign("default", o.def); err != nil {
+			panic(err)
+		}
+		if val := variables[o.variable()]; val != "" && badVariable == nil {
+			badVariable = o.assign(o.variable(), val)
+		}
+		define(o)
+	}
 	switch err := fs.Parse(args); {
 	case bad != nil:
 		return cfg, bad // flag would say it in more words, and show secrets
@@ -634,28 +648,19 @@ func parseConfig(args, environ []string) (config, error) {
 		return cfg, err
 	case err != nil:
 		return cfg, fmt.Errorf("%w (--help lists the flags)", err)
-	case fs.NArg() > 0 && strings.Contains(fs.Arg(0), "@"): // a URL with a password, perhaps
+	case fs.NArg() > 0 && (cfg.password != "" || strings.Contains(fs.Arg(0), "@")): // part of a secret, perhaps
 		return cfg, errors.New("unexpected argument: only flags are allowed (--help lists them)")
 	case fs.NArg() > 0:
-		return cfg, fmt.Errorf("unexpected argument %q: only flags are allowed (--help lists them)", fs.Arg(0))
-	}
-	if (cfg.tlsCert == "") != (cfg.tlsKey == "") {
-		return cfg, fmt.Errorf("--tls-cert %q, --tls-key %q: both must be given, or neither", cfg.tlsCert, cfg.tlsKey)
+		return cfg, fmt.Errorf("unexpected argument %q: only flags are allowed, and --flag=true for a switch (--help lists them)", fs.Arg(0))
+	case badVariable != nil && !cfg.version:
+		return cfg, badVariable
+	case (cfg.tlsCert == "") != (cfg.tlsKey == ""):
+		return cfg, fmt.Errorf("--tls-cert or RP_TLS_CERT %q, --tls-key or RP_TLS_KEY %q: both must be given, or neither", cfg.tlsCert, cfg.tlsKey)
 	}
 	if cfg.fromURL.host != "" {
 		cfg.redis = cfg.fromURL
 	}
 	return cfg, nil
-}
-
-// lookup finds a variable in a list of the form of os.Environ.
-func lookup(environ []string, name string) string {
-	for _, kv := range environ {
-		if val, ok := strings.CutPrefix(kv, name+"="); ok {
-			return val
-		}
-	}
-	return ""
 }
 
 // unreadVariables lists the RP_ variables that are not in the table.
@@ -684,10 +689,36 @@ func printHelp(w io.Writer) {
 		"  --version\n        print the version and exit\n  --help\n        print this and exit\n")
 }
 
-func text(p *string, required bool) func(string) error {
+func text(p *string) func(string) error {
+	return func(s string) error { *p = s; return nil }
+}
+
+// host reads a name or an IP address, without a port.
+func host(p *string) func(string) error {
 	return func(s string) error {
-		if s == "" && required {
-			return errors.New("must not be empty")
+		if _, err := netip.ParseAddr(s); s == "" || err != nil && strings.ContainsAny(s, ":/[]@ ") {
+			return errors.New("must be a host name or an IP address, without a port")
+		}
+		*p = s
+		return nil
+	}
+}
+
+func hostPort(p *string) func(string) error {
+	return func(s string) error {
+		_, port, err := net.SplitHostPort(s)
+		if s != "" && (err != nil || number(new(int), 0, 65535)(port) != nil) {
+			return errors.New("must be host:port, such as 127.0.0.1:9090 or :9090")
+		}
+		*p = s
+		return nil
+	}
+}
+
+func choice(p *string, allowed ...string) func(string) error {
+	return func(s string) error {
+		if !slices.Contains(allowed, s) {
+			return fmt.Errorf("must be one of %s", strings.Join(allowed, ", "))
 		}
 		*p = s
 		return nil
@@ -695,18 +726,7 @@ func text(p *string, required bool) func(string) error {
 }
 
 func (c *config) setLogLevel(s string) error {
-	if c.logLevel.UnmarshalText([]byte(s)) != nil {
-		return errors.New("must be debug, info, warn or error")
-	}
-	return nil
-}
-
-func (c *config) setLogFormat(s string) error {
-	if s != "text" && s != "json" {
-		return errors.New("must be text or json")
-	}
-	c.logFormat = s
-	return nil
+	return cmp.Or(choice(new(string), "debug", "info", "warn", "error")(s), c.logLevel.UnmarshalText([]byte(s)))
 }
 
 func boolean(p *bool) func(string) error {

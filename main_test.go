@@ -47,9 +47,12 @@ func compare[T comparable](t testing.TB, what string, got, want T) {
 // malformed, so that a miss fails before it reaches any network.
 func newTestProxy(t testing.TB, flags ...string) *proxy {
 	t.Helper()
-	cfg, err := parseConfig(append([]string{"--redis-host", "["}, flags...), nil)
+	cfg, err := parseConfig(append([]string{"--redis-port", "1"}, flags...), nil)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if cfg.redis.port == 1 {
+		cfg.redis.host = "[" // nobody to ask
 	}
 	p := newProxy(cfg, slog.New(slog.DiscardHandler))
 	t.Cleanup(p.pool.close)
@@ -120,7 +123,11 @@ func TestConfigRefuses(t *testing.T) {
 		{"--port", "x", "from 0 to 65535"}, {"--port", "", "from 0 to 65535"}, {"--port", "65536", "from 0 to 65535"},
 		{"--port", "-1", "from 0 to 65535"}, {"RP_PORT", "8080x", "from 0 to 65535"}, {"--redis-port", "0", "from 1 to 65535"},
 		{"--client-limit", "0", "from 1 to"}, {"--cache-size", "0", "from 1 to"}, {"--max-clients", "0", "from 1 to"},
-		{"RP_CACHE_SIZE", "1e3", "whole number"}, {"--listen-address", "", "must not be empty"}, {"--redis-host", "", "must not be empty"},
+		{"RP_CACHE_SIZE", "1e3", "whole number"}, {"--listen-address", "", "must be a host name"}, {"--redis-host", "", "must be a host name"},
+		{"--redis-host", "h:6379", "without a port"}, {"RP_REDIS_HOST", "redis://h", "without a port"}, {"--listen-address", "[::1]", "without a port"},
+		{"--admin-address", "abc", "host:port"}, {"--admin-address", "127.0.0.1", "host:port"}, {"--admin-address", ":99999", "host:port"},
+		{"RP_ADMIN_ADDRESS", ":", "host:port"}, {"--log-level", "INFO+2", "debug, info, warn, error"}, {"RP_LOG_FORMAT", "xml", "text, json"},
+		{"--check", "maybe", "true or false"},
 		{"--cache-timeout", "0", "above 0"}, {"--cache-timeout", "-1", "above 0"}, {"--redis-timeout", "0s", "above 0"},
 		{"--cache-timeout", "NaN", "30, 1.5 or 250ms"}, {"--cache-timeout", "inf", "30, 1.5 or 250ms"},
 		{"--cache-timeout", "1e10", "30, 1.5 or 250ms"}, {"RP_CACHE_TIMEOUT", "soon", "30, 1.5 or 250ms"},
@@ -147,6 +154,14 @@ func TestConfigRefuses(t *testing.T) {
 			t.Errorf("%s: got error %q; want it to name %q", args, got, want)
 		}
 	}
+}
+
+// Whoever asks for help may have set a variable wrongly.
+func TestConfigAnswersHelpAndVersionWhateverTheEnvironment(t *testing.T) {
+	_, err := parseConfig([]string{"--help"}, []string{"RP_PORT=x"})
+	compare(t, "--help", err, flag.ErrHelp)
+	cfg, err := parseConfig([]string{"--version"}, []string{"RP_PORT=x"})
+	compare(t, "--version", fmt.Sprint(cfg.version, err), "true <nil>")
 }
 
 func TestConfigRedisURL(t *testing.T) {
@@ -184,7 +199,7 @@ func TestConfigRefusesRedisURLWithoutTellingIt(t *testing.T) {
 			}
 		}
 	}
-	for _, args := range [][]string{{"--redis-ulr=redis://:s3cret@h"}, {"--redis-url=", "redis://:s3cret@h"}} {
+	for _, args := range [][]string{{"--redis-ulr=redis://:s3cret@h"}, {"--redis-url=", "redis://:s3cret@h"}, {"--password", "my", "s3cret"}} {
 		if got := refusal(t, args, nil); strings.Contains(got, "s3cret") {
 			t.Errorf("%q: got error %q; want the secret left out", args, got)
 		}
@@ -321,7 +336,7 @@ func TestDetectDeadlines(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				client, nc := net.Pipe()
-				c, start := &conn{Conn: nc, server: &server{idle: tt.idle}}, time.Now()
+				c, start := &conn{Conn: nc, server: &server{cfg: config{idleTimeout: tt.idle}}}, time.Now()
 				go tt.write(client) // ends when client is closed
 				_, err := c.detect(protocolOf)
 				if took := time.Since(start); !errors.Is(err, tt.err) || took != tt.took {
@@ -1017,7 +1032,7 @@ func TestCacheBoundsBytes(t *testing.T) {
 	most := large[:bytesFor(3, 6)-bytesFor(1, 0)-int64(len("c")+len("123"))]
 	compare(t, "the largest value: stored", c.put(0, newValue("c", most, 0)), true)
 	compare(t, "c as large as the cache", holds(c, 0, "bcd"), "c")
-	c.remove([]byte("c"))
+	c.remove(0, []byte("c"))
 	keys, used, _ = c.usage()
 	compare(t, "usage when empty", fmt.Sprint(keys, used), "0 0")
 }
@@ -1025,8 +1040,8 @@ func TestCacheBoundsBytes(t *testing.T) {
 func TestCacheRemovesAndClears(t *testing.T) {
 	c := newCache(5, 1<<20, time.Hour, 0)
 	putAt(c, 0, "a", "b", "c")
-	c.remove([]byte("b"))
-	c.remove([]byte("x"))
+	c.remove(0, []byte("b"))
+	c.remove(0, []byte("x"))
 	compare(t, "b removed", holds(c, 0, "abc"), "ac")
 	c.clear()
 	compare(t, "cleared", holds(c, 0, "abc"), "")
@@ -1121,7 +1136,7 @@ func FuzzCache(f *testing.F) {
 			case what < 15:
 				now += time.Duration(arg%4) * time.Second
 			case arg > 0:
-				c.remove([]byte(key))
+				c.remove(now, []byte(key))
 				m.remove(key)
 			default:
 				c.clear()
@@ -1326,7 +1341,7 @@ func TestPoolStoresALateReply(t *testing.T) {
 	p.wait(p.now(), answers)
 	compare(t, "answer in time", answers[0].err, errTimeout)
 	close(release)
-	<-answers[0].fetch.done
+	p.pool.wait(answers[0].fetch, nil)
 	compare(t, "answer of the cache", outcomeOf(askFor(p, "key")[0]), "late")
 }
 
@@ -1356,12 +1371,13 @@ func TestPoolStoresNothingThatWasSuperseded(t *testing.T) {
 }
 
 func TestRefusedMarksWhatConcernsTheProxy(t *testing.T) {
+	p := newTestProxy(t).pool
 	for in, want := range map[redis.Error]replyError{
 		"WRONGTYPE Operation": "WRONGTYPE Operation", "LOADING Redis is": "LOADING Redis is", "ERR any": "ERR any", "NOAUTHORITY": "NOAUTHORITY",
 		"NOAUTH Authentication required.": "ERR upstream refused: NOAUTH Authentication required.",
 		"NOPERM this user":                "ERR upstream refused: NOPERM this user", "WRONGPASS invalid": "ERR upstream refused: WRONGPASS invalid",
 	} {
-		compare(t, string(in), refused(in), want)
+		compare(t, string(in), p.refused(in), want)
 	}
 }
 

@@ -11,8 +11,8 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -44,13 +44,22 @@ type pool struct {
 	timeout time.Duration // how long those who ask for a fetch wait
 	shared  time.Duration // how long others may join it: what it brings must not be older than the TTL
 
-	node *node // with Redis Cluster: one for each master, chosen by the key's slot
+	conns   *redis.Pool
+	slots   chan struct{} // holds an element for each connection in use
+	suspect atomic.Int64  // unix nanoseconds; connections idle since before may be dead
+	typical atomic.Int64  // bytes of a value, as of late
 
 	stopTracking func()       // stops the tracker and waits for it
 	tracked      atomic.Int32 // a trackingState
 
-	mu      sync.Mutex // guards the following, the node's queue and dirty of a fetch
-	flights map[string]*fetch
+	mu         sync.Mutex // guards the following, and older, dirty and done of a fetch
+	flights    map[string]*fetch
+	queue      []*fetch // waiting for a worker
+	queueBytes int      // of their keys
+	coming     bool     // a worker is about to take the queue
+	success    time.Time
+	failure    time.Time // the first since then, or zero
+	refusal    time.Time // the last that was logged
 	poolCounts
 }
 
@@ -68,37 +77,24 @@ var latencyBounds = [...]time.Duration{
 	50 * time.Millisecond, 100 * time.Millisecond, 250 * time.Millisecond, 500 * time.Millisecond, time.Second,
 }
 
-// A node is one Redis server.
-type node struct {
-	conns      *redis.Pool
-	slots      chan struct{} // holds an element for each connection in use
-	queue      []*fetch      // waiting for a connection; the pool's lock guards it and coming
-	coming     bool          // a worker is about to take the queue
-	queueBytes int           // of the keys in the queue
-
-	suspect atomic.Int64 // unix nanoseconds; connections idle since before may be dead
-	success atomic.Int64 // unix nanoseconds of the last success
-	failure atomic.Int64 // unix nanoseconds of the first failure since then, or 0
-}
-
 func newPool(cfg config, s store, now func() time.Duration, log *slog.Logger) *pool {
+	p := &pool{store: s, now: now, log: log, timeout: cfg.redisTimeout, shared: min(cfg.redisTimeout, cfg.cacheTimeout),
+		slots: make(chan struct{}, cfg.clientLimit), flights: make(map[string]*fetch), stopTracking: func() {}}
+	p.typical.Store(16 << 10)
 	dial := dialer(context.Background(), cfg.redis, cfg.redisTimeout, cfg.redisTimeout+grace)
-	n := &node{slots: make(chan struct{}, cfg.clientLimit)}
-	n.conns = &redis.Pool{
+	p.conns = &redis.Pool{
 		MaxIdle: cfg.clientLimit,
 		Dial: func() (redis.Conn, error) {
 			c, err := dial()
 			return upstream{c}, err
 		},
 		TestOnBorrow: func(_ redis.Conn, idleSince time.Time) error {
-			if idleSince.UnixNano() < n.suspect.Load() {
+			if idleSince.UnixNano() < p.suspect.Load() {
 				return errors.New("a connection of the same age was dead")
 			}
 			return nil
 		},
 	}
-	p := &pool{store: s, now: now, log: log, timeout: cfg.redisTimeout, shared: min(cfg.redisTimeout, cfg.cacheTimeout), node: n,
-		flights: make(map[string]*fetch), stopTracking: func() {}}
 	if cfg.tracking {
 		p.tracked.Store(int32(trackingDown))
 		ctx, cancel := context.WithCancel(context.Background())
@@ -180,85 +176,90 @@ func (wire) SetWriteDeadline(time.Time) error { return nil }
 // close drops the idle connections; those in use go when their batch ends.
 func (p *pool) close() {
 	p.stopTracking()
-	p.node.conns.Close()
+	p.conns.Close()
 }
 
 // fetch has those keys fetched whose answers are not complete: it joins a fetch in flight, or queues
 // a new one.
 func (p *pool) fetch(now time.Duration, keys [][]byte, answers []answer) {
 	p.mu.Lock()
-	for i := range answers {
-		if answers[i].source == fromRedis {
-			p.fetchLocked(now, keys[i:i+1], answers[i:i+1])
+	defer p.mu.Unlock()
+	for i, key := range keys {
+		a, f := &answers[i], p.flights[string(key)]
+		switch {
+		case a.source != fromRedis:
+		case f != nil && now < f.asked+p.shared:
+			a.source, a.fetch = fromAnother, f
+		case p.store.get(now, keys[i:i+1], answers[i:i+1]) == 0: // a fetch has ended since the cache was asked
+		case len(p.queue) >= maxQueue || p.queueBytes+len(key) > maxQueueBytes:
+			a.err = errTimeout
+		default:
+			a.fetch = &fetch{key: string(key), asked: now, older: f}
+			p.flights[a.fetch.key] = a.fetch
+			p.queue = append(p.queue, a.fetch)
+			p.queueBytes += len(key)
 		}
 	}
-	p.startLocked(p.node)
-	p.mu.Unlock()
+	p.startLocked()
 }
 
-// fetchLocked has one key fetched. Key and answer come as slices of length 1.
-func (p *pool) fetchLocked(now time.Duration, key [][]byte, as []answer) {
-	a, f := &as[0], p.flights[string(key[0])]
-	if f != nil && now < f.asked+p.shared {
-		a.source, a.fetch = fromAnother, f
-		return
+// wait tells whether a fetch is done before it is too late.
+func (p *pool) wait(f *fetch, late <-chan time.Time) bool {
+	if f.finished.Load() {
+		return true
 	}
-	if p.store.get(now, key, as) == 0 {
-		return // a fetch has ended since the cache was asked
+	p.mu.Lock()
+	if f.finished.Load() {
+		p.mu.Unlock()
+		return true
 	}
-	if len(p.node.queue) >= maxQueue || p.node.queueBytes+len(key[0]) > maxQueueBytes {
-		a.err = errTimeout
-		return
+	if f.done == nil { // of a pipeline, only the last is waited for
+		f.done = make(chan struct{})
 	}
-	f = &fetch{key: string(key[0]), asked: now, done: make(chan struct{}), older: f}
-	p.flights[f.key] = f
-	p.node.queue = append(p.node.queue, f)
-	p.node.queueBytes += len(f.key)
-	a.fetch = f
+	p.mu.Unlock()
+	select {
+	case <-f.done:
+		return true
+	case <-late:
+		return false
+	}
 }
 
 // startLocked has the queue worked on, unless somebody is on the way to it. If no slot is free, those who
 // hold the slots will come to it.
-func (p *pool) startLocked(n *node) {
-	if len(n.queue) == 0 || n.coming {
+func (p *pool) startLocked() {
+	if len(p.queue) == 0 || p.coming {
 		return
 	}
 	select {
-	case n.slots <- struct{}{}:
-		n.coming = true
-		go p.work(n) // ends when the queue is empty
+	case p.slots <- struct{}{}:
+		p.coming = true
+		go p.work() // ends when the queue is empty
 	default:
 	}
 }
 
 // work owns a slot. It carries out what is queued until nothing is.
-func (p *pool) work(n *node) {
-	var fs []*fetch
-	for {
+func (p *pool) work() {
+	for more := true; more; {
 		runtime.Gosched() // all who are about to ask do so first, and share a round trip
-		fs = p.batch(n, fs[:0])
-		if len(fs) == 0 {
-			break
-		}
-		clear(fs)
+		more = p.batch()
 	}
-	<-n.slots
+	<-p.slots
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.startLocked(n) // who queued since the last look at the queue may have found no slot
+	p.startLocked() // who queued since the last look at the queue may have found no slot
 }
 
-// take moves what is queued to fs, at most as much as fits a pipeline.
-func (p *pool) take(n *node, fs []*fetch) []*fetch {
+// take removes from the queue at most as much as fits a pipeline.
+func (p *pool) take() []*fetch {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	n.coming = false
-	fs = append(fs, n.queue[:min(len(n.queue), maxPipeline)]...)
-	rest := copy(n.queue, n.queue[len(fs):])
-	clear(n.queue[rest:])
-	n.queue = n.queue[:rest]
+	p.coming = false
+	fs := slices.Clone(p.queue[:min(len(p.queue), maxPipeline)])
+	p.queue = slices.Delete(p.queue, 0, len(fs))
 	for _, f := range fs {
-		n.queueBytes -= len(f.key)
+		p.queueBytes -= len(f.key)
 	}
 	if len(fs) > 0 {
 		p.fetches += int64(len(fs))
@@ -267,43 +268,42 @@ func (p *pool) take(n *node, fs []*fetch) []*fetch {
 	return fs
 }
 
-// batch takes a connection, and then all that has been queued meanwhile. It returns that, completed.
+// batch takes a connection, and then all that has been queued meanwhile, and completes it. It returns
+// whether there was anything.
 //
 // If the connection breaks, the rest is tried once more on another: it may have died while it was
 // idle, and GET does no harm twice.
-func (p *pool) batch(n *node, fs []*fetch) []*fetch {
-	conn := n.conns.Get()
-	fs = p.take(n, fs)
-	rest, began := fs, time.Now()
-	for retried := false; len(rest) > 0; retried = true {
+func (p *pool) batch() bool {
+	conn := p.conns.Get()
+	defer func() { conn.Close() }()
+	fs, began := p.take(), time.Now()
+	for retried := false; len(fs) > 0; retried = true {
 		err := conn.Err()
 		dialled := err == nil
 		if dialled {
 			var done int
-			done, err = p.exchange(conn, rest)
-			rest = rest[done:]
+			done, err = p.exchange(conn, fs)
+			fs = fs[done:]
 		}
 		if err == nil {
-			n.worked(p.log)
-			p.observe(time.Since(began))
-			break
+			p.worked(time.Since(began))
+			return true
 		}
 		if dialled {
-			n.suspect.Store(began.UnixNano())
+			p.suspect.Store(began.UnixNano())
 		}
-		if late := p.now() - 2*p.timeout; retried || !dialled || rest[len(rest)-1].asked < late {
-			n.failed(p.log, began, err)
-			p.fail(rest, err)
-			break
+		if late := p.now() - 2*p.timeout; retried || !dialled || fs[len(fs)-1].asked < late {
+			p.fail(fs, began, err)
+			return true
 		}
 		conn.Close()
-		conn = n.conns.Get()
+		conn = p.conns.Get()
 	}
-	conn.Close()
-	return fs
+	return false
 }
 
-// exchange sends a GET for each fetch and completes it with the reply. It returns how many it completed.
+// exchange sends a GET for each fetch and completes it with the reply. It returns how many it completed,
+// and lets go of those.
 func (p *pool) exchange(conn redis.Conn, fs []*fetch) (done int, err error) {
 	sent := p.now()
 	for _, f := range fs {
@@ -323,10 +323,11 @@ func (p *pool) exchange(conn redis.Conn, fs []*fetch) (done int, err error) {
 		case err == nil:
 			p.finish(f, value{}, errAbsent)
 		case isReply:
-			p.finish(f, value{}, refused(refusal))
+			p.finish(f, value{}, p.refused(refusal))
 		default:
 			return i, err
 		}
+		fs[i] = nil
 	}
 	return len(fs), nil
 }
@@ -336,32 +337,45 @@ func (p *pool) exchange(conn redis.Conn, fs []*fetch) (done int, err error) {
 func (p *pool) finish(f *fetch, v value, err error) {
 	f.value, f.err = v, err
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	if p.flights[f.key] == f {
 		delete(p.flights, f.key)
 	}
 	f.older.spoil() // it must not replace what is newer
 	f.older = nil
+	now := p.now()
 	switch {
-	case f.dirty:
 	case err == nil:
-		f.stored = p.store.put(p.now(), v)
-	case !isOutage(err):
-		p.store.remove([]byte(f.key)) // or it might be answered once more, as stale
+		p.typical.Add((int64(len(v.data)) - p.typical.Load()) / 16)
+		f.stored = !f.dirty && p.store.put(now, v)
+	case !f.dirty && !isOutage(err):
+		p.store.remove(now, []byte(f.key)) // or it might be answered once more, as stale
 	}
-	p.mu.Unlock()
-	close(f.done)
+	f.finished.Store(true)
+	if f.done != nil {
+		close(f.done)
+	}
 }
 
-// fail completes fetches that brought nothing.
-func (p *pool) fail(fs []*fetch, err error) {
+// fail completes fetches that brought nothing. It logs the first failure after a success: a batch that
+// began before a success says nothing of the time after it.
+func (p *pool) fail(fs []*fetch, began time.Time, err error) {
 	p.mu.Lock()
 	p.errors += int64(len(fs))
+	first := p.failure.IsZero() && !began.Before(p.success)
+	if first {
+		p.failure = time.Now()
+	}
 	p.mu.Unlock()
+	if first {
+		p.log.Warn("Redis cannot be read; hits go on", "error", err)
+	}
 	var refusal redis.Error
+	var network net.Error
 	switch {
 	case errors.As(err, &refusal):
-		err = replyError("ERR upstream refused: " + refusal)
-	case errors.Is(err, os.ErrDeadlineExceeded):
+		err = replyError(upstreamRefused + string(refusal))
+	case errors.As(err, &network) && network.Timeout():
 		err = errTimeout
 	default:
 		err = errUnavailable
@@ -369,6 +383,43 @@ func (p *pool) fail(fs []*fetch, err error) {
 	for _, f := range fs {
 		p.finish(f, value{}, err)
 	}
+}
+
+// worked takes note of a batch that took so long, and logs the first after a failure.
+func (p *pool) worked(took time.Duration) {
+	i := 0
+	for i < len(latencyBounds) && took > latencyBounds[i] {
+		i++
+	}
+	p.mu.Lock()
+	p.latencies[i]++
+	p.latencySum += took
+	failure := p.failure
+	p.success, p.failure = time.Now(), time.Time{}
+	p.mu.Unlock()
+	if !failure.IsZero() {
+		p.log.Info("Redis can be read again", "after", time.Since(failure).Round(time.Millisecond))
+	}
+}
+
+// refused is an error reply as it is passed on. What concerns the proxy's own standing with Redis is
+// marked, so that a client does not take it for its own, and logged once a minute.
+func (p *pool) refused(reply redis.Error) replyError {
+	concerns := func(code string) bool { return strings.HasPrefix(string(reply), code) }
+	if !slices.ContainsFunc([]string{"NOAUTH ", "NOPERM ", "WRONGPASS ", "DENIED ", "MOVED ", "ASK ", "ERR max number of clients"}, concerns) {
+		return replyError(reply)
+	}
+	p.mu.Lock()
+	p.errors++
+	first := time.Since(p.refusal) > time.Minute
+	if first {
+		p.refusal = time.Now()
+	}
+	p.mu.Unlock()
+	if first {
+		p.log.Warn("Redis refuses", "error", reply)
+	}
+	return replyError(upstreamRefused + string(reply))
 }
 
 // track has Redis tell of every key that changes, and drops it from the store, until ctx is done. It
@@ -418,25 +469,15 @@ func (p *pool) follow(dial func() (redis.Conn, error)) (err error) {
 	if _, err := c.Receive(); err != nil {
 		return err
 	}
-	p.forget(nil) // whatever has changed until now was not reported
+	p.forget(nil, 0) // whatever has changed until now was not reported
 	p.tracked.Store(int32(trackingLive))
 	p.log.Info("tracking is live")
 
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	defer func() { close(stop); <-stopped }()
-	go func() { // a dead peer shows by not answering
+	go func() { // ends when stop is closed
 		defer close(stopped)
-		for tick := time.NewTicker(pingEvery); ; {
-			select {
-			case <-stop:
-				tick.Stop()
-				return
-			case <-tick.C:
-				if errors.Join(c.Send("PING"), c.Flush()) != nil {
-					return // Receive fails too
-				}
-			}
-		}
+		ping(c, stop)
 	}()
 	for {
 		msg, err := redis.Values(c.Receive())
@@ -448,26 +489,39 @@ func (p *pool) follow(dial func() (redis.Conn, error)) (err error) {
 			if err != nil && err != redis.ErrNil {
 				return err
 			}
-			p.forget(keys)
+			p.forget(keys, max(len(keys), 1))
 		}
 	}
 }
 
-// forget drops keys from the store; all if there are none. What is in flight for them may have been read
+// ping has a dead peer show by not answering.
+func ping(c redis.Conn, stop <-chan struct{}) {
+	for tick := time.Tick(pingEvery); ; {
+		select {
+		case <-stop:
+			return
+		case <-tick:
+			if errors.Join(c.Send("PING"), c.Flush()) != nil {
+				return // Receive fails too
+			}
+		}
+	}
+}
+
+// forget drops keys from the store; all if there are none. Redis reported so many changes. What is in flight for them may have been read
 // before they changed: it goes to those who wait for it, is not stored, and nobody joins it any more.
 // All this is one step under the lock under which finish stores: whichever of the two comes first,
 // the old value is not there afterwards.
-func (p *pool) forget(keys [][]byte) {
+func (p *pool) forget(keys [][]byte, reported int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.invalidations += int64(len(keys))
+	p.invalidations += int64(reported)
 	for _, key := range keys {
 		p.flights[string(key)].spoil()
 		delete(p.flights, string(key))
-		p.store.remove(key)
+		p.store.remove(p.now(), key)
 	}
 	if keys == nil {
-		p.invalidations++
 		for _, f := range p.flights {
 			f.spoil()
 		}
@@ -483,47 +537,9 @@ func (f *fetch) spoil() {
 	}
 }
 
-// observe counts the time that a batch took.
-func (p *pool) observe(d time.Duration) {
-	i := 0
-	for i < len(latencyBounds) && d > latencyBounds[i] {
-		i++
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.latencies[i]++
-	p.latencySum += d
-}
-
 // usage tells how many connections are open, how many of them are in use, and the counts.
 func (p *pool) usage() (open, used int, counts poolCounts) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.node.conns.ActiveCount(), len(p.node.slots), p.poolCounts
-}
-
-// failed and worked log the first failure and the first success after it. A batch that began before a
-// success says nothing of the time after it.
-func (n *node) failed(log *slog.Logger, began time.Time, err error) {
-	if began.UnixNano() >= n.success.Load() && n.failure.CompareAndSwap(0, time.Now().UnixNano()) {
-		log.Warn("Redis cannot be read; hits go on", "error", err)
-	}
-}
-
-func (n *node) worked(log *slog.Logger) {
-	n.success.Store(time.Now().UnixNano())
-	if since := n.failure.Swap(0); since != 0 {
-		log.Info("Redis can be read again", "after", time.Since(time.Unix(0, since)).Round(time.Millisecond))
-	}
-}
-
-// refused is an error reply as it is passed on. What concerns the proxy's own standing with Redis is
-// marked, so that a client does not take it for its own.
-func refused(reply redis.Error) replyError {
-	for _, code := range []string{"NOAUTH ", "NOPERM ", "WRONGPASS ", "DENIED ", "MOVED ", "ASK ", "ERR max number of clients"} {
-		if strings.HasPrefix(string(reply), code) {
-			return replyError("ERR upstream refused: " + string(reply))
-		}
-	}
-	return replyError(reply)
+	return p.conns.ActiveCount(), len(p.slots), p.poolCounts
 }

@@ -29,10 +29,6 @@ const (
 	maxRequest = 1 << 20
 	// maxInline bounds a line: an inline request, a count or a length (PROTO_INLINE_MAX_SIZE).
 	maxInline = 64 << 10
-	// maxBatch bounds the keys that a connection asks for before it waits.
-	maxBatch = 128
-	// maxReply bounds the values of one MGET, which are held together, in bytes.
-	maxReply = 512 << 20
 	// redisVersion is the Redis whose answers these are.
 	redisVersion = "7.0.15"
 )
@@ -348,6 +344,7 @@ func (c *client) admit(ok bool) { c.authed, c.in.strict = ok, !ok }
 // answer answers all that has been read. An error ends the connection.
 func (c *client) answer() (err error) {
 	c.batch = batches.Get().(*batch)
+	ahead := c.resp.proxy.ahead()
 	for err == nil {
 		var args [][]byte
 		key, ok := c.in.readGet()
@@ -360,7 +357,7 @@ func (c *client) answer() (err error) {
 			}
 		}
 		if ok {
-			if c.keys = append(c.keys, key); len(c.keys) == maxBatch {
+			if c.keys = append(c.keys, key); len(c.keys) >= ahead {
 				err = c.get()
 			}
 			continue
@@ -485,8 +482,13 @@ func (c *client) line(kind byte, s string) {
 
 func (c *client) bulk(s string) {
 	c.line('$', strconv.Itoa(len(s)))
-	c.out = append(c.out, s...)
-	c.out = append(c.out, "\r\n"...)
+	c.out = append(append(c.out, s...), "\r\n"...)
+}
+
+func (c *client) bulks(all ...string) {
+	for _, s := range all {
+		c.bulk(s)
+	}
 }
 
 // verbatim is a text for people.
@@ -495,10 +497,9 @@ func (c *client) verbatim(s string) {
 		c.bulk(s)
 		return
 	}
-	c.line('=', strconv.Itoa(len("txt:")+len(s)))
-	c.out = append(c.out, "txt:"...)
-	c.out = append(c.out, s...)
-	c.out = append(c.out, "\r\n"...)
+	start := len(c.out)
+	c.bulk("txt:" + s)
+	c.out[start] = '='
 }
 
 // mapping begins n pairs.
@@ -626,36 +627,46 @@ func lower(s string) string {
 // word is an option as strcasecmp reads it.
 func word(b []byte) string { return lower(cString(b, math.MaxInt)) }
 
-// mget answers MGET as Redis does: with null for a key that holds another type. It has no other way to
-// tell of an error than instead of the array.
+// mget answers MGET as Redis does: with null for a key that holds another type, and with an error instead of
+// the array. It holds the answers back for that, until they are too large together: an error that comes
+// then is an element.
 func (c *client) mget(args [][]byte) error {
-	var all []answer
-	held, began := 0, c.resp.proxy.now()
-	for keys := range slices.Chunk(args[1:], maxBatch) {
-		asked := len(all)
-		all = append(all, c.ask(began, keys)...)
-		clear(c.answers)
-		for i := range all[asked:] {
-			a := &all[asked+i]
-			refusal, isReply := a.err.(replyError)
-			switch {
-			case isReply && refusal.wrongType():
+	var held []answer
+	size, since := int64(0), c.resp.proxy.now()
+	keys := args[1:]
+	for begun := false; len(keys) > 0; {
+		answers := c.ask(since, keys[:min(len(keys), c.resp.proxy.ahead())])
+		keys = keys[len(answers):]
+		failed := false
+		for i := range answers {
+			a := &answers[i]
+			size += int64(len(a.data))
+			if refusal, ok := a.err.(replyError); ok && refusal.wrongType() {
 				a.err = errAbsent
-			case a.err != nil && a.err != errAbsent:
+			}
+			if failed = a.err != nil && a.err != errAbsent; failed && !begun {
 				c.fail(respError(a.err))
 				return nil
 			}
-			held += len(a.data)
 		}
-		if held > maxReply {
-			c.fail("ERR the values are too large together for one reply")
-			return nil
+		held = append(held, answers...)
+		clear(answers)
+		if len(keys) > 0 && size < aheadBytes {
+			continue
 		}
-	}
-	c.array(len(all))
-	for i := range all {
-		if err := c.writeAnswer(&all[i]); err != nil {
-			return err
+		if !begun {
+			c.array(len(args) - 1)
+			begun = true
+		}
+		for i := range held {
+			if err := c.writeAnswer(&held[i]); err != nil {
+				return err
+			}
+			held[i] = answer{} // let go of the value
+		}
+		held = held[:0]
+		if !failed {
+			since = c.resp.proxy.now() // the client took its time, not Redis
 		}
 	}
 	return nil
@@ -716,15 +727,11 @@ func (c *client) hello(args [][]byte) error {
 	}
 	c.proto = proto
 	c.mapping(7)
-	for _, field := range [][2]any{{"server", "redis"}, {"version", redisVersion}, {"proto", int64(proto)}, {"id", c.id}, {"mode", "standalone"}, {"role", "master"}} {
-		c.bulk(field[0].(string))
-		if n, ok := field[1].(int64); ok {
-			c.integer(n)
-		} else {
-			c.bulk(field[1].(string))
-		}
-	}
-	c.bulk("modules")
+	c.bulks("server", "redis", "version", redisVersion, "proto")
+	c.integer(int64(proto))
+	c.bulks("id")
+	c.integer(c.id)
+	c.bulks("mode", "standalone", "role", "master", "modules")
 	c.array(0)
 	return nil
 }

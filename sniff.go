@@ -38,13 +38,10 @@ const (
 
 // A server accepts connections and hands them to the front end of their protocol.
 type server struct {
-	listener   net.Listener
-	log        *slog.Logger
-	frontEnds  [len(protocols)]frontEnd
-	maxClients int
-	idle       time.Duration // how long a client may be silent; 0: for ever
-	stuck      time.Duration // how long a client may take nothing of its replies
-	tls        *tls.Config   // nil: no TLS
+	listener  net.Listener
+	cfg       config
+	log       *slog.Logger
+	frontEnds [len(protocols)]frontEnd
 
 	handlers sync.WaitGroup
 	draining atomic.Pointer[time.Time] // until when clients are read from; nil until stop
@@ -56,8 +53,7 @@ type server struct {
 }
 
 func newServer(l net.Listener, cfg config, log *slog.Logger, frontEnds [len(protocols)]frontEnd) *server {
-	return &server{listener: l, log: log, frontEnds: frontEnds, maxClients: cfg.maxClients, idle: cfg.idleTimeout,
-		stuck: cfg.writeTimeout, tls: cfg.tls, conns: make(map[*conn]struct{})}
+	return &server{listener: l, cfg: cfg, log: log, frontEnds: frontEnds, conns: make(map[*conn]struct{})}
 }
 
 // run accepts until stop.
@@ -83,7 +79,7 @@ func (s *server) run() {
 func (s *server) admit(c *conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	full := len(s.conns)-s.refusing >= s.maxClients
+	full := len(s.conns)-s.refusing >= s.cfg.maxClients
 	if full {
 		s.counts.refused++
 	} else {
@@ -102,13 +98,16 @@ func (s *server) admit(c *conn) {
 	go s.handle(c) // ends with the connection, which stop and wait see to
 }
 
-func (s *server) remove(c *conn) {
+// remove forgets a connection, and tells whether it was known.
+func (s *server) remove(c *conn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, ok := s.conns[c]; ok && c.refused {
+	_, known := s.conns[c]
+	if known && c.refused {
 		s.refusing--
 	}
 	delete(s.conns, c)
+	return known
 }
 
 func (s *server) clients() clientCounts {
@@ -128,45 +127,46 @@ func (s *server) handle(c *conn) {
 			c.Close()
 		}
 	}()
-	front, nc, err := s.frontEnd(c)
+	client := c.RemoteAddr().String()
+	proto, nc, err := s.protocol(c)
 	if err != nil {
-		s.log.Debug("closed before its protocol was known", "client", c.RemoteAddr().String(), "error", err)
+		s.log.Debug("closed before its protocol was known", "client", client, "error", err)
 		c.Close()
 		return
 	}
+	s.log.Debug("connected", "client", client, "protocol", protocols[proto], "refused", c.refused)
 	if c.refused {
-		front.refuse(nc)
+		s.frontEnds[proto].refuse(nc)
 	} else {
-		front.serve(nc)
+		s.frontEnds[proto].serve(nc)
 	}
 }
 
-// frontEnd finds out who serves a connection, and as what: TLS is taken off.
-func (s *server) frontEnd(c *conn) (frontEnd, net.Conn, error) {
-	if s.tls == nil {
+// protocol finds out what a connection speaks, and takes off TLS.
+func (s *server) protocol(c *conn) (protocol, net.Conn, error) {
+	if s.cfg.tls == nil {
 		proto, err := c.detect(protocolOf)
-		c.speaks(proto)
-		return s.frontEnds[proto], c, err
+		return proto, c, err
 	}
 	if _, err := c.detect(func(begin []byte) (protocol, bool) { return 0, len(begin) > 0 }); err != nil {
-		return nil, nil, err
+		return 0, nil, err
 	}
 	if c.unread[0] != 0x16 { // a handshake (RFC 8446 §5.1)
-		return nil, nil, errors.New("no TLS")
+		return 0, nil, errors.New("no TLS")
 	}
-	t := tls.Server(c, s.tls)
+	t := tls.Server(c, s.cfg.tls)
+	c.idle = 0
 	c.readFor(firstLineTimeout)
 	if err := t.Handshake(); err != nil {
-		return nil, nil, err
+		return 0, nil, err
 	}
-	if t.ConnectionState().NegotiatedProtocol != "" { // h2 or http/1.1: net/http wants to see for itself
+	if t.ConnectionState().NegotiatedProtocol == "h2" { // for which net/http wants the tls.Conn itself
 		c.release(nil)
-		return s.frontEnds[protoHTTP], t, nil
+		return protoHTTP, t, nil
 	}
 	inner := &conn{Conn: t, server: s, refused: c.refused}
 	proto, err := inner.detect(protocolOf)
-	inner.speaks(proto)
-	return s.frontEnds[proto], inner, err
+	return proto, inner, err
 }
 
 // stop ends accepting, and reading a moment later: what has been read by then is answered.
@@ -212,13 +212,6 @@ type conn struct {
 	released bool          // net/http sets the read deadlines; the server's lock guards it
 }
 
-// speaks sets how long the client may be silent.
-func (c *conn) speaks(proto protocol) {
-	if c.idle = c.server.idle; c.idle == 0 && proto == protoHTTP {
-		c.idle = httpIdleTimeout
-	}
-}
-
 // release leaves the read deadlines to whoever has the connection now, and gives back what was read too
 // much: it is read again.
 func (c *conn) release(unread []byte) {
@@ -235,7 +228,7 @@ func (c *conn) release(unread []byte) {
 
 // detect reads until decide can tell the protocol from what has come.
 func (c *conn) detect(decide func([]byte) (protocol, bool)) (protocol, error) {
-	limit := c.server.idle
+	limit := c.server.cfg.idleTimeout
 	if c.refused {
 		limit = refuseTimeout
 	}
@@ -250,6 +243,9 @@ func (c *conn) detect(decide func([]byte) (protocol, bool)) (protocol, error) {
 		c.unread = line
 		if proto, ok := decide(line); ok {
 			c.readFor(0)
+			if c.idle = c.server.cfg.idleTimeout; c.idle == 0 && proto == protoHTTP {
+				c.idle = httpIdleTimeout
+			}
 			return proto, nil
 		}
 		if err != nil {
@@ -321,7 +317,7 @@ func (c *conn) Write(p []byte) (written int, err error) {
 		return c.Conn.Write(p) // to another conn, which sees to the deadlines
 	}
 	for {
-		if now, stuck := time.Now(), c.server.stuck; !c.last && c.writeBy.Sub(now) < stuck {
+		if now, stuck := time.Now(), c.server.cfg.writeTimeout; !c.last && c.writeBy.Sub(now) < stuck {
 			c.writeBy = now.Add(stuck + stuck/3)
 			if err := c.Conn.SetWriteDeadline(c.writeBy); err != nil {
 				return written, err
@@ -351,35 +347,47 @@ func (c *conn) CloseWrite() error {
 }
 
 func (c *conn) Close() error {
-	c.server.remove(c)
+	if c.server.remove(c) {
+		c.server.log.Debug("closed", "client", c.RemoteAddr().String())
+	}
 	return c.Conn.Close()
 }
 
 // tlsConfig serves with a certificate that is read again when its files change.
-func tlsConfig(certFile, keyFile string) (*tls.Config, error) {
+func tlsConfig(certFile, keyFile string, log *slog.Logger) (*tls.Config, error) {
 	var mu sync.Mutex // guards the following
 	var cert tls.Certificate
-	var changed [2]time.Time
+	var read [2]os.FileInfo
 	load := func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		mu.Lock()
 		defer mu.Unlock()
-		var now [2]time.Time
+		changed := false
 		for i, name := range []string{certFile, keyFile} {
-			if info, err := os.Stat(name); err == nil {
-				now[i] = info.ModTime()
+			was := read[i]
+			now, err := os.Stat(name)
+			if err == nil && (was == nil || !os.SameFile(was, now) || !was.ModTime().Equal(now.ModTime()) || was.Size() != now.Size()) {
+				read[i], changed = now, true
 			}
 		}
-		if now != changed || cert.Certificate == nil {
-			renewed, err := tls.LoadX509KeyPair(certFile, keyFile)
-			if err != nil && cert.Certificate == nil {
-				return nil, fmt.Errorf("--tls-cert %q, --tls-key %q: %w", certFile, keyFile, err)
-			} else if err == nil { // else they are being replaced: the old one serves, and they are read next time
-				cert, changed = renewed, now
+		if !changed && cert.Certificate != nil {
+			served := cert
+			return &served, nil
+		}
+		renewed, err := tls.LoadX509KeyPair(certFile, keyFile)
+		switch {
+		case err != nil && cert.Certificate == nil:
+			return nil, fmt.Errorf("--tls-cert %q, --tls-key %q: %w", certFile, keyFile, err)
+		case err != nil:
+			log.Warn("the certificate was not renewed; the old one goes on", "error", err) // one of two files, perhaps
+		default:
+			if cert.Certificate != nil {
+				log.Info("the certificate was renewed", "expires", renewed.Leaf.NotAfter)
 			}
+			cert = renewed
 		}
 		served := cert
 		return &served, nil
 	}
 	_, err := load(nil)
-	return &tls.Config{GetCertificate: load, MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"}}, err
+	return &tls.Config{GetCertificate: load, MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1", "http/1.0"}}, err
 }
