@@ -244,7 +244,11 @@ func (p *proxy) get(proto protocol, since time.Duration, keys [][]byte, answers 
 // ahead is how many keys a client may ask for at once. What was fetched for it is held until it is written,
 // and there may be many clients.
 func (p *proxy) ahead() int {
-	return int(max(1, min(maxAhead, aheadBytes/max(p.pool.typical.Load(), 1))))
+	typical := p.pool.typical.Load()
+	if typical == 0 {
+		return 1
+	}
+	return int(max(1, min(maxAhead, aheadBytes/typical)))
 }
 
 // ready tells whether Redis answers, by a fetch like any other. That it does not let the proxy read this

@@ -47,7 +47,7 @@ type pool struct {
 	conns   *redis.Pool
 	slots   chan struct{} // holds an element for each connection in use
 	suspect atomic.Int64  // unix nanoseconds; connections idle since before may be dead
-	typical atomic.Int64  // bytes of a value, as of late
+	typical atomic.Int64  // bytes of a value, as of late; 0 before the first
 
 	stopTracking func()       // stops the tracker and waits for it
 	tracked      atomic.Int32 // a trackingState
@@ -80,7 +80,6 @@ var latencyBounds = [...]time.Duration{
 func newPool(cfg config, s store, now func() time.Duration, log *slog.Logger) *pool {
 	p := &pool{store: s, now: now, log: log, timeout: cfg.redisTimeout, shared: min(cfg.redisTimeout, cfg.cacheTimeout),
 		slots: make(chan struct{}, cfg.clientLimit), flights: make(map[string]*fetch), stopTracking: func() {}}
-	p.typical.Store(16 << 10)
 	dial := dialer(context.Background(), cfg.redis, cfg.redisTimeout, cfg.redisTimeout+grace)
 	p.conns = &redis.Pool{
 		MaxIdle: cfg.clientLimit,
@@ -343,10 +342,16 @@ func (p *pool) finish(f *fetch, v value, err error) {
 	}
 	f.older.spoil() // it must not replace what is newer
 	f.older = nil
+	if !isOutage(err) {
+		was, is := p.typical.Load(), int64(len(f.key)+len(v.data))
+		if was > 0 {
+			is = was + (is-was)/16
+		}
+		p.typical.Store(is)
+	}
 	now := p.now()
 	switch {
 	case err == nil:
-		p.typical.Add((int64(len(v.data)) - p.typical.Load()) / 16)
 		f.stored = !f.dirty && p.store.put(now, v)
 	case !f.dirty && !isOutage(err):
 		p.store.remove(now, []byte(f.key)) // or it might be answered once more, as stale

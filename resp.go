@@ -303,6 +303,8 @@ type client struct {
 	proto   int // 2 or 3
 	name    string
 	library [2]string // name and version
+	asked   time.Duration
+	late    bool // Redis was too slow for what has been read: nobody waits for the rest as long again
 	*batch            // while there is something to answer
 }
 
@@ -344,6 +346,7 @@ func (c *client) admit(ok bool) { c.authed, c.in.strict = ok, !ok }
 // answer answers all that has been read. An error ends the connection.
 func (c *client) answer() (err error) {
 	c.batch = batches.Get().(*batch)
+	c.late = false
 	ahead := c.resp.proxy.ahead()
 	for err == nil {
 		var args [][]byte
@@ -401,8 +404,12 @@ func (c *client) get() error {
 	if len(c.keys) == 0 {
 		return nil
 	}
-	answers := c.ask(c.resp.proxy.now(), c.keys)
+	if !c.late {
+		c.asked = c.resp.proxy.now()
+	}
+	answers := c.ask(c.asked, c.keys)
 	for i := range answers {
+		c.late = c.late || answers[i].err == errTimeout
 		if err := c.writeAnswer(&answers[i]); err != nil {
 			return err
 		}
