@@ -1066,12 +1066,13 @@ func TestIntegrationProcess(t *testing.T) {
 	web := dial(t, proxy).send("GET /x HTTP/1.1\r\nHost: h\r\n\r\n").expect("HTTP/1.1 404 Not Found\r\n")
 	dial(t, proxy)
 	dial(t, proxy).send("*2\r\n$3\r\nGE")
+	dial(t, proxy).send("GET /x HTTP/1.1\r\nHo")
 	begin := time.Now()
 	cmd.Process.Signal(syscall.SIGTERM)
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("after SIGTERM: %v; want exit code 0\n%s", err, log)
 	}
-	if took := time.Since(begin); took > 5*time.Second {
+	if took := time.Since(begin); took > 4*time.Second { // net/http would take 5 for half a header
 		t.Errorf("stopping took %v", took)
 	}
 	idle.expectClosed()
@@ -1382,6 +1383,7 @@ func TestIntegrationMaxClients(t *testing.T) {
 	if got := exchange(t, p.addr, "GET / HTTP/1.1\r\nHost: h\r\n\r\n"); !regexp.MustCompile(`^HTTP/1.1 503 (?s:.*)\r\nRetry-After: 1\r\n(?s:.*)\r\n\r\ntoo many clients\n$`).MatchString(got) {
 		t.Errorf("over HTTP: got %q", got)
 	}
+	dial(t, p.addr).send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").expectClosed()
 	// A flood, most of it silent, disturbs nobody who is served.
 	var flood []net.Conn
 	for range 500 {
@@ -2086,12 +2088,13 @@ func TestIntegrationTLS(t *testing.T) {
 	redisDo(t, addr, "SET", t.Name(), "value")
 	dir := t.TempDir()
 	cert, key := certificate(t, dir, "first")
+	log := new(lockedBuffer)
 	host, port, _ := net.SplitHostPort(addr)
 	cfg, err := parseConfig([]string{"--redis-host", host, "--redis-port", port, "--tls-cert", cert, "--tls-key", key}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if cfg.tls, err = tlsConfig(cert, key, slog.New(slog.DiscardHandler)); err != nil {
+	if cfg.tls, err = tlsConfig(cert, key, slog.New(slog.NewTextHandler(log, nil))); err != nil {
 		t.Fatal(err)
 	}
 	p := runProxy(t, cfg)
@@ -2137,9 +2140,28 @@ func TestIntegrationTLS(t *testing.T) {
 		c.Close()
 		t.Error("TLS 1.1 was accepted")
 	}
-	// A half-sent handshake and a handshake without a request delay nobody.
-	dial(t, p.addr).send("\x16\x03\x01")
-	secure(&tls.Config{RootCAs: roots})
+	secure(&tls.Config{RootCAs: roots, NextProtos: []string{"http/1.0"}}).send("GET /" + t.Name() + " HTTP/1.0\r\n\r\n").expect("HTTP/1.0 200 OK\r\n")
+	// A half-sent handshake and a handshake without a request delay nobody, and not the stop of a proxy.
+	stopped := runProxy(t, cfg)
+	for _, addr := range []string{p.addr, stopped.addr} {
+		dial(t, addr).send("\x16\x03\x01")
+		for _, alpn := range []string{"h2", "http/1.1", ""} {
+			c, err := tls.Dial("tcp", addr, &tls.Config{RootCAs: roots, NextProtos: slices.DeleteFunc([]string{alpn}, func(s string) bool { return s == "" })})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			if alpn == "http/1.1" {
+				io.WriteString(c, "GET /x HTTP/1.1\r\nHo")
+			}
+		}
+	}
+	began := time.Now()
+	stopped.stop()
+	<-stopped.done
+	if took := time.Since(began); took > 4*time.Second {
+		t.Errorf("stopping with silent clients took %v", took)
+	}
 	// A certificate that was renewed on disk is served to the next who connects.
 	time.Sleep(10 * time.Millisecond) // for another time of change
 	certificate(t, dir, "second")
@@ -2151,6 +2173,11 @@ func TestIntegrationTLS(t *testing.T) {
 		defer c.Close()
 		return c.ConnectionState().PeerCertificates[0].Subject.CommonName == "second"
 	})
+	os.WriteFile(cert, []byte("no certificate"), 0o600)
+	secure(&tls.Config{InsecureSkipVerify: true}).send("PING\r\n").expect("+PONG\r\n")
+	if log := log.String(); strings.Count(log, "the certificate was renewed") != 1 || strings.Count(log, "the certificate was not renewed") == 0 {
+		t.Errorf("the log does not tell of the renewals:\n%s", log)
+	}
 	if err := check(config{listenAddress: "127.0.0.1", port: portOf(p.addr), tlsCert: cert}); err != nil {
 		t.Errorf("--check over TLS: %v", err)
 	}
@@ -2233,6 +2260,10 @@ func TestIntegrationAdmin(t *testing.T) {
 		if got := status(path); got != want {
 			t.Errorf("%s: got %d; want %d", path, got, want)
 		}
+	}
+	redisDo(t, server.addr, "ACL", "SETUSER", "default", "resetkeys", "~k")
+	if got := status("/readyz"); got != 200 {
+		t.Errorf("/readyz for a user of some keys: got %d; want 200", got)
 	}
 	server.kill()
 	if got := status("/readyz"); got != 503 {
@@ -2728,16 +2759,84 @@ func TestIntegrationStopDoesNotWaitForRedis(t *testing.T) {
 	}
 }
 
-// What is wrong with the proxy's own standing with Redis is not passed on as if it were the client's.
+// What is wrong with the proxy's own standing with Redis is not passed on as if it were the client's. It is
+// logged, once, and counted.
 func TestIntegrationOwnRefusalIsMarked(t *testing.T) {
-	addr := sharedRedis(t)
-	for _, url := range []string{"redis://:secret@" + addr, "redis://" + addr + "/99"} {
+	server := startRedis(t, "--requirepass", "secret")
+	for url, line := range map[string]string{
+		"redis://" + server.addr:                      "Redis refuses",
+		"redis://:wrong@" + server.addr:               "Redis cannot be read",
+		"redis://:secret@" + server.addr + "/99":      "Redis cannot be read",
+		"redis://nobody:secret@" + server.addr + "/0": "Redis cannot be read",
+	} {
 		cfg, err := parseConfig([]string{"--redis-url", url}, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := exchange(t, runProxy(t, cfg).addr, "GET a\r\n"); !strings.HasPrefix(got, "-ERR upstream refused: ") {
-			t.Errorf("%s: got %q; want it marked", url, got)
+		p := runProxy(t, cfg)
+		for range 2 {
+			if got := exchange(t, p.addr, "GET a\r\n"); !strings.HasPrefix(got, "-ERR upstream refused: ") {
+				t.Errorf("%s: got %q; want it marked", url, got)
+			}
 		}
+		if got := p.stat(t, "upstream_errors"); got != "2" || strings.Count(p.log.String(), line) != 1 {
+			t.Errorf("%s: upstream_errors: got %s; want 2, and %q once in the log:\n%s", url, got, line, p.log)
+		}
+	}
+}
+
+// Values on their way to clients, who ask for many large ones at once, are part of what memory is bounded by.
+func TestIntegrationMemoryHoldsWithManyLargeValues(t *testing.T) {
+	const keys, size, limit = 64, 1 << 20, 2*(32<<20) + 64<<20
+	server := startRedis(t)
+	c, err := redis.Dial("tcp", server.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for i := range keys {
+		c.Do("SET", fmt.Sprint("k", i), strings.Repeat("v", size))
+	}
+	_, proxy, _ := startProgram(t, nil, "--redis-port", server.port, "--cache-bytes", "32MB", "--redis-timeout", "30s")
+	ctx, cancel := context.WithCancel(context.Background())
+	var most int
+	var watch sync.WaitGroup
+	info := dial(t, proxy)
+	watch.Go(func() { // ends with cancel
+		for ctx.Err() == nil {
+			var rss int
+			fmt.Sscan(infoField(t, info, "used_memory_rss"), &rss)
+			most = max(most, rss)
+			time.Sleep(5 * time.Millisecond)
+		}
+	})
+	var clients sync.WaitGroup
+	for n := range 24 {
+		c := dial(t, proxy)
+		clients.Go(func() {
+			for round := range soak(2, 60) {
+				var pipeline string
+				mget := []string{"MGET"}
+				for i := range 8 {
+					key := fmt.Sprint("k", (n*7+round*5+i*3)%keys)
+					pipeline += request("GET", key)
+					mget = append(mget, key)
+				}
+				c.SetDeadline(time.Now().Add(time.Minute))
+				c.send(pipeline + request(mget...))
+				want := int64(16*len(bulk(strings.Repeat("v", size))) + len("*8\r\n"))
+				if n, err := io.CopyN(io.Discard, c, want); err != nil {
+					t.Errorf("got %d bytes of %d: %v", n, want, err)
+					return
+				}
+			}
+		})
+	}
+	clients.Wait()
+	cancel()
+	watch.Wait()
+	t.Logf("peak %d MB", most>>20)
+	if most > limit {
+		t.Errorf("peak %d MB; want %d at most", most>>20, limit>>20)
 	}
 }

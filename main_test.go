@@ -925,6 +925,31 @@ func TestRESPAnswersFromRedis(t *testing.T) {
 	}
 }
 
+// An MGET whose answers are large is written as they come: an error is an element then.
+func TestRESPWritesLargeMGETsAsTheyCome(t *testing.T) {
+	large := strings.Repeat("v", aheadBytes/2)
+	p := newTestProxy(t, playRedis(t, func(_ int, args []string) string {
+		switch args[1] {
+		case "bad":
+			return "-LOADING\r\n"
+		case "list":
+			return "-WRONGTYPE any\r\n"
+		}
+		return bulk(large)
+	})...)
+	compare(t, "an error among the first", talk(t, p, strings.NewReader(request("MGET", "a", "bad", "c"))), "-LOADING\r\n")
+	compare(t, "an error after much", talk(t, p, strings.NewReader(request("MGET", "a", "list", "c", "d", "bad", "e"))),
+		"*6\r\n"+bulk(large)+"$-1\r\n"+bulk(large)+bulk(large)+"-LOADING\r\n"+bulk(large))
+}
+
+func TestProxyAsksAheadForFewLargeValues(t *testing.T) {
+	p := newTestProxy(t)
+	for typical, want := range map[int64]int{0: 1, 1: maxAhead, 1 << 10: maxAhead, 64 << 10: 4, 1 << 20: 1} {
+		p.pool.typical.Store(typical)
+		compare(t, fmt.Sprint("values of ", typical), p.ahead(), want)
+	}
+}
+
 // lru.go
 
 // bytesFor is a byte limit that n entries of this length fill.

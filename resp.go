@@ -305,7 +305,7 @@ type client struct {
 	library [2]string // name and version
 	asked   time.Duration
 	late    bool // Redis was too slow for what has been read: nobody waits for the rest as long again
-	*batch            // while there is something to answer
+	*batch       // while there is something to answer
 }
 
 // A batch is what a client needs only while it is being answered, and borrows for that.
