@@ -304,8 +304,9 @@ type client struct {
 	name    string
 	library [2]string // name and version
 	asked   time.Duration
-	late    bool // Redis was too slow for what has been read: nobody waits for the rest as long again
-	*batch       // while there is something to answer
+	late    bool  // Redis was too slow for what has been read: nobody waits for the rest as long again
+	err     error // ends the connection
+	*batch        // while there is something to answer
 }
 
 // A batch is what a client needs only while it is being answered, and borrows for that.
@@ -333,54 +334,52 @@ func (s *resp) serve(nc net.Conn) {
 	defer nc.Close()
 	c := &client{resp: s, conn: nc, in: reader{src: nc, buf: make([]byte, readBuffer)}, id: s.nextID.Add(1), since: time.Now(), proto: 2}
 	c.admit(s.proxy.authorised(nil))
-	for c.in.fill() == nil {
-		if c.answer() != nil {
-			return
-		}
+	for c.err == nil && c.in.fill() == nil {
+		c.answer()
 	}
 }
 
 // admit sets whether the client may read. Until then Redis takes only short requests from it.
 func (c *client) admit(ok bool) { c.authed, c.in.strict = ok, !ok }
 
-// answer answers all that has been read. An error ends the connection.
-func (c *client) answer() (err error) {
-	c.batch = batches.Get().(*batch)
-	c.late = false
+// answer answers all that has been read.
+func (c *client) answer() {
+	c.batch, c.late = batches.Get().(*batch), false
 	ahead := c.resp.proxy.ahead()
-	for err == nil {
+	for c.err == nil {
 		var args [][]byte
+		var broken error
 		key, ok := c.in.readGet()
 		if !ok {
-			if args, err = c.in.read(); err == nil && args == nil {
+			if args, broken = c.in.read(); args == nil && broken == nil {
 				break
 			}
-			if ok = err == nil && len(args) == 2 && c.authed && isGet(args[0]); ok {
+			if ok = broken == nil && len(args) == 2 && c.authed && isGet(args[0]); ok {
 				key = args[1]
 			}
 		}
 		if ok {
 			if c.keys = append(c.keys, key); len(c.keys) >= ahead {
-				err = c.get()
+				c.get()
 			}
 			continue
 		}
-		if e := c.get(); e != nil {
-			err = e
-		} else if err != nil {
-			c.fail("ERR " + err.Error())
-		} else if err = c.execute(args); len(c.out) > flushAt && err == nil {
-			err = c.flush()
+		c.get()
+		switch {
+		case c.err != nil:
+		case broken != nil:
+			c.fail("ERR " + broken.Error())
+			c.err = broken
+		default:
+			c.execute(args)
+		}
+		if len(c.out) > flushAt {
+			c.flush()
 		}
 	}
-	if err == nil {
-		err = c.get()
-	}
-	if e := c.flush(); err == nil {
-		err = e
-	}
+	c.get()
+	c.flush()
 	c.give()
-	return err
 }
 
 func isGet(name []byte) bool {
@@ -400,24 +399,16 @@ func (c *client) give() {
 }
 
 // get answers the GETs that have been gathered.
-func (c *client) get() error {
-	if len(c.keys) == 0 {
-		return nil
+func (c *client) get() {
+	if len(c.keys) == 0 || c.err != nil {
+		return
 	}
 	if !c.late {
 		c.asked = c.resp.proxy.now()
 	}
-	answers := c.ask(c.asked, c.keys)
-	for i := range answers {
-		c.late = c.late || answers[i].err == errTimeout
-		if err := c.writeAnswer(&answers[i]); err != nil {
-			return err
-		}
-		answers[i] = answer{} // let go of the value
-	}
+	c.writeAnswers(c.ask(c.asked, c.keys))
 	clear(c.keys)
 	c.keys = c.keys[:0]
-	return nil
 }
 
 // ask returns the answers to keys, complete, for a client that waits since then. They hold until the next
@@ -428,16 +419,21 @@ func (c *client) ask(since time.Duration, keys [][]byte) []answer {
 	return c.answers
 }
 
-func (c *client) writeAnswer(a *answer) error {
-	switch a.err {
-	case nil:
-		return c.write(a.bulk())
-	case errAbsent:
-		c.null()
-	default:
-		c.fail(respError(a.err))
+// writeAnswers adds answers to the replies, and lets go of them.
+func (c *client) writeAnswers(answers []answer) {
+	for i := range answers {
+		switch a := &answers[i]; {
+		case c.err != nil:
+		case a.err == nil:
+			c.write(a.bulk())
+		case a.err == errAbsent:
+			c.null()
+		default:
+			c.late = c.late || a.err == errTimeout
+			c.fail(respError(a.err))
+		}
+		answers[i] = answer{}
 	}
-	return nil
 }
 
 // respError says in RESP what is wrong with an answer; Redis' own errors have their own words.
@@ -449,26 +445,23 @@ func respError(err error) string {
 }
 
 // write adds s to the replies. However long it is, no more than a part of it is copied at a time.
-func (c *client) write(s string) error {
-	for len(c.out)+len(s) > flushAt {
+func (c *client) write(s string) {
+	for len(c.out)+len(s) > flushAt && c.err == nil {
 		n := flushAt - len(c.out)
 		c.out = append(c.out, s[:n]...)
 		s = s[n:]
-		if err := c.flush(); err != nil {
-			return err
-		}
+		c.flush()
 	}
 	c.out = append(c.out, s...)
-	return nil
 }
 
-func (c *client) flush() error {
-	if len(c.out) == 0 {
-		return nil
+func (c *client) flush() {
+	if len(c.out) > 0 {
+		if _, err := c.conn.Write(c.out); err != nil {
+			c.err = err
+		}
+		c.out = c.out[:0]
 	}
-	_, err := c.conn.Write(c.out)
-	c.out = c.out[:0]
-	return err
 }
 
 // The following add a reply of a kind, all of them short.
@@ -529,7 +522,7 @@ func (c *client) null() {
 // A command has Redis' arity: how many arguments, its name among them; at least so many if negative.
 type command struct {
 	arity int
-	run   func(c *client, args [][]byte) error // nil for those that have only subcommands
+	run   func(c *client, args [][]byte) // nil for those that have only subcommands
 	sub   map[string]command
 }
 
@@ -537,31 +530,31 @@ type command struct {
 var commands map[string]command
 
 func init() {
-	emptyArray := func(c *client, _ [][]byte) error { c.array(0); return nil }
-	emptyMap := func(c *client, _ [][]byte) error { c.mapping(0); return nil }
+	emptyArray := func(c *client, _ [][]byte) { c.array(0) }
+	emptyMap := func(c *client, _ [][]byte) { c.mapping(0) }
 	commands = map[string]command{
 		"get":    {arity: 2, run: (*client).mget},
 		"mget":   {arity: -2, run: (*client).mget},
 		"ping":   {arity: -1, run: (*client).ping},
-		"echo":   {arity: 2, run: func(c *client, args [][]byte) error { c.bulk(string(args[1])); return nil }},
+		"echo":   {arity: 2, run: func(c *client, args [][]byte) { c.bulk(string(args[1])) }},
 		"hello":  {arity: -1, run: (*client).hello},
 		"auth":   {arity: -2, run: (*client).auth},
 		"select": {arity: 2, run: (*client).selectDB},
-		"quit":   {arity: -1, run: func(c *client, _ [][]byte) error { c.ok(); return errQuit }},
+		"quit":   {arity: -1, run: func(c *client, _ [][]byte) { c.ok(); c.err = errQuit }},
 		"reset":  {arity: 1, run: (*client).reset},
 		"info":   {arity: -1, run: (*client).info},
 		"config": {arity: -2, sub: map[string]command{
 			"get": {arity: -3, run: emptyMap},
 		}},
 		"command": {arity: -1, run: emptyArray, sub: map[string]command{
-			"count":   {arity: 2, run: func(c *client, _ [][]byte) error { c.integer(0); return nil }},
+			"count":   {arity: 2, run: func(c *client, _ [][]byte) { c.integer(0) }},
 			"docs":    {arity: -2, run: emptyMap},
 			"info":    {arity: -2, run: emptyArray},
 			"list":    {arity: -2, run: emptyArray},
 			"getkeys": {arity: -3, run: emptyArray},
 		}},
 		"client": {arity: -2, sub: map[string]command{
-			"id":       {arity: 2, run: func(c *client, _ [][]byte) error { c.integer(c.id); return nil }},
+			"id":       {arity: 2, run: func(c *client, _ [][]byte) { c.integer(c.id) }},
 			"getname":  {arity: 2, run: (*client).getName},
 			"setname":  {arity: 3, run: (*client).setName},
 			"setinfo":  {arity: 4, run: (*client).setInfo},
@@ -574,33 +567,34 @@ func init() {
 }
 
 // execute answers one command. An error ends the connection.
-func (c *client) execute(args [][]byte) error {
+func (c *client) execute(args [][]byte) {
 	name := lower(string(args[0]))
 	if guard := word(args[0]); guard == "post" || guard == "host:" {
-		return errQuit // a browser that was made to speak to a Redis (networking.c, securityWarningCommand)
+		c.err = errQuit // a browser that was made to speak to a Redis (networking.c, securityWarningCommand)
+		return
 	}
 	cmd, ok := commands[name]
 	if !ok {
 		c.fail(unknownCommand(args))
-		return nil
+		return
 	}
 	if cmd.sub != nil && len(args) > 1 {
 		sub := lower(string(args[1]))
 		if cmd, ok = cmd.sub[sub]; !ok {
 			c.fail(fmt.Sprintf("ERR unknown subcommand '%s'. Try %s HELP.", cString(args[1], 128), strings.ToUpper(name)))
-			return nil
+			return
 		}
 		name += "|" + sub
 	}
 	if cmd.run == nil || cmd.arity > 0 && len(args) != cmd.arity || len(args) < -cmd.arity {
 		c.fail("ERR wrong number of arguments for '" + name + "' command")
-		return nil
+		return
 	}
 	if !c.authed && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name) {
 		c.fail("NOAUTH Authentication required.")
-		return nil
+		return
 	}
-	return cmd.run(c, args)
+	cmd.run(c, args)
 }
 
 // unknownCommand has Redis' words: as much of the arguments as fits 128 bytes (server.c).
@@ -637,23 +631,22 @@ func word(b []byte) string { return lower(cString(b, math.MaxInt)) }
 // mget answers MGET as Redis does: with null for a key that holds another type, and with an error instead of
 // the array. It holds the answers back for that, until they are too large together: an error that comes
 // then is an element.
-func (c *client) mget(args [][]byte) error {
+func (c *client) mget(args [][]byte) {
 	var held []answer
-	size, since := int64(0), c.resp.proxy.now()
-	keys := args[1:]
-	for begun := false; len(keys) > 0; {
+	size, since, begun := 0, c.resp.proxy.now(), false
+	for keys := args[1:]; len(keys) > 0 && c.err == nil; {
 		answers := c.ask(since, keys[:min(len(keys), c.resp.proxy.ahead())])
 		keys = keys[len(answers):]
-		failed := false
 		for i := range answers {
 			a := &answers[i]
-			size += int64(len(a.data))
-			if refusal, ok := a.err.(replyError); ok && refusal.wrongType() {
+			size += len(a.data)
+			refusal, isReply := a.err.(replyError)
+			switch {
+			case isReply && refusal.wrongType():
 				a.err = errAbsent
-			}
-			if failed = a.err != nil && a.err != errAbsent; failed && !begun {
+			case a.err != nil && a.err != errAbsent && !begun:
 				c.fail(respError(a.err))
-				return nil
+				return
 			}
 		}
 		held = append(held, answers...)
@@ -665,21 +658,15 @@ func (c *client) mget(args [][]byte) error {
 			c.array(len(args) - 1)
 			begun = true
 		}
-		for i := range held {
-			if err := c.writeAnswer(&held[i]); err != nil {
-				return err
-			}
-			held[i] = answer{} // let go of the value
-		}
+		c.writeAnswers(held)
 		held = held[:0]
-		if !failed {
+		if !c.late {
 			since = c.resp.proxy.now() // the client took its time, not Redis
 		}
 	}
-	return nil
 }
 
-func (c *client) ping(args [][]byte) error {
+func (c *client) ping(args [][]byte) {
 	switch len(args) {
 	case 1:
 		c.status("PONG")
@@ -688,21 +675,20 @@ func (c *client) ping(args [][]byte) error {
 	default:
 		c.fail("ERR wrong number of arguments for 'ping' command")
 	}
-	return nil
 }
 
 // hello switches the protocol (networking.c, helloCommand).
-func (c *client) hello(args [][]byte) error {
+func (c *client) hello(args [][]byte) {
 	proto := c.proto
 	if len(args) > 1 {
 		n, ok := parseInt(args[1])
 		if !ok {
 			c.fail("ERR Protocol version is not an integer or out of range")
-			return nil
+			return
 		}
 		if n != 2 && n != 3 {
 			c.fail("NOPROTO unsupported protocol version")
-			return nil
+			return
 		}
 		proto = int(n)
 	}
@@ -711,26 +697,24 @@ func (c *client) hello(args [][]byte) error {
 		case opt == "auth" && more >= 2:
 			if !c.passes(args[i+1], args[i+2]) {
 				c.fail(wrongPass)
-				return nil
+				return
 			}
 			c.admit(true) // at once, whatever is wrong with what follows
 			i += 2
 		case opt == "setname" && more >= 1:
-			if !validName(args[i+1]) {
-				c.fail(badName)
-				return nil
+			if !c.rename(args[i+1]) {
+				return
 			}
-			c.name = string(args[i+1])
 			i++
 		default:
 			c.fail("ERR Syntax error in HELLO option '" + cString(args[i], math.MaxInt) + "'")
-			return nil
+			return
 		}
 	}
 	if !c.authed {
 		c.fail("NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO AUTH <user> <pass> option can be used to " +
 			"authenticate the client and select the RESP protocol version at the same time")
-		return nil
+		return
 	}
 	c.proto = proto
 	c.mapping(7)
@@ -740,7 +724,6 @@ func (c *client) hello(args [][]byte) error {
 	c.integer(c.id)
 	c.bulks("mode", "standalone", "role", "master", "modules")
 	c.array(0)
-	return nil
 }
 
 const wrongPass = "WRONGPASS invalid username-password pair or user is disabled."
@@ -752,7 +735,7 @@ func (c *client) passes(user, password []byte) bool {
 	return string(user) == "default" && (p.authorised(nil) || p.authorised(password))
 }
 
-func (c *client) auth(args [][]byte) error {
+func (c *client) auth(args [][]byte) {
 	user, password := []byte("default"), args[len(args)-1]
 	if len(args) == 3 {
 		user = args[1]
@@ -768,10 +751,9 @@ func (c *client) auth(args [][]byte) error {
 		c.admit(true)
 		c.ok()
 	}
-	return nil
 }
 
-func (c *client) selectDB(args [][]byte) error {
+func (c *client) selectDB(args [][]byte) {
 	switch n, ok := parseInt(args[1]); {
 	case !ok:
 		c.fail("ERR value is not an integer or out of range")
@@ -782,77 +764,75 @@ func (c *client) selectDB(args [][]byte) error {
 	default:
 		c.ok()
 	}
-	return nil
 }
 
-func (c *client) reset([][]byte) error {
+func (c *client) reset([][]byte) {
 	c.proto, c.name = 2, ""
 	c.admit(c.resp.proxy.authorised(nil))
 	c.status("RESET")
-	return nil
 }
 
-func (c *client) getName([][]byte) error {
+func (c *client) getName([][]byte) {
 	if c.name == "" {
 		c.null()
 	} else {
 		c.bulk(c.name)
 	}
-	return nil
 }
 
-const badName = "ERR Client names cannot contain spaces, newlines or special characters."
-
-// validName says whether a name would not confuse CLIENT LIST.
-func validName(name []byte) bool {
-	return !bytes.ContainsFunc(name, func(r rune) bool { return r < '!' || r > '~' })
-}
-
-func (c *client) setName(args [][]byte) error {
-	if !validName(args[2]) {
-		c.fail(badName)
-		return nil
+func (c *client) setName(args [][]byte) {
+	if c.rename(args[2]) {
+		c.ok()
 	}
-	c.name = string(args[2])
-	c.ok()
-	return nil
 }
 
-func (c *client) setInfo(args [][]byte) error {
+// rename sets the client's name, or says why not.
+func (c *client) rename(name []byte) bool {
+	if confuses(name) {
+		c.fail("ERR Client names cannot contain spaces, newlines or special characters.")
+		return false
+	}
+	c.name = string(name)
+	return true
+}
+
+// confuses tells whether a word would confuse who reads CLIENT LIST.
+func confuses(word []byte) bool {
+	return bytes.ContainsFunc(word, func(r rune) bool { return r < '!' || r > '~' })
+}
+
+func (c *client) setInfo(args [][]byte) {
 	attr := word(args[2])
 	i := slices.Index([]string{"lib-name", "lib-ver"}, attr)
 	switch {
 	case i < 0:
 		c.fail("ERR Unrecognized option '" + cString(args[2], math.MaxInt) + "'")
-	case !validName(args[3]):
+	case confuses(args[3]):
 		c.fail("ERR " + attr + " cannot contain spaces, newlines or special characters.")
 	default:
 		c.library[i] = string(args[3])
 		c.ok()
 	}
-	return nil
 }
 
 // onOff accepts a switch that has no meaning here.
-func (c *client) onOff(args [][]byte) error {
+func (c *client) onOff(args [][]byte) {
 	if s := word(args[2]); s == "on" || s == "off" {
 		c.ok()
 	} else {
 		c.fail("ERR syntax error")
 	}
-	return nil
 }
 
 // describe answers CLIENT INFO, and CLIENT LIST too: a client is told of nobody but itself.
-func (c *client) describe([][]byte) error {
+func (c *client) describe([][]byte) {
 	c.verbatim(fmt.Sprintf("id=%d addr=%s laddr=%s fd=0 name=%s age=%d idle=0 flags=N db=0 sub=0 psub=0 ssub=0 multi=-1 qbuf=0 qbuf-free=0 "+
 		"argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=0 tot-mem=0 events=r cmd=client user=default redir=-1 resp=%d lib-name=%s lib-ver=%s\n",
 		c.id, c.conn.RemoteAddr(), c.conn.LocalAddr(), c.name, time.Since(c.since)/time.Second, c.proto, c.library[0], c.library[1]))
-	return nil
 }
 
 // info answers INFO with the sections that were asked for.
-func (c *client) info(args [][]byte) error {
+func (c *client) info(args [][]byte) {
 	asked := func(names ...string) bool {
 		return slices.ContainsFunc(args[1:], func(arg []byte) bool { return slices.Contains(names, strings.ToLower(string(arg))) })
 	}
@@ -872,5 +852,4 @@ func (c *client) info(args [][]byte) error {
 		text += fmt.Sprintf("%s:%v\r\n", f.name, f.value)
 	}
 	c.verbatim(text)
-	return nil
 }
