@@ -1061,6 +1061,9 @@ func TestIntegrationProcess(t *testing.T) {
 	if got := log.String(); !strings.Contains(got, "RP_CACHE_SIZ\n") && !strings.Contains(got, "variable=RP_CACHE_SIZ") {
 		t.Errorf("log does not name the variable that nobody reads:\n%s", got)
 	}
+	if got, want := infoField(t, dial(t, proxy), "gomaxprocs"), fmt.Sprint(max(1, runtime.GOMAXPROCS(0)/2)); os.Getenv("GOMAXPROCS") == "" && got != want {
+		t.Errorf("gomaxprocs: got %s; want %s, half of the cores", got, want)
+	}
 	// Idle clients of both protocols, silent ones and half-sent requests do not hold it up.
 	idle := dial(t, proxy).send(request("PING")).expect("+PONG\r\n")
 	web := dial(t, proxy).send("GET /x HTTP/1.1\r\nHost: h\r\n\r\n").expect("HTTP/1.1 404 Not Found\r\n")

@@ -368,6 +368,7 @@ func (p *proxy) figures() []figure {
 		{"Server", "redis_mode", "", "", "", "standalone"},
 		{"Server", "redis_proxy_version", "", "", "", version},
 		{"Server", "os", "", "", "", runtime.GOOS + " " + runtime.GOARCH},
+		{"Server", "gomaxprocs", "go_max_procs", "gauge", "Cores that may serve.", runtime.GOMAXPROCS(0)},
 		{"Server", "process_id", "", "", "", os.Getpid()},
 		{"Server", "tcp_port", "", "", "", p.cfg.port},
 		{"Server", "uptime_in_seconds", "uptime_seconds", "gauge", "Time since the start.", int64(p.now() / time.Second)},
