@@ -94,6 +94,7 @@ func (s *server) admit(c *conn) {
 	if full {
 		s.refusing++
 		c.refused = true
+		c.Conn.SetReadDeadline(time.Now().Add(refuseTimeout))
 	}
 	go s.handle(c) // ends with the connection, which stop and wait see to
 }
@@ -228,15 +229,11 @@ func (c *conn) release(unread []byte) {
 
 // detect reads until decide can tell the protocol from what has come.
 func (c *conn) detect(decide func([]byte) (protocol, bool)) (protocol, error) {
-	limit := c.server.cfg.idleTimeout
-	if c.refused {
-		limit = refuseTimeout
-	}
-	c.readFor(limit)
+	c.readFor(c.server.cfg.idleTimeout)
 	line := make([]byte, 0, 512)
 	for {
 		n, err := c.Conn.Read(line[len(line):cap(line)])
-		if len(line) == 0 && n > 0 && !c.refused {
+		if len(line) == 0 && n > 0 {
 			c.readFor(firstLineTimeout)
 		}
 		line = line[:len(line)+n]
@@ -278,8 +275,12 @@ func protocolOf(begin []byte) (proto protocol, ok bool) {
 	return protoRESP, true
 }
 
-// readFor sets the read deadline, 0 for none, and never later than the server's stop asks for.
+// readFor sets the read deadline, 0 for none, and never later than the server's stop asks for. One too many
+// keeps the deadline that it has.
 func (c *conn) readFor(d time.Duration) {
+	if c.refused {
+		return
+	}
 	var until time.Time
 	if d > 0 {
 		until = time.Now().Add(d)
@@ -355,38 +356,35 @@ func (c *conn) Close() error {
 
 // tlsConfig serves with a certificate that is read again when its files change.
 func tlsConfig(certFile, keyFile string, log *slog.Logger) (*tls.Config, error) {
-	var mu sync.Mutex // guards the following
-	var cert tls.Certificate
+	var mu sync.Mutex // guards the following; held while the files are read, so that they are read once
+	var cert *tls.Certificate
 	var read [2]os.FileInfo
 	load := func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		mu.Lock()
 		defer mu.Unlock()
 		changed := false
 		for i, name := range []string{certFile, keyFile} {
-			was := read[i]
 			now, err := os.Stat(name)
-			if err == nil && (was == nil || !os.SameFile(was, now) || !was.ModTime().Equal(now.ModTime()) || was.Size() != now.Size()) {
+			if was := read[i]; err == nil && (was == nil || !os.SameFile(was, now) || was.ModTime() != now.ModTime() || was.Size() != now.Size()) {
 				read[i], changed = now, true
 			}
 		}
-		if !changed && cert.Certificate != nil {
-			served := cert
-			return &served, nil
+		if !changed && cert != nil {
+			return cert, nil
 		}
 		renewed, err := tls.LoadX509KeyPair(certFile, keyFile)
 		switch {
-		case err != nil && cert.Certificate == nil:
-			return nil, fmt.Errorf("--tls-cert %q, --tls-key %q: %w", certFile, keyFile, err)
-		case err != nil:
-			log.Warn("the certificate was not renewed; the old one goes on", "error", err) // one of two files, perhaps
+		case err == nil && cert != nil:
+			log.Info("the certificate was renewed", "expires", renewed.Leaf.NotAfter)
+			fallthrough
+		case err == nil:
+			cert = &renewed
+		case cert != nil: // one of the two files is not replaced yet, perhaps
+			log.Warn("the certificate was not renewed; the old one goes on", "error", err)
 		default:
-			if cert.Certificate != nil {
-				log.Info("the certificate was renewed", "expires", renewed.Leaf.NotAfter)
-			}
-			cert = renewed
+			return nil, fmt.Errorf("--tls-cert %q, --tls-key %q: %w", certFile, keyFile, err)
 		}
-		served := cert
-		return &served, nil
+		return cert, nil
 	}
 	_, err := load(nil)
 	return &tls.Config{GetCertificate: load, MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1", "http/1.0"}}, err
