@@ -44,8 +44,8 @@ const httpIdleTimeout = 2 * time.Minute
 // flushAt is how many bytes of answers are gathered before they are written.
 const flushAt = 16 << 10
 
-// maxAhead bounds the keys that a client asks for before it waits, and aheadBytes the values, by how large
-// they typically are.
+// maxAhead bounds the keys that a client asks for before it waits, and aheadBytes the values that are fetched
+// for it, by how large they typically are.
 const (
 	maxAhead   = 128
 	aheadBytes = 256 << 10
@@ -231,24 +231,18 @@ type clientCounts struct{ now, accepted, refused int }
 func (p *proxy) now() time.Duration { return time.Since(p.started) }
 
 // get answers keys to a client that waits since then: all that the cache lacks is asked for before the
-// first is waited for. The keys are not kept. len(answers) must be len(keys).
-func (p *proxy) get(proto protocol, since time.Duration, keys [][]byte, answers []answer) {
-	if p.ask(keys, answers) == 0 {
-		p.counts[proto][fromCache].Add(int64(len(answers)))
-		return
+// first is waited for. It returns how many it answered, from the first on: fewer than all where that could
+// be too much to hold. The keys are not kept. len(answers) must be len(keys).
+func (p *proxy) get(proto protocol, since time.Duration, keys [][]byte, answers []answer) (answered int) {
+	now := p.now()
+	if p.cache.get(now, keys, answers) == 0 {
+		p.counts[proto][fromCache].Add(int64(len(keys)))
+		return len(keys)
 	}
-	p.wait(since, answers)
-	p.count(proto, answers)
-}
-
-// ahead is how many keys a client may ask for at once. What was fetched for it is held until it is written,
-// and there may be many clients.
-func (p *proxy) ahead() int {
-	typical := p.pool.typical.Load()
-	if typical == 0 {
-		return 1
-	}
-	return int(max(1, min(maxAhead, aheadBytes/typical)))
+	answered = p.pool.fetch(now, keys, answers)
+	p.wait(since, answers[:answered])
+	p.count(proto, answers[:answered])
+	return answered
 }
 
 // ready tells whether Redis answers, by a fetch like any other. That it does not let the proxy read this
@@ -260,15 +254,6 @@ func (p *proxy) ready() bool {
 	p.wait(now, answers)
 	refusal, _ := answers[0].err.(replyError)
 	return !isOutage(answers[0].err) || strings.HasPrefix(string(refusal), upstreamRefused+"NOPERM ")
-}
-
-// ask answers keys from the cache, and has what it lacks fetched: such an answer is complete after wait.
-func (p *proxy) ask(keys [][]byte, answers []answer) (misses int) {
-	now := p.now()
-	if misses = p.cache.get(now, keys, answers); misses > 0 {
-		p.pool.fetch(now, keys, answers)
-	}
-	return misses
 }
 
 // wait completes answers to who waits since then. It begins with the last: replies come in the order of

@@ -55,6 +55,7 @@ func newTestProxy(t testing.TB, flags ...string) *proxy {
 		cfg.redis.host = "[" // nobody to ask
 	}
 	p := newProxy(cfg, slog.New(slog.DiscardHandler))
+	p.pool.typical = 1 // nobody has to find out that values are small
 	t.Cleanup(p.pool.close)
 	return p
 }
@@ -937,17 +938,10 @@ func TestRESPWritesLargeMGETsAsTheyCome(t *testing.T) {
 		}
 		return bulk(large)
 	})...)
+	p.pool.typical = aheadBytes
 	compare(t, "an error among the first", talk(t, p, strings.NewReader(request("MGET", "a", "bad", "c"))), "-LOADING\r\n")
 	compare(t, "an error after much", talk(t, p, strings.NewReader(request("MGET", "a", "list", "c", "d", "bad", "e"))),
 		"*6\r\n"+bulk(large)+"$-1\r\n"+bulk(large)+bulk(large)+"-LOADING\r\n"+bulk(large))
-}
-
-func TestProxyAsksAheadForFewLargeValues(t *testing.T) {
-	p := newTestProxy(t)
-	for typical, want := range map[int64]int{0: 1, 1: maxAhead, 1 << 10: maxAhead, 64 << 10: 4, 1 << 20: 1} {
-		p.pool.typical.Store(typical)
-		compare(t, fmt.Sprint("values of ", typical), p.ahead(), want)
-	}
 }
 
 // lru.go
@@ -1261,7 +1255,8 @@ func askFor(p *proxy, keys ...string) []answer {
 	for i, key := range keys {
 		raw[i] = []byte(key)
 	}
-	p.ask(raw, answers)
+	p.cache.get(p.now(), raw, answers)
+	p.pool.fetch(p.now(), raw, answers)
 	return answers
 }
 
@@ -1403,6 +1398,22 @@ func TestRefusedMarksWhatConcernsTheProxy(t *testing.T) {
 		"NOPERM this user":                "ERR upstream refused: NOPERM this user", "WRONGPASS invalid": "ERR upstream refused: WRONGPASS invalid",
 	} {
 		compare(t, string(in), p.refused(in), want)
+	}
+}
+
+func TestPoolFetchesFewLargeValuesAhead(t *testing.T) {
+	p := newTestProxy(t)
+	keys := make([][]byte, maxAhead)
+	for typical, want := range map[int]int{0: 1, 1: maxAhead, 1 << 10: maxAhead, 64 << 10: 4, 1 << 20: 1} {
+		answers := make([]answer, maxAhead)
+		for i := range keys {
+			keys[i] = fmt.Append(nil, typical, i)
+			if i%2 == 1 {
+				answers[i].source = fromRedis // the others are from the cache
+			}
+		}
+		p.pool.typical = typical
+		compare(t, fmt.Sprint("typically ", typical, " bytes"), p.pool.fetch(p.now(), keys, answers), min(2*want+1, maxAhead))
 	}
 }
 

@@ -47,7 +47,6 @@ type pool struct {
 	conns   *redis.Pool
 	slots   chan struct{} // holds an element for each connection in use
 	suspect atomic.Int64  // unix nanoseconds; connections idle since before may be dead
-	typical atomic.Int64  // bytes of a value, as of late; 0 before the first
 
 	stopTracking func()       // stops the tracker and waits for it
 	tracked      atomic.Int32 // a trackingState
@@ -60,6 +59,7 @@ type pool struct {
 	success    time.Time
 	failure    time.Time // the first since then, or zero
 	refusal    time.Time // the last that was logged
+	typical    int       // bytes of a key and its value, as of late; 0 before the first
 	poolCounts
 }
 
@@ -179,14 +179,25 @@ func (p *pool) close() {
 }
 
 // fetch has those keys fetched whose answers are not complete: it joins a fetch in flight, or queues
-// a new one.
-func (p *pool) fetch(now time.Duration, keys [][]byte, answers []answer) {
+// a new one. What is fetched is held until a client has taken it, and there may be many clients: it returns how
+// many of the keys, from the first on, it has seen to, one at least.
+func (p *pool) fetch(now time.Duration, keys [][]byte, answers []answer) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	defer p.startLocked()
+	ahead := 1
+	if p.typical > 0 {
+		ahead = max(1, aheadBytes/p.typical)
+	}
 	for i, key := range keys {
 		a, f := &answers[i], p.flights[string(key)]
+		if a.source != fromRedis {
+			continue
+		}
+		if ahead--; ahead < 0 {
+			return i
+		}
 		switch {
-		case a.source != fromRedis:
 		case f != nil && now < f.asked+p.shared:
 			a.source, a.fetch = fromAnother, f
 		case p.store.get(now, keys[i:i+1], answers[i:i+1]) == 0: // a fetch has ended since the cache was asked
@@ -199,7 +210,7 @@ func (p *pool) fetch(now time.Duration, keys [][]byte, answers []answer) {
 			p.queueBytes += len(key)
 		}
 	}
-	p.startLocked()
+	return len(keys)
 }
 
 // wait tells whether a fetch is done before it is too late.
@@ -343,11 +354,11 @@ func (p *pool) finish(f *fetch, v value, err error) {
 	f.older.spoil() // it must not replace what is newer
 	f.older = nil
 	if !isOutage(err) {
-		was, is := p.typical.Load(), int64(len(f.key)+len(v.data))
-		if was > 0 {
-			is = was + (is-was)/16
+		if size := len(f.key) + len(v.data); p.typical == 0 {
+			p.typical = size
+		} else {
+			p.typical += (size - p.typical) / 16
 		}
-		p.typical.Store(is)
 	}
 	now := p.now()
 	switch {

@@ -345,7 +345,6 @@ func (c *client) admit(ok bool) { c.authed, c.in.strict = ok, !ok }
 // answer answers all that has been read.
 func (c *client) answer() {
 	c.batch, c.late = batches.Get().(*batch), false
-	ahead := c.resp.proxy.ahead()
 	for c.err == nil {
 		var args [][]byte
 		var broken error
@@ -359,7 +358,7 @@ func (c *client) answer() {
 			}
 		}
 		if ok {
-			if c.keys = append(c.keys, key); len(c.keys) >= ahead {
+			if c.keys = append(c.keys, key); len(c.keys) == maxAhead {
 				c.get()
 			}
 			continue
@@ -400,23 +399,25 @@ func (c *client) give() {
 
 // get answers the GETs that have been gathered.
 func (c *client) get() {
-	if len(c.keys) == 0 || c.err != nil {
-		return
+	for keys := c.keys; len(keys) > 0 && c.err == nil; {
+		if !c.late {
+			c.asked = c.resp.proxy.now()
+		}
+		answers := c.ask(c.asked, keys)
+		keys = keys[len(answers):]
+		c.writeAnswers(answers)
 	}
-	if !c.late {
-		c.asked = c.resp.proxy.now()
-	}
-	c.writeAnswers(c.ask(c.asked, c.keys))
 	clear(c.keys)
 	c.keys = c.keys[:0]
 }
 
-// ask returns the answers to keys, complete, for a client that waits since then. They hold until the next
-// call.
+// ask returns the answers to keys, or to the first of them, for a client that waits since then. They hold
+// until the next call.
 func (c *client) ask(since time.Duration, keys [][]byte) []answer {
 	c.answers = slices.Grow(c.answers[:0], len(keys))[:len(keys)]
-	c.resp.proxy.get(protoRESP, since, keys, c.answers)
-	return c.answers
+	n := c.resp.proxy.get(protoRESP, since, keys, c.answers)
+	clear(c.answers[n:])
+	return c.answers[:n]
 }
 
 // writeAnswers adds answers to the replies, and lets go of them.
@@ -635,7 +636,7 @@ func (c *client) mget(args [][]byte) {
 	var held []answer
 	size, since, begun := 0, c.resp.proxy.now(), false
 	for keys := args[1:]; len(keys) > 0 && c.err == nil; {
-		answers := c.ask(since, keys[:min(len(keys), c.resp.proxy.ahead())])
+		answers := c.ask(since, keys[:min(len(keys), maxAhead)])
 		keys = keys[len(answers):]
 		for i := range answers {
 			a := &answers[i]
