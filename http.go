@@ -16,7 +16,6 @@ import (
 	"io"
 	"log"
 	"log/slog"
-	"maps"
 	"math"
 	"net"
 	"net/http"
@@ -32,6 +31,7 @@ import (
 
 const (
 	headerTimeout  = 10 * time.Second
+	bodyTimeout    = time.Second
 	maxHeaderBytes = 128 << 10
 	// quickBuffer is what a connection has to read plain requests into.
 	quickBuffer = 2 << 10
@@ -47,14 +47,12 @@ type web struct {
 	addr   net.Addr
 
 	draining atomic.Bool
-
-	mu      sync.Mutex // guards the following
-	fresh   map[net.Conn]struct{}
-	stopped bool
+	stopped  atomic.Bool
+	fresh    sync.Map // of net.Conn: what net/http has had no whole request from
 }
 
 func newWeb(p *proxy, addr net.Addr) *web {
-	w := &web{proxy: p, conns: make(chan net.Conn), closed: make(chan struct{}), addr: addr, fresh: make(map[net.Conn]struct{})}
+	w := &web{proxy: p, conns: make(chan net.Conn), closed: make(chan struct{}), addr: addr}
 	w.server = http.Server{
 		Handler:                      w,
 		DisableGeneralOptionsHandler: true,
@@ -78,7 +76,7 @@ func (w *web) run() { w.server.Serve(w) }
 // that came over TLS with a negotiated protocol is net/http's from the start, and so is every one where
 // requests have to bring a password.
 func (w *web) serve(c net.Conn) {
-	if own, ok := c.(clientConn); ok && w.proxy.authorised(nil) {
+	if own, ok := c.(clientConn); ok && w.proxy.open() {
 		if !w.quick(own) {
 			c.Close()
 			return
@@ -112,28 +110,17 @@ func (w *web) drain() { w.draining.Store(true) }
 // track notes which connections have not sent a whole request yet. http.Server.Shutdown waits for those as
 // if they were being answered.
 func (w *web) track(c net.Conn, state http.ConnState) {
-	w.mu.Lock()
-	stopped := w.stopped
-	if state == http.StateNew {
-		w.fresh[c] = struct{}{}
-	} else {
-		delete(w.fresh, c)
-	}
-	w.mu.Unlock()
-	if stopped && state == http.StateNew {
+	if state != http.StateNew {
+		w.fresh.Delete(c)
+	} else if w.fresh.Store(c, nil); w.stopped.Load() { // after Store, as shutdown may have looked before
 		c.Close()
 	}
 }
 
 // shutdown closes connections that are not being answered, and the others when they are or ctx is done.
 func (w *web) shutdown(ctx context.Context) {
-	w.mu.Lock()
-	w.stopped = true
-	fresh := slices.Collect(maps.Keys(w.fresh))
-	w.mu.Unlock()
-	for _, c := range fresh {
-		c.Close()
-	}
+	w.stopped.Store(true)
+	w.fresh.Range(func(c, _ any) bool { c.(net.Conn).Close(); return true })
 	if w.server.Shutdown(ctx) != nil {
 		w.server.Close()
 	}
@@ -158,7 +145,10 @@ func (w *web) Addr() net.Addr { return w.addr }
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	h := rw.Header()
 	if w.draining.Load() || r.ContentLength != 0 && r.ProtoMajor == 1 {
-		h.Set("Connection", "close") // a body means nothing here: do not wait for it
+		h.Set("Connection", "close") // a body means nothing here
+	}
+	if r.ContentLength != 0 && r.ProtoMajor == 1 { // net/http reads some of it, or the client might not see the answer
+		http.NewResponseController(rw).SetReadDeadline(time.Now().Add(bodyTimeout))
 	}
 	if !w.authorised(r) {
 		h["Www-Authenticate"] = []string{`Basic realm="redis_proxy"`, "Bearer"}
@@ -200,7 +190,7 @@ func (w *web) get(key []byte) (answer, time.Duration) {
 
 // authorised tells whether a request brings the password, in one of the two ways of RFC 7617 and 6750.
 func (w *web) authorised(r *http.Request) bool {
-	if w.proxy.authorised(nil) {
+	if w.proxy.open() {
 		return true
 	}
 	if _, password, ok := r.BasicAuth(); ok {
@@ -210,15 +200,15 @@ func (w *web) authorised(r *http.Request) bool {
 	return strings.EqualFold(scheme, "Bearer") && w.proxy.authorised([]byte(strings.TrimLeft(token, " ")))
 }
 
-// A contentWriter gives the one error that http.ServeContent writes the header of all errors, and an HTTP/2
-// client that opens no window as little time as one that does not read.
+// A contentWriter gives the errors that http.ServeContent writes (412, 416) the header of all errors, and an
+// HTTP/2 client that opens no window as little time as one that does not read.
 type contentWriter struct {
 	http.ResponseWriter
 	stuck time.Duration
 }
 
 func (w contentWriter) WriteHeader(status int) {
-	if status == http.StatusRequestedRangeNotSatisfiable {
+	if status >= http.StatusBadRequest {
 		w.Header().Set("Cache-Control", "no-store")
 	}
 	w.ResponseWriter.WriteHeader(status)
@@ -447,7 +437,7 @@ func newAdmin(p *proxy) *http.Server {
 	mux.HandleFunc("/healthz", func(rw http.ResponseWriter, _ *http.Request) { io.WriteString(rw, "alive\n") })
 	mux.HandleFunc("/readyz", func(rw http.ResponseWriter, _ *http.Request) {
 		if !p.ready() {
-			fail(rw, http.StatusServiceUnavailable, "Redis does not answer")
+			fail(rw, http.StatusServiceUnavailable, "Redis cannot be read")
 			return
 		}
 		io.WriteString(rw, "ready\n")
@@ -477,7 +467,7 @@ func writeMetrics(out io.Writer, p *proxy) {
 			fmt.Fprintf(out, "redis_proxy_%s %d\n", f.metric, f.value)
 		}
 	}
-	header("upstream_seconds", "histogram", "Time from sending a batch of GETs to its last reply.")
+	header("upstream_seconds", "histogram", "Time from taking up a batch of GETs to its last reply, connecting included.")
 	_, _, fetched := p.pool.usage()
 	count := int64(0)
 	for i, n := range fetched.latencies {

@@ -99,16 +99,12 @@ func main() {
 	}
 	cfg.maxClients = fitDescriptors(cfg, log)
 	tune(cfg)
+	cfg.grown = func(clients int) { tuneMemory(cfg.cacheBytes, clients) }
 	run(ctx, cfg, l, log)
 }
 
 func newLogger(w io.Writer, cfg config) *slog.Logger {
-	opts := &slog.HandlerOptions{Level: cfg.logLevel, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
-		if a.Value.Kind() == slog.KindDuration { // JSON would have nanoseconds
-			a.Value = slog.StringValue(a.Value.Duration().String())
-		}
-		return a
-	}}
+	opts := &slog.HandlerOptions{Level: cfg.logLevel}
 	if cfg.logFormat == "json" {
 		return slog.New(slog.NewJSONHandler(w, opts))
 	}
@@ -146,15 +142,20 @@ func check(cfg config) error {
 
 // tune sets up the Go runtime, where GOMAXPROCS, GOGC and GOMEMLIMIT do not say otherwise. Half of the
 // cores serve: the others are for those who ask, and threads that wait for work cost more than they
-// bring. Garbage is collected seldom while memory is small beside the cache's limit, and within twice
-// that limit otherwise.
+// bring.
 func tune(cfg config) {
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(max(1, runtime.GOMAXPROCS(0)/2))
 	}
+	tuneMemory(cfg.cacheBytes, 0)
+}
+
+// tuneMemory has garbage collected seldom while memory is small beside the cache's limit, and within twice
+// that limit, and what so many clients need, otherwise.
+func tuneMemory(cacheBytes int64, clients int) {
 	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetGCPercent(400)
-		debug.SetMemoryLimit(2*min(cfg.cacheBytes, 1<<60) + 32<<20)
+		debug.SetMemoryLimit(2*min(cacheBytes, 1<<60) + 32<<20 + int64(clients)<<15)
 	}
 }
 
@@ -184,7 +185,7 @@ func run(ctx context.Context, cfg config, l net.Listener, log *slog.Logger) {
 	p.clients = s.clients
 
 	log.Info("serving", "version", version, "address", l.Addr().String(), "protocols", "http resp", "redis", cfg.redis.address(),
-		"cache_size", cfg.cacheSize, "cache_bytes", cfg.cacheBytes, "cache_timeout", cfg.cacheTimeout)
+		"cache_size", cfg.cacheSize, "cache_bytes", cfg.cacheBytes, "cache_timeout", cfg.cacheTimeout.String())
 	if cfg.admin != nil {
 		log.Info("serving metrics, health and profiles", "address", cfg.admin.Addr().String())
 		admin := newAdmin(p)
@@ -202,7 +203,7 @@ func run(ctx context.Context, cfg config, l net.Listener, log *slog.Logger) {
 	s.stop()
 	web.shutdown(deadline)
 	s.wait(deadline)
-	log.Info("stopped", "uptime", p.now().Round(time.Millisecond))
+	log.Info("stopped", "uptime", p.now().Round(time.Millisecond).String())
 }
 
 // A proxy is a cache over a pool. All its methods are safe for concurrent use.
@@ -253,7 +254,8 @@ func (p *proxy) ready() bool {
 	p.pool.fetch(now, [][]byte{[]byte(key)}, answers)
 	p.wait(now, answers)
 	refusal, _ := answers[0].err.(replyError)
-	return !isOutage(answers[0].err) || strings.HasPrefix(string(refusal), upstreamRefused+"NOPERM ")
+	forbidden := strings.HasPrefix(string(refusal), upstreamRefused+"NOPERM ") && strings.Contains(string(refusal), " key")
+	return !isOutage(answers[0].err) || forbidden
 }
 
 // wait completes answers to who waits since then. It begins with the last: replies come in the order of
@@ -290,12 +292,11 @@ func isOutage(err error) bool {
 	return err == errUnavailable || err == errTimeout || ok && !refusal.wrongType()
 }
 
-// authorised tells whether a password is the right one; nil, whether none is needed. It takes the same
-// time for every wrong one.
+// open tells whether no password is needed.
+func (p *proxy) open() bool { return p.cfg.password == "" }
+
+// authorised tells whether a password is the right one. It takes the same time for every wrong one.
 func (p *proxy) authorised(password []byte) bool {
-	if password == nil {
-		return p.cfg.password == ""
-	}
 	want, got := sha256.Sum256([]byte(p.cfg.password)), sha256.Sum256(password)
 	if subtle.ConstantTimeCompare(want[:], got[:]) == 1 {
 		return true
@@ -370,7 +371,7 @@ func (p *proxy) figures() []figure {
 		{"Stats", "total_commands_processed", "", "", "", all},
 		{"Stats", "keyspace_hits", "", "", "", hits},
 		{"Stats", "keyspace_misses", "", "", "", all - hits},
-		{"Stats", "acl_access_denied_auth", "passwords_denied_total", "counter", "Wrong passwords of clients.", p.denied.Load()},
+		{"Stats", "acl_access_denied_auth", "passwords_denied_total", "counter", "Wrong passwords and users of clients.", p.denied.Load()},
 		{"Stats", "evicted_keys", "evictions_total", "counter", "Entries that made room for others.", cached.evictions},
 		{"Stats", "expired_keys", "expirations_total", "counter", "Entries dropped after their TTL.", cached.expirations},
 		{"Replication", "role", "", "", "", "master"},
@@ -385,7 +386,7 @@ func (p *proxy) figures() []figure {
 		{"Cache", "cache_errors", "", "", "", answered[unanswerable]},
 		{"Cache", "upstream_connections", "upstream_connections", "gauge", "Connections to Redis.", open},
 		{"Cache", "upstream_connections_used", "upstream_connections_used", "gauge", "Connections to Redis in use.", used},
-		{"Cache", "upstream_fetches", "upstream_fetches_total", "counter", "GETs sent to Redis.", fetched.fetches},
+		{"Cache", "upstream_fetches", "upstream_fetches_total", "counter", "GETs taken up by a connection to Redis.", fetched.fetches},
 		{"Cache", "upstream_batches", "upstream_batches_total", "counter", "Pipelines in which they were sent.", fetched.batches},
 		{"Cache", "upstream_errors", "upstream_errors_total", "counter", "Fetches that failed, or that Redis refused to the proxy.", fetched.errors},
 		{"Cache", "tracking", "tracking", "gauge", "Whether Redis reports changes: 0 is off, 1 down, 2 live.", trackingState(p.pool.tracked.Load())},
@@ -459,7 +460,8 @@ func (e replyError) Error() string { return string(e) }
 // wrongType tells that the key holds something that GET does not read.
 func (e replyError) wrongType() bool { return strings.HasPrefix(string(e), "WRONGTYPE ") }
 
-// A fetch is the promise of a value. The pool completes it; whoever asked waits for done.
+// A fetch is the promise of a value. The pool completes it; whoever asked waits for it there: finished is for
+// who comes later, done for who waits.
 type fetch struct {
 	key   string
 	asked time.Duration // on the proxy's clock
@@ -542,6 +544,7 @@ type config struct {
 	tls           *tls.Config   // from tlsCert and tlsKey; nil: no TLS
 	admin         net.Listener  // on adminAddress; nil: none
 	writeTimeout  time.Duration // not a flag; tests have less time
+	grown         func(int)     // told when the number of clients passes another thousand; nil: nobody
 	version       bool
 	fromURL       redisAddress // what --redis-url says; instead of redis where it was given
 }
@@ -637,7 +640,8 @@ func parseConfig(args, environ []string) (config, error) {
 	case errors.Is(err, flag.ErrHelp):
 		return cfg, err
 	case err != nil:
-		return cfg, fmt.Errorf("%w (--help lists the flags)", err)
+		what, _, _ := strings.Cut(err.Error(), "=") // what follows may be a secret
+		return cfg, errors.New(what + " (--help lists the flags)")
 	case fs.NArg() > 0 && (cfg.password != "" || strings.Contains(fs.Arg(0), "@")): // part of a secret, perhaps
 		return cfg, errors.New("unexpected argument: only flags are allowed (--help lists them)")
 	case fs.NArg() > 0:
@@ -679,96 +683,78 @@ func printHelp(w io.Writer) {
 		"  --version\n        print the version and exit\n  --help\n        print this and exit\n")
 }
 
-func text(p *string) func(string) error {
-	return func(s string) error { *p = s; return nil }
-}
-
-// host reads a name or an IP address, without a port.
-func host(p *string) func(string) error {
+// parsed is the setter of an option that must be as told: it stores what parse makes of its argument.
+func parsed[T any](p *T, must string, parse func(string) (T, bool)) func(string) error {
 	return func(s string) error {
-		if _, err := netip.ParseAddr(s); s == "" || err != nil && strings.ContainsAny(s, ":/[]@ ") {
-			return errors.New("must be a host name or an IP address, without a port")
+		v, ok := parse(s)
+		if !ok {
+			return errors.New("must be " + must)
 		}
-		*p = s
+		*p = v
 		return nil
 	}
+}
+
+func text(p *string) func(string) error {
+	return parsed(p, "text", func(s string) (string, bool) { return s, true })
+}
+
+func host(p *string) func(string) error {
+	return parsed(p, "a host name or an IP address, without a port", func(s string) (string, bool) {
+		_, err := netip.ParseAddr(s)
+		return s, err == nil || s != "" && !strings.ContainsAny(s, ":/[]@ ")
+	})
 }
 
 func hostPort(p *string) func(string) error {
-	return func(s string) error {
-		_, port, err := net.SplitHostPort(s)
-		if s != "" && (err != nil || number(new(int), 0, 65535)(port) != nil) {
-			return errors.New("must be host:port, such as 127.0.0.1:9090 or :9090")
-		}
-		*p = s
-		return nil
-	}
+	return parsed(p, "host:port, such as 127.0.0.1:9090 or :9090", func(s string) (string, bool) {
+		name, port, err := net.SplitHostPort(s)
+		return s, s == "" || err == nil && (name == "" || host(new(string))(name) == nil) && number(new(int), 0, 65535)(port) == nil
+	})
 }
 
 func choice(p *string, allowed ...string) func(string) error {
-	return func(s string) error {
-		if !slices.Contains(allowed, s) {
-			return fmt.Errorf("must be one of %s", strings.Join(allowed, ", "))
-		}
-		*p = s
-		return nil
-	}
+	return parsed(p, "one of "+strings.Join(allowed, ", "), func(s string) (string, bool) { return s, slices.Contains(allowed, s) })
 }
 
 func (c *config) setLogLevel(s string) error {
-	return cmp.Or(choice(new(string), "debug", "info", "warn", "error")(s), c.logLevel.UnmarshalText([]byte(s)))
+	return cmp.Or(choice(new(string), "debug", "info", "warn", "error")(strings.ToLower(s)), c.logLevel.UnmarshalText([]byte(s)))
 }
 
 func boolean(p *bool) func(string) error {
-	return func(s string) (err error) {
-		if *p, err = strconv.ParseBool(s); err != nil {
-			return errors.New("must be true or false")
-		}
-		return nil
-	}
+	return parsed(p, "true or false", func(s string) (bool, bool) { v, err := strconv.ParseBool(s); return v, err == nil })
 }
 
 func number(p *int, low, high int) func(string) error {
-	return func(s string) error {
+	return parsed(p, fmt.Sprintf("a whole number from %d to %d", low, high), func(s string) (int, bool) {
 		n, err := strconv.Atoi(s)
-		if err != nil || n < low || n > high {
-			return fmt.Errorf("must be a whole number from %d to %d", low, high)
-		}
-		*p = n
-		return nil
-	}
+		return n, err == nil && low <= n && n <= high
+	})
 }
 
 // duration reads Go's notation, or a number of seconds.
 func duration(p *time.Duration, zero bool) func(string) error {
-	return func(s string) error {
+	must := "a time above 0, such as 30, 1.5 or 250ms"
+	if zero {
+		must = "a time such as 30, 1.5 or 250ms, or 0"
+	}
+	return parsed(p, must, func(s string) (time.Duration, bool) {
 		d, err := time.ParseDuration(s)
 		if sec, e := strconv.ParseFloat(s, 64); e == nil && math.Abs(sec) < 1e9 {
 			d, err = time.Duration(sec*float64(time.Second)), nil
 		}
-		if err != nil || d < 0 || d == 0 && !zero || d >= 1e9*time.Second {
-			if zero {
-				return errors.New("must be a time such as 30, 1.5 or 250ms, or 0")
-			}
-			return errors.New("must be a time above 0, such as 30, 1.5 or 250ms")
-		}
-		*p = d
-		return nil
-	}
+		return d, err == nil && (d > 0 || d == 0 && zero) && d < 1e9*time.Second
+	})
 }
 
 // size reads a number of bytes; as in redis.conf, 1KB is 1024 bytes.
 func size(p *int64) func(string) error {
-	return func(s string) error {
+	return parsed(p, "a number of bytes above 0, such as 65536, 64KB, 256MB or 1GB", func(s string) (int64, bool) {
 		digits := strings.TrimRight(s, "KMGBkmgb")
 		shift, ok := map[string]int{"": 0, "B": 0, "K": 10, "KB": 10, "M": 20, "MB": 20, "G": 30, "GB": 30}[strings.ToUpper(s[len(digits):])]
 		n, err := strconv.ParseInt(digits, 10, 64)
-		if err != nil || !ok || n <= 0 || n > math.MaxInt64>>shift {
-			return errors.New("must be a number of bytes above 0, such as 65536, 64KB, 256MB or 1GB")
-		}
-		*p = n << shift
-		return nil
-	}
+		return n << shift, err == nil && ok && n > 0 && n <= math.MaxInt64>>shift
+	})
 }
 
 // A redisAddress tells how to reach the backing Redis.
@@ -793,7 +779,10 @@ func (c *config) setRedisURL(s string) error {
 	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.Hostname() == "" || u.RawQuery != "" || u.Fragment != "" {
 		return malformed
 	}
-	a := redisAddress{host: u.Hostname(), port: 6379, tls: u.Scheme == "rediss"}
+	a := redisAddress{port: 6379, tls: u.Scheme == "rediss"}
+	if host(&a.host)(u.Hostname()) != nil {
+		return malformed
+	}
 	if u.Port() != "" && number(&a.port, 1, 65535)(u.Port()) != nil {
 		return malformed
 	}

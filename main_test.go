@@ -1213,7 +1213,9 @@ func playRedis(t testing.TB, reply func(conn int, args []string) string) (flags 
 	}
 	var serving sync.WaitGroup
 	var conns []net.Conn
-	serving.Go(func() { // ends when l is closed
+	accepting := make(chan struct{})
+	go func() { // ends when l is closed
+		defer close(accepting)
 		for {
 			nc, err := l.Accept()
 			if err != nil {
@@ -1223,9 +1225,10 @@ func playRedis(t testing.TB, reply func(conn int, args []string) string) (flags 
 			n := len(conns)
 			serving.Go(func() { playConn(nc, func(args []string) string { return reply(n, args) }) }) // ends when nc is closed
 		}
-	})
+	}()
 	t.Cleanup(func() {
 		l.Close()
+		<-accepting
 		for _, nc := range conns {
 			nc.Close()
 		}
@@ -1402,7 +1405,6 @@ func TestRefusedMarksWhatConcernsTheProxy(t *testing.T) {
 }
 
 func TestPoolFetchesFewLargeValuesAhead(t *testing.T) {
-	p := newTestProxy(t)
 	keys := make([][]byte, maxAhead)
 	for typical, want := range map[int]int{0: 1, 1: maxAhead, 1 << 10: maxAhead, 64 << 10: 4, 1 << 20: 1} {
 		answers := make([]answer, maxAhead)
@@ -1412,6 +1414,7 @@ func TestPoolFetchesFewLargeValuesAhead(t *testing.T) {
 				answers[i].source = fromRedis // the others are from the cache
 			}
 		}
+		p := newTestProxy(t)
 		p.pool.typical = typical
 		compare(t, fmt.Sprint("typically ", typical, " bytes"), p.pool.fetch(p.now(), keys, answers), min(2*want+1, maxAhead))
 	}

@@ -44,22 +44,23 @@ type pool struct {
 	timeout time.Duration // how long those who ask for a fetch wait
 	shared  time.Duration // how long others may join it: what it brings must not be older than the TTL
 
-	conns   *redis.Pool
-	slots   chan struct{} // holds an element for each connection in use
-	suspect atomic.Int64  // unix nanoseconds; connections idle since before may be dead
+	conns *redis.Pool
+	slots chan struct{} // holds an element for each connection in use
 
 	stopTracking func()       // stops the tracker and waits for it
 	tracked      atomic.Int32 // a trackingState
 
 	mu         sync.Mutex // guards the following, and older, dirty and done of a fetch
 	flights    map[string]*fetch
-	queue      []*fetch // waiting for a worker
-	queueBytes int      // of their keys
-	coming     bool     // a worker is about to take the queue
-	success    time.Time
-	failure    time.Time // the first since then, or zero
-	refusal    time.Time // the last that was logged
-	typical    int       // bytes of a key and its value, as of late; 0 before the first
+	queue      []*fetch      // waiting for a worker
+	queueBytes int           // of their keys
+	coming     bool          // a worker is about to take the queue
+	broke      time.Time     // when a connection last did; others that have been idle since before may be dead
+	success    time.Duration // the last, on the proxy's clock
+	failure    time.Duration // the first since then, if it was logged, or 0
+	warned     time.Time     // of a failure, and
+	refusal    time.Time     // of a refusal
+	typical    int           // bytes of a key and its value, as of late; 0 before the first
 	poolCounts
 }
 
@@ -88,7 +89,9 @@ func newPool(cfg config, s store, now func() time.Duration, log *slog.Logger) *p
 			return upstream{c}, err
 		},
 		TestOnBorrow: func(_ redis.Conn, idleSince time.Time) error {
-			if idleSince.UnixNano() < p.suspect.Load() {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			if idleSince.Before(p.broke) {
 				return errors.New("a connection of the same age was dead")
 			}
 			return nil
@@ -107,17 +110,14 @@ func newPool(cfg config, s store, now func() time.Duration, log *slog.Logger) *p
 	return p
 }
 
-// dialer makes connections that are given up when they take longer to make than timeout, when a read or
-// write takes longer than patience, or when ctx is done.
+// dialer makes connections that are given up when they take longer to make than timeout, or when ctx is
+// done meanwhile, and when a read or write takes longer than patience.
 func dialer(ctx context.Context, to redisAddress, timeout, patience time.Duration) func() (redis.Conn, error) {
 	return func() (redis.Conn, error) {
-		return redis.Dial("tcp", to.address(),
-			redis.DialNetDial(func(network, addr string) (net.Conn, error) {
+		return redis.DialContext(ctx, "tcp", to.address(),
+			redis.DialContextFunc(func(ctx context.Context, network, addr string) (net.Conn, error) {
 				c, err := (&net.Dialer{Timeout: timeout}).DialContext(ctx, network, addr)
-				if err != nil {
-					return nil, err
-				}
-				return wire{c, patience, context.AfterFunc(ctx, func() { c.Close() })}, nil
+				return wire{c, patience}, err
 			}),
 			redis.DialTLSHandshakeTimeout(timeout), redis.DialUseTLS(to.tls),
 			redis.DialUsername(to.user), redis.DialPassword(to.password), redis.DialDatabase(to.db))
@@ -151,12 +151,6 @@ func (u upstream) Receive() (reply any, err error) {
 type wire struct {
 	net.Conn
 	timeout time.Duration
-	unwatch func() bool
-}
-
-func (w wire) Close() error {
-	w.unwatch()
-	return w.Conn.Close()
 }
 
 func (w wire) Read(p []byte) (int, error) {
@@ -231,7 +225,7 @@ func (p *pool) wait(f *fetch, late <-chan time.Time) bool {
 	case <-f.done:
 		return true
 	case <-late:
-		return false
+		return f.finished.Load()
 	}
 }
 
@@ -282,47 +276,53 @@ func (p *pool) take() []*fetch {
 // whether there was anything.
 //
 // If the connection breaks, the rest is tried once more on another: it may have died while it was
-// idle, and GET does no harm twice.
+// idle, and GET does no harm twice. So is all where the connection could not be made, but another was
+// meanwhile.
 func (p *pool) batch() bool {
+	began := p.now()
 	conn := p.conns.Get()
 	defer func() { conn.Close() }()
-	fs, began := p.take(), time.Now()
-	for retried := false; len(fs) > 0; retried = true {
-		err := conn.Err()
-		dialled := err == nil
-		if dialled {
-			var done int
-			done, err = p.exchange(conn, fs)
-			fs = fs[done:]
-		}
-		if err == nil {
-			p.worked(time.Since(began))
-			return true
-		}
-		if dialled {
-			p.suspect.Store(began.UnixNano())
-		}
-		if late := p.now() - 2*p.timeout; retried || !dialled || fs[len(fs)-1].asked < late {
-			p.fail(fs, began, err)
-			return true
-		}
+	fs := p.take()
+	if len(fs) == 0 {
+		return false
+	}
+	made := conn.Err() == nil
+	rest, err := p.exchange(conn, fs)
+	if err != nil && p.broken(made, began) && rest[len(rest)-1].asked >= p.now()-2*p.timeout {
 		conn.Close()
 		conn = p.conns.Get()
+		rest, err = p.exchange(conn, rest)
 	}
-	return false
+	if err != nil {
+		p.fail(rest, began, err)
+	} else {
+		p.worked(began)
+	}
+	return true
 }
 
-// exchange sends a GET for each fetch and completes it with the reply. It returns how many it completed,
-// and lets go of those.
-func (p *pool) exchange(conn redis.Conn, fs []*fetch) (done int, err error) {
+// broken takes note of a connection that broke, or could not be made since it began, and tells whether
+// another may do.
+func (p *pool) broken(made bool, began time.Duration) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if made {
+		p.broke = time.Now()
+	}
+	return made || p.success > began
+}
+
+// exchange sends a GET for each fetch and completes it with the reply. It lets go of those that it
+// completed, and returns the rest.
+func (p *pool) exchange(conn redis.Conn, fs []*fetch) (rest []*fetch, err error) {
 	sent := p.now()
 	for _, f := range fs {
 		if err := conn.Send("GET", f.key); err != nil {
-			return 0, err
+			return fs, err
 		}
 	}
 	if err := conn.Flush(); err != nil {
-		return 0, err
+		return fs, err
 	}
 	for i, f := range fs {
 		reply, err := conn.Receive()
@@ -335,11 +335,11 @@ func (p *pool) exchange(conn redis.Conn, fs []*fetch) (done int, err error) {
 		case isReply:
 			p.finish(f, value{}, p.refused(refusal))
 		default:
-			return i, err
+			return fs[i:], err
 		}
 		fs[i] = nil
 	}
-	return len(fs), nil
+	return nil, nil
 }
 
 // finish completes a fetch. It is stored before anybody who waits learns of it, and before anybody can
@@ -353,19 +353,22 @@ func (p *pool) finish(f *fetch, v value, err error) {
 	}
 	f.older.spoil() // it must not replace what is newer
 	f.older = nil
-	if !isOutage(err) {
-		if size := len(f.key) + len(v.data); p.typical == 0 {
-			p.typical = size
-		} else {
-			p.typical += (size - p.typical) / 16
-		}
-	}
 	now := p.now()
+	switch size := len(f.key) + len(v.data); {
+	case isOutage(err):
+	case p.typical == 0:
+		p.typical = size
+	case err == nil:
+		p.typical += (size - p.typical) / 16
+	}
 	switch {
 	case err == nil:
 		f.stored = !f.dirty && p.store.put(now, v)
 	case !f.dirty && !isOutage(err):
 		p.store.remove(now, []byte(f.key)) // or it might be answered once more, as stale
+	}
+	if !isOutage(err) {
+		p.success = now
 	}
 	f.finished.Store(true)
 	if f.done != nil {
@@ -373,14 +376,14 @@ func (p *pool) finish(f *fetch, v value, err error) {
 	}
 }
 
-// fail completes fetches that brought nothing. It logs the first failure after a success: a batch that
-// began before a success says nothing of the time after it.
-func (p *pool) fail(fs []*fetch, began time.Time, err error) {
+// fail completes fetches that brought nothing. It logs the first failure after a success, and not every
+// second one where the two alternate: what began before a success says nothing of the time after it.
+func (p *pool) fail(fs []*fetch, began time.Duration, err error) {
 	p.mu.Lock()
 	p.errors += int64(len(fs))
-	first := p.failure.IsZero() && !began.Before(p.success)
+	first := p.failure == 0 && began >= p.success && time.Since(p.warned) > time.Second
 	if first {
-		p.failure = time.Now()
+		p.failure, p.warned = p.now(), time.Now()
 	}
 	p.mu.Unlock()
 	if first {
@@ -401,29 +404,36 @@ func (p *pool) fail(fs []*fetch, began time.Time, err error) {
 	}
 }
 
-// worked takes note of a batch that took so long, and logs the first after a failure.
-func (p *pool) worked(took time.Duration) {
-	i := 0
+// worked takes note of a batch that has ended, and logs the first success after a failure.
+func (p *pool) worked(began time.Duration) {
+	p.mu.Lock()
+	took, i := p.now()-began, 0
 	for i < len(latencyBounds) && took > latencyBounds[i] {
 		i++
 	}
-	p.mu.Lock()
 	p.latencies[i]++
 	p.latencySum += took
 	failure := p.failure
-	p.success, p.failure = time.Now(), time.Time{}
+	again := failure > 0 && p.success > failure
+	if again {
+		p.failure = 0
+	}
 	p.mu.Unlock()
-	if !failure.IsZero() {
-		p.log.Info("Redis can be read again", "after", time.Since(failure).Round(time.Millisecond))
+	if again {
+		p.log.Info("Redis can be read again", "after", (p.now() - failure).Round(time.Millisecond).String())
 	}
 }
 
 // refused is an error reply as it is passed on. What concerns the proxy's own standing with Redis is
-// marked, so that a client does not take it for its own, and logged once a minute.
+// marked, so that a client does not take it for its own. What is not about the key is logged once a minute.
 func (p *pool) refused(reply redis.Error) replyError {
+	err := replyError(reply)
 	concerns := func(code string) bool { return strings.HasPrefix(string(reply), code) }
-	if !slices.ContainsFunc([]string{"NOAUTH ", "NOPERM ", "WRONGPASS ", "DENIED ", "MOVED ", "ASK ", "ERR max number of clients"}, concerns) {
-		return replyError(reply)
+	if slices.ContainsFunc([]string{"NOAUTH ", "NOPERM ", "WRONGPASS ", "DENIED ", "MOVED ", "ASK ", "ERR max number of clients"}, concerns) {
+		err = upstreamRefused + err
+	}
+	if err.wrongType() {
+		return err
 	}
 	p.mu.Lock()
 	p.errors++
@@ -435,7 +445,7 @@ func (p *pool) refused(reply redis.Error) replyError {
 	if first {
 		p.log.Warn("Redis refuses", "error", reply)
 	}
-	return replyError(upstreamRefused + string(reply))
+	return err
 }
 
 // track has Redis tell of every key that changes, and drops it from the store, until ctx is done. It
@@ -443,7 +453,7 @@ func (p *pool) refused(reply redis.Error) replyError {
 func (p *pool) track(ctx context.Context, dial func() (redis.Conn, error)) {
 	pause, told := time.Duration(0), false
 	for ctx.Err() == nil {
-		err := p.follow(dial)
+		err := p.follow(ctx, dial)
 		if p.tracked.Swap(int32(trackingDown)) == int32(trackingLive) {
 			pause, told = 0, false
 		}
@@ -461,7 +471,7 @@ func (p *pool) track(ctx context.Context, dial func() (redis.Conn, error)) {
 
 // follow tracks over one connection, until that breaks. The connection redirects to itself: Redis
 // reports changes only to RESP3 clients or to subscribers, and redigo speaks RESP2.
-func (p *pool) follow(dial func() (redis.Conn, error)) (err error) {
+func (p *pool) follow(ctx context.Context, dial func() (redis.Conn, error)) (err error) {
 	defer func() {
 		if r := recover(); r != nil { // redigo allocates whatever length a reply states
 			err = fmt.Errorf("reading a report: %v", r)
@@ -472,6 +482,7 @@ func (p *pool) follow(dial func() (redis.Conn, error)) (err error) {
 		return err
 	}
 	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.Close() })()
 	id, err := redis.Int64(c.Do("CLIENT", "ID"))
 	if err != nil {
 		return err
@@ -524,7 +535,7 @@ func ping(c redis.Conn, stop <-chan struct{}) {
 	}
 }
 
-// forget drops keys from the store; all if there are none. Redis reported so many changes. What is in flight for them may have been read
+// forget drops keys from the store; all if keys is nil. Redis reported so many changes. What is in flight for them may have been read
 // before they changed: it goes to those who wait for it, is not stored, and nobody joins it any more.
 // All this is one step under the lock under which finish stores: whichever of the two comes first,
 // the old value is not there afterwards.

@@ -302,11 +302,11 @@ type client struct {
 	authed  bool
 	proto   int // 2 or 3
 	name    string
-	library [2]string // name and version
-	asked   time.Duration
-	late    bool  // Redis was too slow for what has been read: nobody waits for the rest as long again
-	err     error // ends the connection
-	*batch        // while there is something to answer
+	library [2]string     // name and version
+	asked   time.Duration // since when it waits for Redis, on the proxy's clock
+	late    bool          // Redis was too slow for what has been read: the rest does not wait as long again
+	err     error         // ends the connection
+	*batch                // while there is something to answer
 }
 
 // A batch is what a client needs only while it is being answered, and borrows for that.
@@ -333,7 +333,7 @@ func (s *resp) refuse(nc net.Conn) {
 func (s *resp) serve(nc net.Conn) {
 	defer nc.Close()
 	c := &client{resp: s, conn: nc, in: reader{src: nc, buf: make([]byte, readBuffer)}, id: s.nextID.Add(1), since: time.Now(), proto: 2}
-	c.admit(s.proxy.authorised(nil))
+	c.admit(s.proxy.open())
 	for c.err == nil && c.in.fill() == nil {
 		c.answer()
 	}
@@ -400,10 +400,8 @@ func (c *client) give() {
 // get answers the GETs that have been gathered.
 func (c *client) get() {
 	for keys := c.keys; len(keys) > 0 && c.err == nil; {
-		if !c.late {
-			c.asked = c.resp.proxy.now()
-		}
-		answers := c.ask(c.asked, keys)
+		c.begin()
+		answers := c.ask(keys)
 		keys = keys[len(answers):]
 		c.writeAnswers(answers)
 	}
@@ -411,11 +409,17 @@ func (c *client) get() {
 	c.keys = c.keys[:0]
 }
 
-// ask returns the answers to keys, or to the first of them, for a client that waits since then. They hold
-// until the next call.
-func (c *client) ask(since time.Duration, keys [][]byte) []answer {
+// begin has the client's time for Redis run from now on, unless it is used up.
+func (c *client) begin() {
+	if !c.late {
+		c.asked = c.resp.proxy.now()
+	}
+}
+
+// ask returns the answers to keys, or to the first of them. They hold until the next call.
+func (c *client) ask(keys [][]byte) []answer {
 	c.answers = slices.Grow(c.answers[:0], len(keys))[:len(keys)]
-	n := c.resp.proxy.get(protoRESP, since, keys, c.answers)
+	n := c.resp.proxy.get(protoRESP, c.asked, keys, c.answers)
 	clear(c.answers[n:])
 	return c.answers[:n]
 }
@@ -433,6 +437,9 @@ func (c *client) writeAnswers(answers []answer) {
 			c.late = c.late || a.err == errTimeout
 			c.fail(respError(a.err))
 		}
+		if len(c.out) > flushAt {
+			c.flush()
+		}
 		answers[i] = answer{}
 	}
 }
@@ -447,11 +454,12 @@ func respError(err error) string {
 
 // write adds s to the replies. However long it is, no more than a part of it is copied at a time.
 func (c *client) write(s string) {
-	for len(c.out)+len(s) > flushAt && c.err == nil {
-		n := flushAt - len(c.out)
-		c.out = append(c.out, s[:n]...)
-		s = s[n:]
-		c.flush()
+	for len(c.out)+len(s) > flushAt {
+		n := max(flushAt-len(c.out), 0)
+		c.out, s = append(c.out, s[:n]...), s[n:]
+		if c.flush(); c.err != nil {
+			return
+		}
 	}
 	c.out = append(c.out, s...)
 }
@@ -567,7 +575,7 @@ func init() {
 	}
 }
 
-// execute answers one command. An error ends the connection.
+// execute answers one command.
 func (c *client) execute(args [][]byte) {
 	name := lower(string(args[0]))
 	if guard := word(args[0]); guard == "post" || guard == "host:" {
@@ -633,19 +641,22 @@ func word(b []byte) string { return lower(cString(b, math.MaxInt)) }
 // the array. It holds the answers back for that, until they are too large together: an error that comes
 // then is an element.
 func (c *client) mget(args [][]byte) {
+	const answerSize = 256 // what an answer costs that has no value
 	var held []answer
-	size, since, begun := 0, c.resp.proxy.now(), false
+	size, begun := 0, false
+	c.begin()
 	for keys := args[1:]; len(keys) > 0 && c.err == nil; {
-		answers := c.ask(since, keys[:min(len(keys), maxAhead)])
+		answers := c.ask(keys[:min(len(keys), maxAhead)])
 		keys = keys[len(answers):]
 		for i := range answers {
 			a := &answers[i]
-			size += len(a.data)
+			size += len(a.data) + answerSize
 			refusal, isReply := a.err.(replyError)
 			switch {
 			case isReply && refusal.wrongType():
 				a.err = errAbsent
 			case a.err != nil && a.err != errAbsent && !begun:
+				c.late = c.late || a.err == errTimeout
 				c.fail(respError(a.err))
 				return
 			}
@@ -661,9 +672,7 @@ func (c *client) mget(args [][]byte) {
 		}
 		c.writeAnswers(held)
 		held = held[:0]
-		if !c.late {
-			since = c.resp.proxy.now() // the client took its time, not Redis
-		}
+		c.begin() // the client took its time, not Redis
 	}
 }
 
@@ -733,7 +742,11 @@ const wrongPass = "WRONGPASS invalid username-password pair or user is disabled.
 // is right.
 func (c *client) passes(user, password []byte) bool {
 	p := c.resp.proxy
-	return string(user) == "default" && (p.authorised(nil) || p.authorised(password))
+	if string(user) != "default" {
+		p.denied.Add(1)
+		return false
+	}
+	return p.open() || p.authorised(password)
 }
 
 func (c *client) auth(args [][]byte) {
@@ -744,7 +757,7 @@ func (c *client) auth(args [][]byte) {
 	switch {
 	case len(args) > 3:
 		c.fail("ERR syntax error")
-	case len(args) == 2 && c.resp.proxy.authorised(nil):
+	case len(args) == 2 && c.resp.proxy.open():
 		c.fail("ERR AUTH <password> called without any password configured for the default user. Are you sure your configuration is correct?")
 	case !c.passes(user, password):
 		c.fail(wrongPass)
@@ -769,7 +782,7 @@ func (c *client) selectDB(args [][]byte) {
 
 func (c *client) reset([][]byte) {
 	c.proto, c.name = 2, ""
-	c.admit(c.resp.proxy.authorised(nil))
+	c.admit(c.resp.proxy.open())
 	c.status("RESET")
 }
 

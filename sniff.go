@@ -59,6 +59,7 @@ func newServer(l net.Listener, cfg config, log *slog.Logger, frontEnds [len(prot
 // run accepts until stop.
 func (s *server) run() {
 	var pause time.Duration
+	most := 1000 // clients at once, rounded up; the first thousand need little
 	for {
 		nc, err := s.listener.Accept()
 		switch {
@@ -71,6 +72,10 @@ func (s *server) run() {
 		default:
 			pause = 0
 			s.admit(&conn{Conn: nc, server: s})
+			if s.cfg.grown != nil && s.clients().now > most {
+				most += 1000
+				s.cfg.grown(most)
+			}
 		}
 	}
 }
@@ -161,7 +166,7 @@ func (s *server) protocol(c *conn) (protocol, net.Conn, error) {
 	if err := t.Handshake(); err != nil {
 		return 0, nil, err
 	}
-	if t.ConnectionState().NegotiatedProtocol == "h2" { // for which net/http wants the tls.Conn itself
+	if t.ConnectionState().NegotiatedProtocol == "h2" && !c.refused { // for which net/http wants the tls.Conn itself
 		c.release(nil)
 		return protoHTTP, t, nil
 	}
@@ -359,6 +364,7 @@ func tlsConfig(certFile, keyFile string, log *slog.Logger) (*tls.Config, error) 
 	var mu sync.Mutex // guards the following; held while the files are read, so that they are read once
 	var cert *tls.Certificate
 	var read [2]os.FileInfo
+	var failed time.Time // the last attempt, if it was one
 	load := func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		mu.Lock()
 		defer mu.Unlock()
@@ -369,9 +375,10 @@ func tlsConfig(certFile, keyFile string, log *slog.Logger) (*tls.Config, error) 
 				read[i], changed = now, true
 			}
 		}
-		if !changed && cert != nil {
+		if !changed && cert != nil && (failed.IsZero() || time.Since(failed) < time.Minute) {
 			return cert, nil
 		}
+		failed = time.Time{}
 		renewed, err := tls.LoadX509KeyPair(certFile, keyFile)
 		switch {
 		case err == nil && cert != nil:
@@ -380,6 +387,7 @@ func tlsConfig(certFile, keyFile string, log *slog.Logger) (*tls.Config, error) 
 		case err == nil:
 			cert = &renewed
 		case cert != nil: // one of the two files is not replaced yet, perhaps
+			failed = time.Now()
 			log.Warn("the certificate was not renewed; the old one goes on", "error", err)
 		default:
 			return nil, fmt.Errorf("--tls-cert %q, --tls-key %q: %w", certFile, keyFile, err)
