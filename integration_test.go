@@ -545,7 +545,24 @@ func TestIntegrationHTTPProtocols(t *testing.T) {
 	}
 }
 
-// Who sends a large body learns that it was in vain, and is not reset.
+// Nobody waits long for the body of a request: it means nothing.
+func TestIntegrationOwedBodyIsNotWaitedFor(t *testing.T) {
+	p := startProxy(t, sharedRedis(t))
+	owing := make(map[string]*rawClient)
+	for _, send := range []string{
+		"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n", "GET /x HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\nhalf",
+		"GET /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nha", "PUT /x HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n",
+	} {
+		owing[send] = dial(t, p.addr).send(send).expect("HTTP/1.1 40")
+	}
+	began := time.Now()
+	for send, c := range owing {
+		if _, err := io.ReadAll(c); err != nil || time.Since(began) > 5*time.Second {
+			t.Errorf("%q: %v after %v; want the connection closed", send, err, time.Since(began))
+		}
+	}
+}
+
 func TestIntegrationLargeUploadIsRefusedInWords(t *testing.T) {
 	p := startProxy(t, sharedRedis(t))
 	transport := new(http.Transport)
@@ -1070,6 +1087,7 @@ func TestIntegrationProcess(t *testing.T) {
 	dial(t, proxy)
 	dial(t, proxy).send("*2\r\n$3\r\nGE")
 	dial(t, proxy).send("GET /x HTTP/1.1\r\nHo")
+	dial(t, proxy).send("POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n").expect("HTTP/1.1 405 Method Not Allowed\r\n")
 	begin := time.Now()
 	cmd.Process.Signal(syscall.SIGTERM)
 	if err := cmd.Wait(); err != nil {
@@ -2159,6 +2177,22 @@ func TestIntegrationTLS(t *testing.T) {
 			}
 		}
 	}
+	// One too many that has chosen HTTP/2 and says nothing is not kept.
+	cfg.maxClients = 1
+	full := runProxy(t, cfg)
+	served, err := tls.Dial("tcp", full.addr, &tls.Config{RootCAs: roots})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer served.Close()
+	refused, err := tls.Dial("tcp", full.addr, &tls.Config{RootCAs: roots, NextProtos: []string{"h2"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused.SetDeadline(time.Now().Add(5 * time.Second))
+	if _, err := refused.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("one too many with HTTP/2: got %v; want it closed", err)
+	}
 	began := time.Now()
 	stopped.stop()
 	<-stopped.done
@@ -2689,21 +2723,27 @@ func measureLatency(b *testing.B, addr string, hits, misses *load, next int) int
 	return other.next
 }
 
-// However many keys one MGET has, it waits no longer than a GET.
-func TestIntegrationMGETWaitsOnce(t *testing.T) {
+// However many keys one MGET has, and whatever else a client has sent together, it waits no longer than for
+// a GET.
+func TestIntegrationWhatIsSentTogetherWaitsOnce(t *testing.T) {
 	r := startRelay(t, sharedRedis(t))
 	p := startProxy(t, r.addr, "--redis-timeout", "300ms")
 	r.stall()
-	args := []string{"MGET"}
+	large := []string{"MGET"}
 	for i := range 2000 {
-		args = append(args, fmt.Sprint(t.Name(), i))
+		large = append(large, fmt.Sprint(t.Name(), i))
 	}
-	began := time.Now()
-	if got := exchange(t, p.addr, request(args...)); got != "-ERR upstream timed out\r\n" {
-		t.Errorf("got %.100q", got)
+	var gets, mgets string
+	for i := range 10 {
+		gets += request("GET", fmt.Sprint(t.Name(), "get", i))
+		mgets += request("MGET", fmt.Sprint(t.Name(), "mget", i))
 	}
-	if took := time.Since(began); took < 300*time.Millisecond || took > 2*time.Second {
-		t.Errorf("took %v; want about 300ms", took)
+	for send, replies := range map[string]int{request(large...): 1, gets: 10, mgets: 10} {
+		began := time.Now()
+		dial(t, p.addr).send(send).expect(strings.Repeat("-ERR upstream timed out\r\n", replies))
+		if took := time.Since(began); took < 300*time.Millisecond || took > 2*time.Second {
+			t.Errorf("%.20q took %v; want about 300ms", send, took)
+		}
 	}
 }
 

@@ -189,7 +189,7 @@ func TestConfigRefusesRedisURLWithoutTellingIt(t *testing.T) {
 		"database not a number": "redis://:s3cret@h/x", "database negative": "redis://:s3cret@h/-1", "two databases": "redis://:s3cret@h/0/1",
 		"database in the query": "redis://:s3cret@h?db=1", "fragment": "redis://:s3cret@h#1", "blank in front": " redis://:s3cret@h",
 		"user without password": "redis://s3cret@h", "user with empty password": "redis://s3cret:@h",
-		"malformed escape": "redis://:s3cret%zz@h", "control character": "redis://:s3cret\x01@h", "bracket without end": "redis://:s3cret@[::1",
+		"host with a colon": "redis://user:s3cret:6379", "malformed escape": "redis://:s3cret%zz@h", "control character": "redis://:s3cret\x01@h", "bracket without end": "redis://:s3cret@[::1",
 	} {
 		for where, got := range map[string]string{
 			"--redis-url":  refusal(t, []string{"--redis-url", in}, nil),
@@ -451,6 +451,17 @@ func TestHTTPTellsAge(t *testing.T) {
 			compare(t, what+": Age", r.Header.Get("Age"), tt.age)
 		}
 	})
+}
+
+func TestHTTPLogsPanicsAsErrorsAndNothingElse(t *testing.T) {
+	var log bytes.Buffer
+	out := complaints{slog.New(slog.NewTextHandler(&log, nil))}
+	io.WriteString(out, "http2: server: error reading preface\n")
+	compare(t, "about a client", log.String(), "")
+	io.WriteString(out, "http: panic serving 127.0.0.1:1: oh\ngoroutine 1\n")
+	if !strings.Contains(log.String(), "level=ERROR") {
+		t.Errorf("got %q; want an error", log.String())
+	}
 }
 
 func TestHTTPKeyIsThePath(t *testing.T) {
@@ -926,6 +937,40 @@ func TestRESPAnswersFromRedis(t *testing.T) {
 	}
 }
 
+// However many nulls and errors come before a value, none of them is lost, and none held back for long.
+func TestRESPWritesAValueAfterManyShortReplies(t *testing.T) {
+	p := newTestProxy(t)
+	cacheNow(p, "v", "value")
+	compare(t, "errors", talk(t, p, strings.NewReader(strings.Repeat("GET x\r\n", 1000)+"GET v\r\n")),
+		strings.Repeat("-ERR upstream unavailable\r\n", 1000)+bulk("value"))
+	p = newTestProxy(t, playRedis(t, func(int, []string) string { return "$-1\r\n" })...)
+	cacheNow(p, "v", "value")
+	args := append(slices.Repeat([]string{"x"}, 20_000), "v")
+	var out bytes.Buffer
+	client := newScript(t, strings.NewReader(request(append([]string{"MGET"}, args...)...)), &out)
+	newRESP(p).serve(client)
+	compare(t, "nulls", out.String(), "*20001\r\n"+strings.Repeat("$-1\r\n", 20_000)+bulk("value"))
+	if client.largest > 2*flushAt {
+		t.Errorf("the longest write has %d bytes; want %d at most", client.largest, 2*flushAt)
+	}
+}
+
+// A client that takes nothing has been waited for once.
+func TestRESPWritesNothingAfterAFailedWrite(t *testing.T) {
+	p := newTestProxy(t)
+	cacheNow(p, "large", strings.Repeat("v", 1<<20))
+	writes := 0
+	newRESP(p).serve(newScript(t, strings.NewReader(strings.Repeat("GET large\r\nPING\r\n", 10)), writerFunc(func([]byte) (int, error) {
+		writes++
+		return 0, os.ErrDeadlineExceeded
+	})))
+	compare(t, "writes", writes, 1)
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
 // An MGET whose answers are large is written as they come: an error is an element then.
 func TestRESPWritesLargeMGETsAsTheyCome(t *testing.T) {
 	large := strings.Repeat("v", aheadBytes/2)
@@ -1393,6 +1438,68 @@ func TestPoolStoresNothingThatWasSuperseded(t *testing.T) {
 	compare(t, "in the cache", outcomeOf(askFor(p, "key")[0]), "new")
 }
 
+// The second connection is not one that may have died with the first.
+func TestPoolRetriesOnAFreshConnection(t *testing.T) {
+	slow, down := make(chan struct{}), make(chan struct{})
+	p := newTestProxy(t, playRedis(t, func(conn int, args []string) string {
+		switch {
+		case conn > 2: // Redis has been restarted
+		case args[1] == "slow":
+			close(slow)
+			<-down
+			return hungUp
+		case args[1] == "last":
+			return hungUp
+		}
+		return bulk("value")
+	})...)
+	first := askFor(p, "slow")
+	<-slow
+	fast := askFor(p, "fast") // on a connection that is put back later than the first one began
+	p.wait(p.now(), fast)
+	compare(t, "meanwhile", outcomeOf(fast[0]), "value")
+	close(down)
+	p.wait(p.now(), first)
+	compare(t, "after the restart", outcomeOf(first[0]), "value")
+}
+
+// A dial that began while Redis was down does not fail those who ask when it is back.
+func TestPoolHasNoErrorAfterTheFirstSuccess(t *testing.T) {
+	p := newTestProxy(t, playRedis(t, func(int, []string) string { return bulk("value") })...)
+	dial, dialling, refuse := p.pool.conns.Dial, make(chan struct{}), make(chan struct{})
+	var dials atomic.Int64
+	p.pool.conns.Dial = func() (redis.Conn, error) {
+		if dials.Add(1) > 1 {
+			return dial()
+		}
+		close(dialling)
+		<-refuse
+		return nil, errors.New("down")
+	}
+	asked := askFor(p, "key")
+	<-dialling
+	p.pool.mu.Lock()
+	p.pool.success = p.now() // of another connection
+	p.pool.mu.Unlock()
+	close(refuse)
+	p.wait(p.now(), asked)
+	compare(t, "answer", outcomeOf(asked[0]), "value")
+}
+
+func TestPoolBoundsWhatWaits(t *testing.T) {
+	p := newTestProxy(t)
+	for range cap(p.pool.slots) {
+		p.pool.slots <- struct{}{} // no connection is free
+	}
+	for i := range maxQueue {
+		askFor(p, fmt.Sprint(i))
+	}
+	compare(t, "one too many", outcomeOf(askFor(p, "x")[0]), errTimeout.Error())
+	p.pool.queue, p.pool.queueBytes = nil, maxQueueBytes-5
+	compare(t, "keys too large", outcomeOf(askFor(p, "longer")[0]), errTimeout.Error())
+	p.pool.queue, p.pool.queueBytes = nil, 0
+}
+
 func TestRefusedMarksWhatConcernsTheProxy(t *testing.T) {
 	p := newTestProxy(t).pool
 	for in, want := range map[redis.Error]replyError{
@@ -1402,6 +1509,7 @@ func TestRefusedMarksWhatConcernsTheProxy(t *testing.T) {
 	} {
 		compare(t, string(in), p.refused(in), want)
 	}
+	compare(t, "counted, all but WRONGTYPE", p.errors, 6)
 }
 
 func TestPoolFetchesFewLargeValuesAhead(t *testing.T) {
