@@ -2844,6 +2844,7 @@ func TestIntegrationMemoryHoldsWithManyLargeValues(t *testing.T) {
 	_, proxy, _ := startProgram(t, nil, "--redis-port", server.port, "--cache-bytes", "16MB", "--redis-timeout", "30s")
 	most, info := 0, dial(t, proxy)
 	settle := func() {
+		info.SetDeadline(time.Now().Add(time.Minute))
 		for quiet, last := 0, ""; quiet < 20; quiet++ { // no fetch for 20 looks
 			var rss int
 			fmt.Sscan(infoField(t, info, "used_memory_rss"), &rss)
