@@ -58,8 +58,8 @@ type pool struct {
 	broke      time.Time     // when a connection last did; others that have been idle since before may be dead
 	success    time.Duration // the last, on the proxy's clock
 	failure    time.Duration // the first since then, if it was logged, or 0
-	warned     time.Time     // of a failure, and
-	refusal    time.Time     // of a refusal
+	warned     time.Time     // when a failure was logged last
+	refusal    time.Time     // when a refusal was
 	typical    int           // bytes of a key and its value, as of late; 0 before the first
 	poolCounts
 }
