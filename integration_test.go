@@ -2302,6 +2302,10 @@ func TestIntegrationAdmin(t *testing.T) {
 	if got := status("/readyz"); got != 200 {
 		t.Errorf("/readyz for a user of some keys: got %d; want 200", got)
 	}
+	redisDo(t, server.addr, "ACL", "SETUSER", "default", "allkeys", "-get")
+	if got := status("/readyz"); got != 503 {
+		t.Errorf("/readyz for a user who may not GET: got %d; want 503", got)
+	}
 	server.kill()
 	if got := status("/readyz"); got != 503 {
 		t.Errorf("/readyz without Redis: got %d; want 503", got)

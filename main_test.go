@@ -844,6 +844,14 @@ func TestRESPDescribesItself(t *testing.T) {
 	}
 }
 
+func TestRESPCountsWrongPasswords(t *testing.T) {
+	p := newTestProxy(t, "--password", "right")
+	got := talk(t, p, strings.NewReader("AUTH wrong\r\nAUTH \"\"\r\nAUTH bob right\r\nHELLO 3 AUTH default wrong\r\nAUTH right\r\nINFO stats\r\n"))
+	if !strings.Contains(got, "\nacl_access_denied_auth:4\r\n") {
+		t.Errorf("got %q; want 4 that were denied", got)
+	}
+}
+
 func TestRESPAnswersPipelinesInOrder(t *testing.T) {
 	p := newTestProxy(t)
 	large := strings.Repeat("x", 100000)
