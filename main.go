@@ -117,8 +117,7 @@ func check(cfg config) error {
 	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
 		host = "localhost"
 	}
-	dialer := &net.Dialer{Timeout: 2 * time.Second}
-	c, err := dialer.Dial("tcp", net.JoinHostPort(host, strconv.Itoa(cfg.port)))
+	c, err := net.DialTimeout("tcp", net.JoinHostPort(host, strconv.Itoa(cfg.port)), 2*time.Second)
 	if err != nil {
 		return err
 	}
@@ -127,10 +126,8 @@ func check(cfg config) error {
 		c = tls.Client(c, &tls.Config{InsecureSkipVerify: true}) // it is alive, whoever it is
 	}
 	c.SetDeadline(time.Now().Add(2 * time.Second))
+	io.WriteString(c, "PING\r\n") // if that fails, so does reading
 	reply := make([]byte, 1)
-	if _, err := io.WriteString(c, "PING\r\n"); err != nil {
-		return err
-	}
 	if _, err := io.ReadFull(c, reply); err != nil {
 		return err
 	}
@@ -161,7 +158,7 @@ func tuneMemory(cacheBytes int64, clients int) {
 
 // fitDescriptors is how many clients the process may have, as each costs a file descriptor.
 func fitDescriptors(cfg config, log *slog.Logger) int {
-	const others = 32 + maxRefusing // listeners, logs
+	const others = 32 + maxRefusing // listeners, logs, who reads metrics
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
 		return cfg.maxClients

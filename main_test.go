@@ -1471,6 +1471,24 @@ func TestPoolRetriesOnAFreshConnection(t *testing.T) {
 	compare(t, "after the restart", outcomeOf(first[0]), "value")
 }
 
+// A batch is not sent again when those who asked have long gone.
+func TestPoolDoesNotRetryForNobody(t *testing.T) {
+	var fetches atomic.Int64
+	hangUp := make(chan struct{})
+	p := newTestProxy(t, append(playRedis(t, func(int, []string) string {
+		fetches.Add(1)
+		<-hangUp
+		return hungUp
+	}), "--redis-timeout", "20ms")...)
+	asked := askFor(p, "key")
+	for gone := p.now() + 2*p.cfg.redisTimeout; p.now() <= gone; {
+		p.wait(p.now(), asked) // for another 20 ms
+	}
+	close(hangUp)
+	p.pool.wait(asked[0].fetch, nil)
+	compare(t, "GETs", fetches.Load(), 1)
+}
+
 // A dial that began while Redis was down does not fail those who ask when it is back.
 func TestPoolHasNoErrorAfterTheFirstSuccess(t *testing.T) {
 	p := newTestProxy(t, playRedis(t, func(int, []string) string { return bulk("value") })...)

@@ -535,10 +535,10 @@ func ping(c redis.Conn, stop <-chan struct{}) {
 	}
 }
 
-// forget drops keys from the store; all if keys is nil. Redis reported so many changes. What is in flight for them may have been read
-// before they changed: it goes to those who wait for it, is not stored, and nobody joins it any more.
-// All this is one step under the lock under which finish stores: whichever of the two comes first,
-// the old value is not there afterwards.
+// forget drops keys from the store, all if keys is nil; Redis reported so many changes. What is in flight
+// for them may have been read before they changed: it goes to those who wait for it, is not stored, and nobody
+// joins it any more. All this is one step under the lock under which finish stores: whichever of the two comes
+// first, the old value is not there afterwards.
 func (p *pool) forget(keys [][]byte, reported int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
