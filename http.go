@@ -144,10 +144,11 @@ func (w *web) Addr() net.Addr { return w.addr }
 // no ServeMux in front, as that would clean the path.
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	h := rw.Header()
-	if w.draining.Load() || r.ContentLength != 0 && r.ProtoMajor == 1 {
-		h.Set("Connection", "close") // a body means nothing here
+	body := r.ContentLength != 0 && r.ProtoMajor == 1 // it means nothing here
+	if body || w.draining.Load() {
+		h.Set("Connection", "close")
 	}
-	if r.ContentLength != 0 && r.ProtoMajor == 1 { // net/http reads some of it, or the client might not see the answer
+	if body { // net/http reads some of it, or the client might not see the answer
 		http.NewResponseController(rw).SetReadDeadline(time.Now().Add(bodyTimeout))
 	}
 	if !w.authorised(r) {

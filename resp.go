@@ -92,8 +92,7 @@ func (r *reader) fill() error {
 func (r *reader) read() ([][]byte, error) {
 	for r.start < r.end {
 		if r.left == 0 && r.buf[r.start] != '*' {
-			ok, err := r.readInline()
-			if !ok || err != nil {
+			if ok, err := r.readInline(); !ok || err != nil {
 				return nil, err
 			}
 			if len(r.args) > 0 {
@@ -102,7 +101,7 @@ func (r *reader) read() ([][]byte, error) {
 			continue
 		}
 		if r.left == 0 {
-			n, ok, err := r.readLength('*', math.MaxInt32, "mbulk count string", "multibulk length")
+			n, ok, err := r.readLength('*', "mbulk count string", "multibulk length")
 			if !ok || err != nil {
 				return nil, err
 			}
@@ -158,7 +157,7 @@ func (r *reader) consume() { r.start, r.next = r.start+r.next, 0 }
 // readBulk parses one argument.
 func (r *reader) readBulk() (ok bool, err error) {
 	header := r.next
-	n, ok, err := r.readLength('$', math.MaxInt32, "bulk count string", "bulk length")
+	n, ok, err := r.readLength('$', "bulk count string", "bulk length")
 	if !ok || err != nil {
 		return false, err
 	}
@@ -178,8 +177,8 @@ func (r *reader) readBulk() (ok bool, err error) {
 	return true, nil
 }
 
-// readLength parses a line of a marker and a number.
-func (r *reader) readLength(marker byte, limit int64, line, number string) (n int, ok bool, err error) {
+// readLength parses a line of a marker and a number; a negative one is -1.
+func (r *reader) readLength(marker byte, line, number string) (n int, ok bool, err error) {
 	rest := r.buf[r.start+r.next : r.end]
 	cr := lineEnd(rest, '\r')
 	if cr > maxInline || cr < 0 && len(rest) > maxInline {
@@ -192,7 +191,7 @@ func (r *reader) readLength(marker byte, limit int64, line, number string) (n in
 		return 0, false, protocolError("expected '$', got '" + strings.TrimRight(string(rest[:1]), "\x00") + "'")
 	}
 	v, ok := parseInt(rest[1:cr])
-	if !ok || v > limit {
+	if !ok || v > math.MaxInt32 {
 		return 0, false, protocolError("invalid " + number)
 	}
 	r.next += cr + 2
