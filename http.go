@@ -37,30 +37,39 @@ const (
 	quickBuffer = 2 << 10
 )
 
-// A web is the HTTP front end. It is the net.Listener of its own http.Server, to which it gives the
-// connections that were found to speak HTTP.
-type web struct {
-	proxy  *proxy
-	server http.Server
-	conns  chan net.Conn
-	closed chan struct{} // closed when conns is no longer received from
-	addr   net.Addr
-
-	draining atomic.Bool
-	stopped  atomic.Bool
-	fresh    sync.Map // of net.Conn: what net/http has had no whole request from
+// webSettings are what the flags say about HTTP.
+type webSettings struct {
+	idleTimeout  time.Duration // of kept-alive connections; 0: httpIdleTimeout
+	writeTimeout time.Duration // how long an HTTP/2 stream may take nothing of its answer
 }
 
-func newWeb(p *proxy, addr net.Addr) *web {
-	w := &web{proxy: p, conns: make(chan net.Conn), closed: make(chan struct{}), addr: addr}
+// A web is the HTTP front end. It is the net.Listener of its own http.Server, to which it gives the
+// connections that it does not answer itself.
+type web struct {
+	webSettings
+	cache    *cache
+	password *password
+	server   http.Server
+	conns    chan net.Conn
+	closed   chan struct{} // closed when conns is no longer received from
+	addr     net.Addr
+	tally    tally
+
+	draining  atomic.Bool
+	stopped   atomic.Bool
+	unstarted sync.Map // of net.Conn: connections that net/http has had no whole request from
+}
+
+func newWeb(s webSettings, c *cache, pw *password, addr net.Addr, log *slog.Logger) *web {
+	w := &web{webSettings: s, cache: c, password: pw, conns: make(chan net.Conn), closed: make(chan struct{}), addr: addr}
 	w.server = http.Server{
 		Handler:                      w,
 		DisableGeneralOptionsHandler: true,
 		ReadHeaderTimeout:            headerTimeout,
-		IdleTimeout:                  cmp.Or(p.cfg.idleTimeout, httpIdleTimeout),
+		IdleTimeout:                  cmp.Or(s.idleTimeout, httpIdleTimeout),
 		MaxHeaderBytes:               maxHeaderBytes,
-		ConnState:                    w.track,
-		ErrorLog:                     log.New(complaints{p.log}, "", 0),
+		ConnState:                    w.follow,
+		ErrorLog:                     errorLog(log),
 		Protocols:                    new(http.Protocols),
 	}
 	w.server.Protocols.SetHTTP1(true)
@@ -73,26 +82,28 @@ func newWeb(p *proxy, addr net.Addr) *web {
 func (w *web) run() { w.server.Serve(w) }
 
 // serve answers plain requests, and hands the connection to net/http at the first that is not plain. One
-// that came over TLS with a negotiated protocol is net/http's from the start, and so is every one where
-// requests have to bring a password.
-func (w *web) serve(c net.Conn) {
-	if own, ok := c.(clientConn); ok && w.proxy.open() {
-		if !w.quick(own) {
-			c.Close()
-			return
-		}
-	} else if ok {
-		own.release(nil)
+// that negotiated HTTP/2 is net/http's from the start, and so is every one if there is a password.
+func (w *web) serve(c *conn) {
+	var rest net.Conn = c
+	switch {
+	case c.negotiatedHTTP2():
+		c.release(nil)
+		rest = c.Conn
+	case w.password.needed:
+		c.release(nil)
+	case !w.quick(c):
+		c.Close()
+		return
 	}
 	select {
-	case w.conns <- c:
+	case w.conns <- rest:
 	case <-w.closed:
 		c.Close()
 	}
 }
 
 // refuse answers a connection that is one too many.
-func (w *web) refuse(c net.Conn) {
+func (w *web) refuse(c *conn) {
 	defer c.Close()
 	begin := make([]byte, len("PRI"))
 	if _, err := io.ReadFull(c, begin); err != nil || string(begin) == "PRI" {
@@ -107,12 +118,12 @@ func (w *web) refuse(c net.Conn) {
 // are idle, although a request may be on its way.)
 func (w *web) drain() { w.draining.Store(true) }
 
-// track notes which connections have not sent a whole request yet. http.Server.Shutdown waits for those as
+// follow notes which connections have not sent a whole request yet. http.Server.Shutdown waits for those as
 // if they were being answered.
-func (w *web) track(c net.Conn, state http.ConnState) {
+func (w *web) follow(c net.Conn, state http.ConnState) {
 	if state != http.StateNew {
-		w.fresh.Delete(c)
-	} else if w.fresh.Store(c, nil); w.stopped.Load() { // after Store, as shutdown may have looked before
+		w.unstarted.Delete(c)
+	} else if w.unstarted.Store(c, nil); w.stopped.Load() { // after Store, as shutdown may have looked before
 		c.Close()
 	}
 }
@@ -120,7 +131,7 @@ func (w *web) track(c net.Conn, state http.ConnState) {
 // shutdown closes connections that are not being answered, and the others when they are or ctx is done.
 func (w *web) shutdown(ctx context.Context) {
 	w.stopped.Store(true)
-	w.fresh.Range(func(c, _ any) bool { c.(net.Conn).Close(); return true })
+	w.unstarted.Range(func(c, _ any) bool { c.(net.Conn).Close(); return true })
 	if w.server.Shutdown(ctx) != nil {
 		w.server.Close()
 	}
@@ -167,38 +178,35 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		return
 	}
 	a, now := w.get([]byte(path))
-	h["Cache-Status"] = []string{string(w.appendCacheStatus(nil, &a, now))}
+	for line := range bytes.Lines(w.appendFields(nil, &a, now)) {
+		name, val, _ := bytes.Cut(line, []byte(": "))
+		h[string(name)] = []string{string(bytes.TrimSpace(val))}
+	}
 	if a.err != nil {
 		status, text := httpError(a.err)
 		fail(rw, status, text)
 		return
 	}
-	content := a.content()
-	h["Content-Type"] = []string{contentType(content)}
-	h["X-Content-Type-Options"] = []string{"nosniff"}
-	h["Etag"] = []string{string(appendETag(nil, content))}
-	h["Cache-Control"] = []string{"max-age=" + seconds(w.proxy.cfg.cacheTimeout)}
-	h["Age"] = []string{seconds(now - a.fetched)}
-	http.ServeContent(contentWriter{rw, w.proxy.cfg.writeTimeout}, r, "", time.Time{}, strings.NewReader(content))
+	http.ServeContent(contentWriter{rw, w.writeTimeout}, r, "", time.Time{}, strings.NewReader(a.content()))
 }
 
 // get asks for one key.
 func (w *web) get(key []byte) (answer, time.Duration) {
 	keys, answers := [1][]byte{key}, [1]answer{}
-	w.proxy.get(protoHTTP, w.proxy.now(), keys[:], answers[:])
-	return answers[0], w.proxy.now()
+	w.cache.get(&w.tally, w.cache.now(), keys[:], answers[:])
+	return answers[0], w.cache.now()
 }
 
-// authorised tells whether a request brings the password, in one of the two ways of RFC 7617 and 6750.
+// authorised reports whether a request brings the password, in one of the two ways of RFC 7617 and 6750.
 func (w *web) authorised(r *http.Request) bool {
-	if w.proxy.open() {
+	if !w.password.needed {
 		return true
 	}
 	if _, password, ok := r.BasicAuth(); ok {
-		return w.proxy.authorised([]byte(password))
+		return w.password.matches([]byte(password))
 	}
 	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-	return strings.EqualFold(scheme, "Bearer") && w.proxy.authorised([]byte(strings.TrimLeft(token, " ")))
+	return strings.EqualFold(scheme, "Bearer") && w.password.matches([]byte(strings.TrimLeft(token, " ")))
 }
 
 // A contentWriter gives the errors that http.ServeContent writes (412, 416) the header of all errors, and an
@@ -226,25 +234,41 @@ func fail(rw http.ResponseWriter, status int, text string) {
 	http.Error(rw, text, status)
 }
 
-// httpError says over HTTP what is wrong with an answer.
+// httpError returns the status and the text for the error of an answer.
 func httpError(err error) (status int, text string) {
-	var refusal replyError
-	switch {
-	case errors.Is(err, errAbsent):
-		return http.StatusNotFound, "no such key"
-	case errors.Is(err, errTimeout):
-		return http.StatusGatewayTimeout, "upstream timed out"
-	case errors.As(err, &refusal) && refusal.wrongType():
-		return http.StatusConflict, "the key holds another type than a string"
-	case errors.As(err, &refusal):
-		return http.StatusBadGateway, "upstream refused"
+	for _, row := range []struct {
+		err    error
+		status int
+	}{
+		{errAbsent, http.StatusNotFound},
+		{errTimeout, http.StatusGatewayTimeout},
+		{errWrongType, http.StatusConflict},
+		{errRefused, http.StatusBadGateway},
+	} {
+		if errors.Is(err, row.err) {
+			return row.status, row.err.Error()
+		}
 	}
-	return http.StatusBadGateway, "upstream unavailable"
+	return http.StatusBadGateway, errUnavailable.Error()
 }
 
-// appendCacheStatus tells how the cache handled a request (RFC 9211).
+// appendFields adds the header fields of the answer to a key, a line each, but those that every answer has.
+func (w *web) appendFields(b []byte, a *answer, now time.Duration) []byte {
+	b = append(w.appendCacheStatus(append(b, "Cache-Status: "...), a, now), "\r\n"...)
+	if a.err != nil {
+		return b
+	}
+	content := a.content()
+	b = strconv.AppendInt(append(b, "Age: "...), int64((now-a.fetched)/time.Second), 10)
+	b = strconv.AppendInt(append(b, "\r\nCache-Control: max-age="...), int64(w.cache.ttl/time.Second), 10)
+	b = append(append(b, "\r\nContent-Type: "...), contentType(content)...)
+	b = appendETag(append(b, "\r\nEtag: "...), content)
+	return append(b, "\r\nX-Content-Type-Options: nosniff\r\n"...)
+}
+
+// appendCacheStatus adds how the cache handled a request (RFC 9211).
 func (w *web) appendCacheStatus(b []byte, a *answer, now time.Duration) []byte {
-	ttl := int64(math.Floor((a.fetched + w.proxy.cfg.cacheTimeout - now).Seconds()))
+	ttl := int64(math.Floor((a.fetched + w.cache.ttl - now).Seconds()))
 	if a.source == fromCache {
 		return strconv.AppendInt(append(b, "redis_proxy; hit; ttl="...), ttl, 10)
 	}
@@ -256,7 +280,7 @@ func (w *web) appendCacheStatus(b []byte, a *answer, now time.Duration) []byte {
 	switch {
 	case a.source == fromStale:
 		b = strconv.AppendInt(append(b, "; ttl="...), ttl, 10)
-	case a.err == nil && a.fetch.stored:
+	case a.err == nil && a.flight.stored:
 		b = append(b, "; stored"...)
 	}
 	if a.source == fromAnother {
@@ -281,13 +305,10 @@ func appendETag(b []byte, content string) []byte {
 	return append(hex.AppendEncode(append(b, '"'), digest.Sum(nil)[:16]), '"')
 }
 
-// seconds is a duration as HTTP has it: in whole seconds.
-func seconds(d time.Duration) string { return strconv.FormatInt(int64(d/time.Second), 10) }
-
 // quick answers requests as ServeHTTP does, without net/http, which costs more than all the rest of a
 // hit. It takes only what cannot be misunderstood: see plainGet. It returns true when net/http is to go on
 // with what comes next, false when the connection is done with.
-func (w *web) quick(c clientConn) bool {
+func (w *web) quick(c *conn) bool {
 	buf := make([]byte, quickBuffer)
 	for kept, answered := 0, false; ; {
 		n, _ := c.Read(buf[kept:]) // if there is an error besides bytes, the next Read has it too
@@ -334,29 +355,24 @@ func (w *web) quick(c clientConn) bool {
 // pages are buffers for answers.
 var pages = sync.Pool{New: func() any { b := make([]byte, 0, flushAt); return &b }}
 
-// appendAnswer adds the header of the answer to one GET, and its body if that is an error.
-func (w *web) appendAnswer(b, key []byte) (out []byte, content string) {
+// appendAnswer adds the header of the answer to one GET, and returns its body.
+func (w *web) appendAnswer(b, key []byte) (out []byte, body string) {
 	a, now := w.get(key)
-	if a.err != nil {
+	if a.err == nil {
+		body = a.content()
+		b = append(b, "HTTP/1.1 200 OK\r\nAccept-Ranges: bytes\r\n"...)
+	} else {
 		status, text := httpError(a.err)
+		body = text + "\n"
 		b = strconv.AppendInt(append(b, "HTTP/1.1 "...), int64(status), 10)
 		b = append(append(b, ' '), http.StatusText(status)...)
-		b = w.appendCacheStatus(append(b, "\r\nCache-Control: no-store\r\nCache-Status: "...), &a, now)
-		b = append(b, "\r\nContent-Type: text/plain; charset=utf-8"...)
-		content = text + "\n"
-	} else {
-		content = a.content()
-		b = append(b, "HTTP/1.1 200 OK\r\nAccept-Ranges: bytes\r\nAge: "...)
-		b = strconv.AppendInt(b, int64((now-a.fetched)/time.Second), 10)
-		b = strconv.AppendInt(append(b, "\r\nCache-Control: max-age="...), int64(w.proxy.cfg.cacheTimeout/time.Second), 10)
-		b = w.appendCacheStatus(append(b, "\r\nCache-Status: "...), &a, now)
-		b = append(append(b, "\r\nContent-Type: "...), contentType(content)...)
-		b = appendETag(append(b, "\r\nEtag: "...), content)
+		b = append(b, "\r\nCache-Control: no-store\r\nContent-Type: text/plain; charset=utf-8\r\n"...)
+		b = append(b, "X-Content-Type-Options: nosniff\r\n"...)
 	}
-	b = append(b, "\r\nX-Content-Type-Options: nosniff\r\nDate: "...)
-	b = time.Now().UTC().AppendFormat(b, http.TimeFormat)
-	b = strconv.AppendInt(append(b, "\r\nContent-Length: "...), int64(len(content)), 10)
-	return append(b, "\r\n\r\n"...), content
+	b = w.appendFields(b, &a, now)
+	b = time.Now().UTC().AppendFormat(append(b, "Date: "...), http.TimeFormat)
+	b = strconv.AppendInt(append(b, "\r\nContent-Length: "...), int64(len(body)), 10)
+	return append(b, "\r\n\r\n"...), body
 }
 
 // plainGet returns the key and the size of a request that can be answered without net/http; size 0 means
@@ -432,12 +448,15 @@ func (c complaints) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// errorLog returns what net/http logs to.
+func errorLog(l *slog.Logger) *log.Logger { return log.New(complaints{l}, "", 0) }
+
 // newAdmin serves metrics, health and profiles.
-func newAdmin(p *proxy) *http.Server {
+func newAdmin(figures func() []figure, ready func() bool, log *slog.Logger) *http.Server {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/healthz", func(rw http.ResponseWriter, _ *http.Request) { io.WriteString(rw, "alive\n") })
 	mux.HandleFunc("/readyz", func(rw http.ResponseWriter, _ *http.Request) {
-		if !p.ready() {
+		if !ready() {
 			fail(rw, http.StatusServiceUnavailable, "Redis cannot be read")
 			return
 		}
@@ -445,39 +464,44 @@ func newAdmin(p *proxy) *http.Server {
 	})
 	mux.HandleFunc("/metrics", func(rw http.ResponseWriter, _ *http.Request) {
 		rw.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		writeMetrics(rw, p)
+		writeMetrics(rw, figures())
 	})
 	mux.Handle("/debug/pprof/", http.DefaultServeMux) // where package pprof puts its handlers
-	return &http.Server{Handler: mux, ReadHeaderTimeout: headerTimeout, ErrorLog: log.New(complaints{p.log}, "", 0)}
+	return &http.Server{Handler: mux, ReadHeaderTimeout: headerTimeout, ErrorLog: errorLog(log)}
 }
 
 // writeMetrics writes the text format of Prometheus.
-func writeMetrics(out io.Writer, p *proxy) {
-	header := func(name, kind, help string) {
-		fmt.Fprintf(out, "# HELP redis_proxy_%s %s\n# TYPE redis_proxy_%s %s\n", name, help, name, kind)
-	}
-	header("requests_total", "counter", "Keys asked for, by protocol and how they were answered.")
-	for proto := range protocols {
-		for o := range results {
-			fmt.Fprintf(out, "redis_proxy_requests_total{protocol=%q,result=%q} %d\n", protocols[proto], results[o], p.counts[proto][o].Load())
+func writeMetrics(out io.Writer, figures []figure) {
+	last := ""
+	for _, f := range figures {
+		if f.metric == "" {
+			continue
 		}
-	}
-	for _, f := range p.figures() {
-		if f.metric != "" {
-			header(f.metric, f.kind, f.help)
+		name, _, _ := strings.Cut(f.metric, "{")
+		h, isHistogram := f.value.(histogram)
+		kind := "gauge"
+		if isHistogram {
+			kind = "histogram"
+		} else if strings.HasSuffix(name, "_total") {
+			kind = "counter"
+		}
+		if name != last {
+			fmt.Fprintf(out, "# HELP redis_proxy_%s %s\n# TYPE redis_proxy_%s %s\n", name, f.help, name, kind)
+			last = name
+		}
+		if !isHistogram {
 			fmt.Fprintf(out, "redis_proxy_%s %d\n", f.metric, f.value)
+			continue
 		}
-	}
-	header("upstream_seconds", "histogram", "Time from taking up a batch of GETs to its last reply, connecting included.")
-	_, _, fetched := p.pool.usage()
-	count := int64(0)
-	for i, n := range fetched.latencies {
-		count += n
-		bound := "+Inf"
-		if i < len(latencyBounds) {
-			bound = strconv.FormatFloat(latencyBounds[i].Seconds(), 'g', -1, 64)
+		count := int64(0)
+		for i, n := range h.counts {
+			count += n
+			bound := "+Inf"
+			if i < len(h.bounds) {
+				bound = strconv.FormatFloat(h.bounds[i].Seconds(), 'g', -1, 64)
+			}
+			fmt.Fprintf(out, "redis_proxy_%s_bucket{le=%q} %d\n", name, bound, count)
 		}
-		fmt.Fprintf(out, "redis_proxy_upstream_seconds_bucket{le=%q} %d\n", bound, count)
+		fmt.Fprintf(out, "redis_proxy_%s_sum %g\nredis_proxy_%s_count %d\n", name, h.sum.Seconds(), name, count)
 	}
-	fmt.Fprintf(out, "redis_proxy_upstream_seconds_sum %g\nredis_proxy_upstream_seconds_count %d\n", fetched.latencySum.Seconds(), count)
 }

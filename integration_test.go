@@ -177,7 +177,7 @@ func startProxy(t testing.TB, redisAddr string, flags ...string) *testProxy {
 	return runProxy(t, cfg)
 }
 
-func runProxy(t testing.TB, cfg config) *testProxy {
+func runProxy(t testing.TB, cfg config, admin ...net.Listener) *testProxy {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -187,7 +187,7 @@ func runProxy(t testing.TB, cfg config) *testProxy {
 	p := &testProxy{addr: l.Addr().String(), log: new(lockedBuffer), stop: stop, done: make(chan struct{})}
 	go func() {
 		defer close(p.done)
-		run(ctx, cfg, l, slog.New(slog.NewTextHandler(p.log, nil)))
+		run(ctx, cfg, l, append(admin, nil)[0], slog.New(slog.NewTextHandler(p.log, nil)))
 	}()
 	t.Cleanup(func() {
 		stop()
@@ -1471,7 +1471,7 @@ func TestIntegrationClientThatDoesNotRead(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg.writeTimeout = 2 * time.Second
+	cfg.clients.writeTimeout = 2 * time.Second
 	p := runProxy(t, cfg)
 	redisDo(t, server.addr, "SET", "k", make([]byte, 1<<20))
 	exchange(t, p.addr, request("GET", "k"))
@@ -1520,7 +1520,7 @@ func TestIntegrationSlowReaderIsServed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg.writeTimeout = 300 * time.Millisecond
+	cfg.clients.writeTimeout = 300 * time.Millisecond
 	p := runProxy(t, cfg)
 	val := strings.Repeat("0123456789abcdef", 1<<20)
 	redisDo(t, server.addr, "SET", "k", val)
@@ -1714,7 +1714,7 @@ func TestIntegrationPanicEndsItsConnection(t *testing.T) {
 		t.Fatal(err)
 	}
 	log := new(lockedBuffer)
-	s := newServer(l, config{maxClients: 10, writeTimeout: time.Second}, slog.New(slog.NewTextHandler(log, nil)),
+	s := newServer(l, serverSettings{maxClients: 10, writeTimeout: time.Second}, slog.New(slog.NewTextHandler(log, nil)),
 		[len(protocols)]frontEnd{protoHTTP: panicker{}, protoRESP: echo{}})
 	go s.run()
 	other := dial(t, l.Addr().String()).send("*\r\n").expect("*\r\n")
@@ -1730,13 +1730,13 @@ func TestIntegrationPanicEndsItsConnection(t *testing.T) {
 
 type panicker struct{}
 
-func (panicker) serve(net.Conn)    { panic("on purpose") }
-func (panicker) refuse(c net.Conn) {}
+func (panicker) serve(*conn)  { panic("on purpose") }
+func (panicker) refuse(*conn) {}
 
 type echo struct{}
 
-func (echo) serve(c net.Conn)  { io.Copy(c, c); c.Close() }
-func (echo) refuse(c net.Conn) {}
+func (echo) serve(c *conn) { io.Copy(c, c); c.Close() }
+func (echo) refuse(*conn)  {}
 
 // trackedProxy starts a proxy whose tracking is live, with a TTL that would show anything missed.
 func trackedProxy(t testing.TB, redisAddr string, flags ...string) *testProxy {
@@ -2077,7 +2077,7 @@ func TestIntegrationPassword(t *testing.T) {
 }
 
 // certificate makes a certificate for 127.0.0.1 and returns the names of its files.
-func certificate(t testing.TB, dir, name string) (cert, key string) {
+func makeCertificate(t testing.TB, dir, name string) (cert, key string) {
 	t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -2108,14 +2108,14 @@ func TestIntegrationTLS(t *testing.T) {
 	addr := sharedRedis(t)
 	redisDo(t, addr, "SET", t.Name(), "value")
 	dir := t.TempDir()
-	cert, key := certificate(t, dir, "first")
+	cert, key := makeCertificate(t, dir, "first")
 	log := new(lockedBuffer)
 	host, port, _ := net.SplitHostPort(addr)
 	cfg, err := parseConfig([]string{"--redis-host", host, "--redis-port", port, "--tls-cert", cert, "--tls-key", key}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if cfg.tls, err = tlsConfig(cert, key, slog.New(slog.NewTextHandler(log, nil))); err != nil {
+	if cfg.clients.tls, err = tlsConfig(cert, key, slog.New(slog.NewTextHandler(log, nil))); err != nil {
 		t.Fatal(err)
 	}
 	p := runProxy(t, cfg)
@@ -2178,7 +2178,7 @@ func TestIntegrationTLS(t *testing.T) {
 		}
 	}
 	// One too many that has chosen HTTP/2 and says nothing is not kept.
-	cfg.maxClients = 1
+	cfg.clients.maxClients = 1
 	full := runProxy(t, cfg)
 	served, err := tls.Dial("tcp", full.addr, &tls.Config{RootCAs: roots})
 	if err != nil {
@@ -2201,7 +2201,7 @@ func TestIntegrationTLS(t *testing.T) {
 	}
 	// A certificate that was renewed on disk is served to the next who connects.
 	time.Sleep(10 * time.Millisecond) // for another time of change
-	certificate(t, dir, "second")
+	makeCertificate(t, dir, "second")
 	eventually(t, "the renewed certificate", func() bool {
 		c, err := tls.Dial("tcp", p.addr, &tls.Config{InsecureSkipVerify: true})
 		if err != nil {
@@ -2228,7 +2228,7 @@ func portOf(addr string) (port int) {
 // The backing Redis speaks TLS: its certificate is checked.
 func TestIntegrationTLSUpstream(t *testing.T) {
 	dir := t.TempDir()
-	cert, key := certificate(t, dir, "redis")
+	cert, key := makeCertificate(t, dir, "redis")
 	port := freePort()
 	server := startRedis(t, "--tls-port", port, "--tls-cert-file", cert, "--tls-key-file", key, "--tls-auth-clients", "no", "--requirepass", "secret")
 	c, err := redis.Dial("tcp", server.addr, redis.DialPassword("secret"), redis.DialDatabase(3))
@@ -2260,11 +2260,12 @@ func TestIntegrationAdmin(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if cfg.admin, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+	adminListener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
 		t.Fatal(err)
 	}
-	admin := "http://" + cfg.admin.Addr().String()
-	p := runProxy(t, cfg)
+	admin := "http://" + adminListener.Addr().String()
+	p := runProxy(t, cfg, adminListener)
 	redisDo(t, server.addr, "SET", "k", "value")
 	for range 3 {
 		exchange(t, p.addr, request("GET", "k"))
@@ -2764,7 +2765,7 @@ func TestIntegrationUnreadHTTPAnswersAreGivenUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg.writeTimeout = 300 * time.Millisecond
+	cfg.clients.writeTimeout = 300 * time.Millisecond
 	p := runProxy(t, cfg)
 	exchange(t, p.addr, "GET big\r\n")
 	kept := func(key string) string {
@@ -2794,7 +2795,7 @@ func TestIntegrationStopDoesNotWaitForRedis(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg.redis.password = "AUTH is not answered"
+	cfg.pool.redis.password = "AUTH is not answered"
 	p := runProxy(t, cfg)
 	dial(t, p.addr).send("GET a\r\n")
 	eventually(t, "the fetch", func() bool { return p.stat(t, "upstream_connections_used") == "1" })

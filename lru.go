@@ -1,43 +1,65 @@
-// The cache: least recently used, one TTL for all, bounded in keys and in bytes.
+// The read-through cache: least recently used, one TTL for all, bounded in keys and in bytes.
 //
-// Two lists hold every entry, one in the order of use, one in the order of filling. As the TTL is the
-// same for all, the second is also the order of expiry: what has expired is at its back.
+// Its one lock decides for each key: a hit, a flight to join, or a flight to begin. A flight is the
+// promise of a value; the cache is made with the function that carries flights out, and finish and
+// forget end them. Two lists hold every entry, one in the order of use, one in the order of filling:
+// as the TTL is the same for all, the second is also the order of expiry.
 package main
 
 import (
 	"container/list"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
-// entryOverhead is what an entry costs beside its key and its value, in bytes: two list elements, the
-// entry, its slot in the map. BenchmarkCacheMemory measures it.
-const entryOverhead = 200
+const (
+	// entryOverhead is what an entry costs beside its key and its value, in bytes: two list elements,
+	// the entry, its slot in the map. BenchmarkCacheMemory measures it.
+	entryOverhead = 216
+	// maxLate bounds how far back the list of filling is searched for the place of a late reply. Behind
+	// more entries than that, its expiry may be noticed as much too late as the reply was.
+	maxLate = 1000
+	// aheadBytes bounds the values that one request has asked for and not yet taken, by the size that
+	// values had lately. At least one value is asked for.
+	aheadBytes = 512 << 10
+)
 
-// maxLate bounds how far a late reply is moved back. Behind more than these, its expiry may be noticed as
-// much too late as the reply was.
-const maxLate = 1000
-
-// A cache maps keys to values. It is safe for concurrent use.
-type cache struct {
+// cacheSettings are what the flags say about the cache.
+type cacheSettings struct {
 	maxKeys  int
 	maxBytes int64
-	ttl      time.Duration
-	stale    time.Duration // how long after its TTL an entry may be of use
+	ttl      time.Duration // of every entry, from the moment Redis was asked
+	stale    time.Duration // how long after its TTL an entry may answer while Redis cannot
+	timeout  time.Duration // how long a request waits for Redis
+}
 
-	mu      sync.Mutex // guards the following
+// A cache maps keys to values, and has those that it lacks fetched. It is safe for concurrent use.
+type cache struct {
+	cacheSettings
+	started  time.Time
+	carryOut func([]*flight) // queues flights that have begun; it must not block. finish ends each of them
+	typical  atomic.Int64    // bytes of a key and its value, as of late; 0 before the first
+
+	mu      sync.Mutex // guards the following, and the fields of flights that say so; no other lock is taken under it
 	entries map[string]*entry
-	used    list.List // of *entry, the most recently read or filled in front
-	filled  list.List // of *entry, the most recently filled in front
+	flights map[string]*flight // those that may be joined, at most one for a key
+	used    list.List          // of *entry, the most recently read or filled in front
+	filled  list.List          // of *entry, the most recently filled in front
 	bytes   int64
 	cacheCounts
 }
 
-// cacheCounts says what became of entries since the start, other than being there still.
+// cacheCounts count entries that have left the cache.
 type cacheCounts struct {
 	evictions, expirations int64
 }
 
+// An entry is a value in the cache, and its place in both lists.
 type entry struct {
 	value
 	used, filled *list.Element
@@ -45,48 +67,374 @@ type entry struct {
 
 func (e *entry) size() int64 { return int64(len(e.data)) + entryOverhead }
 
-func newCache(maxKeys int, maxBytes int64, ttl, stale time.Duration) *cache {
-	return &cache{maxKeys: maxKeys, maxBytes: maxBytes, ttl: ttl, stale: stale, entries: make(map[string]*entry)}
+// A value is what Redis had for a key at one moment. It is a string, because the cache and all its
+// readers share it: nobody can write to it.
+type value struct {
+	data    string        // the key, then the value as a bulk string of RESP, in one allocation
+	keyLen  int           // how much of data is the key
+	fetched time.Duration // when Redis was asked, on the cache's clock
 }
 
-// get completes the answers to keys that the cache holds, and returns how many it does not: their source
-// is Redis, and their value the expired one if that may be of use. It does not keep the keys.
-func (c *cache) get(now time.Duration, keys [][]byte, answers []answer) (misses int) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for i, key := range keys {
-		e := c.entries[string(key)]
-		switch {
-		case e == nil:
-			answers[i] = answer{source: fromRedis}
-			misses++
-		case c.expired(e, now):
-			answers[i] = answer{source: fromRedis, expired: true}
-			if !c.useless(e, now) {
-				answers[i].value = e.value
-			}
-			misses++
-		default:
-			c.used.MoveToFront(e.used)
-			answers[i] = answer{value: e.value}
+func newValue(key string, val []byte, fetched time.Duration) value {
+	data := key + "$" + strconv.Itoa(len(val)) + "\r\n" + string(val) + "\r\n"
+	return value{data: data, keyLen: len(key), fetched: fetched}
+}
+
+func (v value) key() string  { return v.data[:v.keyLen] }
+func (v value) bulk() string { return v.data[v.keyLen:] }
+
+// content returns the value without its RESP frame.
+func (v value) content() string {
+	b := v.bulk()
+	return b[strings.IndexByte(b, '\n')+1 : len(b)-2]
+}
+
+// A flight is a GET that has begun and not yet ended. All requests for the key wait for the same one.
+type flight struct {
+	key   string
+	began time.Duration // on the cache's clock
+
+	until time.Duration // when the last waiter gives up; the cache's lock guards it and the next three
+	older *flight       // in flight for the same key, too late to be joined
+	dirty bool          // the key changed meanwhile: the reply must not be stored
+	done  chan struct{} // nil until a request waits; closed when finished
+
+	finished atomic.Bool // set after the following, which do not change any more
+	value
+	err    error
+	stored bool // in the cache
+}
+
+// spoil keeps the replies to f and to older flights for its key out of the cache. It needs the cache's lock.
+func (f *flight) spoil() {
+	for ; f != nil; f = f.older {
+		f.dirty = true
+	}
+}
+
+// What can be wrong with an answer. An error reply of Redis wraps errWrongType or errRefused and has
+// Redis' own words.
+var (
+	errAbsent      = errors.New("no such key")
+	errWrongType   = errors.New("the key holds another type than a string")
+	errUnavailable = errors.New("upstream unavailable")
+	errTimeout     = errors.New("upstream timed out")
+	errRefused     = errors.New("upstream refused")
+)
+
+// isOutage reports whether an error says nothing about the key: Redis could not answer.
+func isOutage(err error) bool {
+	return err != nil && err != errAbsent && !errors.Is(err, errWrongType)
+}
+
+// An answer is a value or an error for a key, and where it comes from.
+type answer struct {
+	value
+	err     error // nil, or one of the above
+	source  source
+	expired bool    // the cache held the key, past its TTL
+	flight  *flight // that was waited for; nil for a hit
+}
+
+// A source is where an answer comes from.
+type source uint8
+
+const (
+	fromCache   source = iota
+	fromRedis          // this request began the flight
+	fromAnother        // another request had begun it
+	fromStale          // the cache, past the TTL, because Redis cannot answer
+)
+
+// An outcome is what an answer counts as in the statistics.
+type outcome uint8
+
+const (
+	hit outcome = iota
+	miss
+	collapsed
+	stale
+	absent
+	failed
+)
+
+// outcomes are the names of the outcomes in the metrics.
+var outcomes = [...]string{"hit", "miss", "collapsed", "stale", "absent", "error"}
+
+func (a *answer) outcome() outcome {
+	switch {
+	case a.err == errAbsent:
+		return absent
+	case a.err != nil:
+		return failed
+	}
+	return [...]outcome{fromCache: hit, fromRedis: miss, fromAnother: collapsed, fromStale: stale}[a.source]
+}
+
+// A tally counts answers by their outcome. It is safe for concurrent use.
+type tally [len(outcomes)]atomic.Int64
+
+func (t *tally) add(answers []answer) {
+	var n [len(outcomes)]int64
+	for i := range answers {
+		n[answers[i].outcome()]++
+	}
+	for o := range n {
+		if n[o] > 0 {
+			t[o].Add(n[o])
 		}
 	}
-	return misses
 }
 
-// put stores v in place of what its key had. It does not keep what is larger than the limit of bytes.
-func (c *cache) put(now time.Duration, v value) (stored bool) {
+// figures reports the outcomes of a protocol's requests.
+func (t *tally) figures(protocol string) (fs []figure) {
+	for o, name := range outcomes {
+		metric := fmt.Sprintf("requests_total{protocol=%q,result=%q}", protocol, name)
+		fs = append(fs, figure{"", "", metric, "Keys asked for, by protocol and how they were answered.", t[o].Load()})
+	}
+	return fs
+}
+
+func newCache(s cacheSettings, carryOut func([]*flight)) *cache {
+	return &cache{cacheSettings: s, started: time.Now(), carryOut: carryOut,
+		entries: make(map[string]*entry), flights: make(map[string]*flight)}
+}
+
+// now is the cache's clock: the time since it was made, which no change of the wall clock moves.
+func (c *cache) now() time.Duration { return time.Since(c.started) }
+
+// get answers keys to a request that waits since the given time: the flights for all keys begin before
+// the first is waited for. It may stop early, to bound the memory of values that the client has not
+// read yet. It returns how many keys it answered, from the first on, at least one. It does not keep the
+// keys. len(answers) must be len(keys).
+func (c *cache) get(t *tally, since time.Duration, keys [][]byte, answers []answer) int {
+	n, waits := c.decide(since, keys, answers)
+	answers = answers[:n]
+	if !waits {
+		t[hit].Add(int64(n))
+		return n
+	}
+	c.wait(since, keys, answers)
+	t.add(answers)
+	return n
+}
+
+// decide answers keys that the cache holds, and gives each of the others a flight. It returns how many
+// keys it handled, and whether any of them has to be waited for.
+func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n int, waits bool) {
+	var begun []*flight
+	now := c.now()
+	c.mu.Lock()
+	ahead, typical := aheadBytes, int(c.typical.Load())
+	for i, key := range keys {
+		a := &answers[i]
+		e, live := c.lookUp(now, key)
+		size := max(1, typical)
+		if live {
+			size = len(e.data)
+		}
+		if ahead -= size; i > 0 && (ahead < 0 || !live && waits && typical == 0) {
+			break
+		}
+		n++
+		if live {
+			*a = answer{value: e.value}
+			continue
+		}
+		waits = true
+		f := c.flights[string(key)]
+		*a = answer{source: fromAnother, expired: e != nil}
+		if f == nil || now >= f.began+min(c.timeout, c.ttl) { // what it brings must not be older than the TTL
+			f = &flight{key: string(key), began: now, older: f}
+			c.flights[f.key] = f
+			begun = append(begun, f)
+			a.source = fromRedis
+		}
+		a.flight = f
+		f.until = max(f.until, since+c.timeout)
+	}
+	c.mu.Unlock()
+	if len(begun) > 0 {
+		c.carryOut(begun)
+	}
+	return n, waits
+}
+
+// wait completes answers. It begins with the last: replies come in the order of the questions, so that a
+// request for many keys is woken once.
+func (c *cache) wait(since time.Duration, keys [][]byte, answers []answer) {
+	var timer *time.Timer
+	for i := len(answers) - 1; i >= 0; i-- {
+		a := &answers[i]
+		if a.flight == nil {
+			continue
+		}
+		if timer == nil {
+			timer = time.NewTimer(since + c.timeout - c.now())
+			defer timer.Stop()
+		}
+		if c.ended(a.flight, timer.C) {
+			a.value, a.err = a.flight.value, a.flight.err
+		} else {
+			a.err = errTimeout
+			timer.Reset(0) // the other flights have had their time too
+		}
+		if c.stale > 0 && isOutage(a.err) {
+			c.answerStale(keys[i], a)
+		}
+	}
+}
+
+// ended waits for the end of a flight, and reports whether it came before late.
+func (c *cache) ended(f *flight, late <-chan time.Time) bool {
+	if f.finished.Load() {
+		return true
+	}
+	c.mu.Lock()
+	if f.done == nil && !f.finished.Load() { // of a pipeline, only the last is waited for
+		f.done = make(chan struct{})
+	}
+	done := f.done
+	c.mu.Unlock()
+	if done == nil {
+		return true
+	}
+	select {
+	case <-done:
+		return true
+	case <-late:
+		return f.finished.Load()
+	}
+}
+
+// answerStale answers with the entry for a key if it is past its TTL by less than the stale time now.
+func (c *cache) answerStale(key []byte, a *answer) {
+	now := c.now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if e := c.entries[v.key()]; e != nil {
-		c.drop(now, e) // whole: the map's key is part of the old value
+	if e := c.entries[string(key)]; e != nil && !c.useless(e, now) {
+		a.value, a.err, a.source = e.value, nil, fromStale
 	}
+}
+
+// finish ends a flight with what Redis had, and stores that. The entry is there before a waiter learns of
+// it, and before another flight for the key can begin.
+//
+// It closes this race, in which an old value would stay in the cache until its TTL:
+//
+//	1: a request begins a flight; Redis reads the old value for it
+//	2: a writer changes the key; Redis reports it
+//	3: the report arrives: forget drops the entry, which is not there yet, and spoils the flight
+//	4: the reply to 1 arrives: finish gives the old value to those who asked before 3, and does not store it
+//	5: a request asks after 3: forget has taken the flight off the map, so it begins one of its own
+//
+// 3 and 4 are one step each under the same lock. If 4 comes before 3, forget drops what finish stored.
+func (c *cache) finish(f *flight, v value, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	joinable := c.flights[f.key] == f
+	if joinable {
+		delete(c.flights, f.key)
+	}
+	f.older.spoil() // it must not replace what is newer
+	f.older = nil
+	now := c.now()
+	switch typical, size := c.typical.Load(), int64(len(f.key)+len(v.data)); {
+	case isOutage(err) || !joinable:
+	case typical == 0:
+		c.typical.Store(size)
+	case err == nil:
+		c.typical.Add((size - typical) / 16)
+	}
+	switch {
+	case f.dirty:
+	case err == nil:
+		f.stored = c.put(now, v)
+	case !isOutage(err):
+		c.remove(now, f.key) // or it might be answered once more, as stale
+	}
+	f.value, f.err = v, err
+	f.finished.Store(true)
+	if f.done != nil {
+		close(f.done)
+	}
+}
+
+// wanted returns the flights that a request still waits for, and those that none does. It reuses fs.
+func (c *cache) wanted(fs []*flight) (wanted, unwanted []*flight) {
+	now := c.now()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	wanted = fs[:0]
+	for _, f := range fs {
+		if f.until > now {
+			wanted = append(wanted, f)
+		} else {
+			unwanted = append(unwanted, f)
+		}
+	}
+	return wanted, unwanted
+}
+
+// forget drops keys, all of them if keys is nil, because they changed in Redis. What is in flight for them
+// may have been read before: it still goes to those who wait for it, is not stored, and is not joined
+// any more. See finish.
+func (c *cache) forget(keys [][]byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, key := range keys {
+		c.flights[string(key)].spoil()
+		delete(c.flights, string(key))
+		c.remove(c.now(), string(key))
+	}
+	if keys == nil {
+		for _, f := range c.flights {
+			f.spoil()
+		}
+		clear(c.flights)
+		clear(c.entries)
+		c.used.Init()
+		c.filled.Init()
+		c.bytes = 0
+	}
+}
+
+// figures reports what the cache holds, expired entries included, and what has left it.
+func (c *cache) figures() []figure {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	keys := len(c.entries)
+	return []figure{
+		{"Memory", "maxmemory", "cache_bytes_max", "Most bytes in the cache.", c.maxBytes},
+		{"Memory", "maxmemory_policy", "", "", "allkeys-lru"},
+		{"Stats", "evicted_keys", "evictions_total", "Entries that made room for others.", c.evictions},
+		{"Stats", "expired_keys", "expirations_total", "Entries dropped after their TTL.", c.expirations},
+		{"Cache", "cache_keys", "cache_keys", "Entries in the cache, expired ones included.", keys},
+		{"Cache", "cache_bytes", "cache_bytes", "Bytes of keys, values and bookkeeping in the cache.", c.bytes},
+		{"Keyspace", "db0", "", "", "keys=" + strconv.Itoa(keys) + ",expires=" + strconv.Itoa(keys) + ",avg_ttl=0"},
+	}
+}
+
+// The following need the lock.
+
+// lookUp returns the entry for a key, or nil, and whether it may answer. That counts as a use.
+func (c *cache) lookUp(now time.Duration, key []byte) (e *entry, live bool) {
+	e = c.entries[string(key)]
+	if live = e != nil && !c.expired(e, now); live {
+		c.used.MoveToFront(e.used)
+	}
+	return e, live
+}
+
+// put stores v in place of what its key had. It does not keep a value that is larger than the limit of bytes.
+func (c *cache) put(now time.Duration, v value) (stored bool) {
+	c.remove(now, v.key()) // whole: the map's key is part of the old value
 	e := &entry{value: v}
 	if e.size() > c.maxBytes {
 		return false
 	}
 	e.used, e.filled = c.used.PushFront(e), c.filled.PushFront(e)
-	// A reply that was long on its way belongs behind those that were asked for after it.
+	// The place of a reply that was long on its way is behind those that were asked for after it.
 	next := e.filled.Next()
 	for n := 0; n < maxLate && next != nil && next.Value.(*entry).fetched > v.fetched; n++ {
 		c.filled.MoveAfter(e.filled, next)
@@ -98,8 +446,8 @@ func (c *cache) put(now time.Duration, v value) (stored bool) {
 	return true
 }
 
-// shrink drops what is of no use any more, a few at a time so that no put takes long, and then as much
-// as the limits ask: what has expired first, then what was used least recently.
+// shrink drops useless entries, a few at a time so that no put takes long, and then as many as the limits
+// ask: expired ones first, then the least recently used.
 func (c *cache) shrink(now time.Duration) {
 	const few = 4
 	for n := 0; len(c.entries) > 0; n++ {
@@ -118,35 +466,12 @@ func (c *cache) shrink(now time.Duration) {
 }
 
 // remove drops a key, if it is there.
-func (c *cache) remove(now time.Duration, key []byte) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if e := c.entries[string(key)]; e != nil {
+func (c *cache) remove(now time.Duration, key string) {
+	if e := c.entries[key]; e != nil {
 		c.drop(now, e)
 	}
 }
 
-// clear drops all keys.
-func (c *cache) clear() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	clear(c.entries)
-	c.used.Init()
-	c.filled.Init()
-	c.bytes = 0
-}
-
-// usage tells what the cache holds, expired entries included, and what became of the rest.
-func (c *cache) usage() (keys int, bytes int64, counts cacheCounts) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return len(c.entries), c.bytes, c.cacheCounts
-}
-
-func (c *cache) expired(e *entry, now time.Duration) bool { return now-e.fetched >= c.ttl }
-func (c *cache) useless(e *entry, now time.Duration) bool { return now-e.fetched >= c.ttl+c.stale }
-
-// drop needs the lock.
 func (c *cache) drop(now time.Duration, e *entry) {
 	if c.expired(e, now) {
 		c.expirations++
@@ -155,4 +480,30 @@ func (c *cache) drop(now time.Duration, e *entry) {
 	c.filled.Remove(e.filled)
 	delete(c.entries, e.key())
 	c.bytes -= e.size()
+}
+
+func (c *cache) expired(e *entry, now time.Duration) bool { return now-e.fetched >= c.ttl }
+func (c *cache) useless(e *entry, now time.Duration) bool { return now-e.fetched >= c.ttl+c.stale }
+
+// A figure is what a part reports about itself: in INFO, in the metrics, or in both.
+type figure struct {
+	section, name string // in INFO; no name: not there
+	metric, help  string // in the metrics; no metric: not there. A counter's name ends in _total
+	value         any
+}
+
+// A histogram counts durations by how long they are.
+type histogram struct {
+	bounds []time.Duration
+	counts []int64 // up to each bound, and longer than all
+	sum    time.Duration
+}
+
+func (h *histogram) add(d time.Duration) {
+	i := 0
+	for i < len(h.bounds) && d > h.bounds[i] {
+		i++
+	}
+	h.counts[i]++
+	h.sum += d
 }

@@ -43,28 +43,74 @@ func compare[T comparable](t testing.TB, what string, got, want T) {
 	}
 }
 
-// newTestProxy makes a proxy with these flags. Unless they say otherwise, the address of its Redis is
+// Parts are the cache and what stands on it and under it, wired as run wires them, without a listener.
+type parts struct {
+	cfg   config
+	cache *cache
+	pool  *pool
+	web   *web
+	resp  *resp
+}
+
+// newParts makes the parts with these flags. Unless they say otherwise, the address of their Redis is
 // malformed, so that a miss fails before it reaches any network.
-func newTestProxy(t testing.TB, flags ...string) *proxy {
+func newParts(t testing.TB, flags ...string) *parts {
 	t.Helper()
 	cfg, err := parseConfig(append([]string{"--redis-port", "1"}, flags...), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if cfg.redis.port == 1 {
-		cfg.redis.host = "[" // nobody to ask
+	if cfg.pool.redis.port == 1 {
+		cfg.pool.redis.host = "[" // nobody to ask
 	}
-	p := newProxy(cfg, slog.New(slog.DiscardHandler))
-	p.pool.typical = 1 // nobody has to find out that values are small
+	p, log := &parts{cfg: cfg}, slog.New(slog.DiscardHandler)
+	p.cache = newCache(cfg.cache, func(fs []*flight) { p.pool.enqueue(fs) })
+	p.cache.typical.Store(1) // nobody has to find out that values are small
+	p.pool = newPool(cfg.pool, p.cache, log)
 	t.Cleanup(p.pool.close)
+	pw := newPassword(cfg.password)
+	p.web = newWeb(webSettings{0, cfg.clients.writeTimeout}, p.cache, pw, nil, log)
+	p.resp = newRESP(p.cache, pw, func() []figure {
+		return slices.Concat(processFigures(p.now(), nil, pw), p.cache.figures(), keyFigures(&p.web.tally, &p.resp.tally), p.pool.figures())
+	})
 	return p
 }
 
-// cacheNow has the proxy's cache hold values that were fetched just now.
-func cacheNow(p *proxy, keyValues ...string) {
-	for kv := range slices.Chunk(keyValues, 2) {
-		p.cache.put(p.now(), newValue(kv[0], []byte(kv[1]), p.now()))
+func (p *parts) now() time.Duration { return p.cache.now() }
+
+// get asks for a key and waits.
+func (p *parts) get(key string) answer {
+	var answers [1]answer
+	p.cache.get(new(tally), p.now(), [][]byte{[]byte(key)}, answers[:])
+	return answers[0]
+}
+
+// serveRESP serves a client that speaks RESP until it ends.
+func (p *parts) serveRESP(c net.Conn) { p.resp.serve(&conn{peeked: peeked{Conn: c}}) }
+
+// wait completes answers that askFor began.
+func (p *parts) wait(answers []answer) {
+	keys := make([][]byte, len(answers))
+	for i := range answers {
+		if answers[i].flight != nil {
+			keys[i] = []byte(answers[i].flight.key)
+		}
 	}
+	p.cache.wait(p.now(), keys, answers)
+}
+
+// cacheNow stores values as if they were fetched now.
+func cacheNow(p *parts, keyValues ...string) {
+	for kv := range slices.Chunk(keyValues, 2) {
+		putValue(p.cache, p.now(), newValue(kv[0], []byte(kv[1]), p.now()))
+	}
+}
+
+// putValue stores v.
+func putValue(c *cache, now time.Duration, v value) (stored bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.put(now, v)
 }
 
 // main.go
@@ -72,9 +118,9 @@ func cacheNow(p *proxy, keyValues ...string) {
 func TestConfigReads(t *testing.T) {
 	show := func(c config) string {
 		return fmt.Sprintf("listen-address:%s port:%d redis:%s redis-timeout:%v client-limit:%d cache-size:%d cache-bytes:%d "+
-			"cache-timeout:%v stale-timeout:%v max-clients:%d idle-timeout:%v tracking:%v version:%v ", c.listenAddress, c.port, c.redis.address(),
-			c.redisTimeout, c.clientLimit, c.cacheSize, c.cacheBytes, c.cacheTimeout, c.staleTimeout, c.maxClients, c.idleTimeout,
-			c.tracking, c.version)
+			"cache-timeout:%v stale-timeout:%v max-clients:%d idle-timeout:%v tracking:%v version:%v ", c.listenAddress, c.port, c.pool.redis.address(),
+			c.pool.timeout, c.pool.limit, c.cache.maxKeys, c.cache.maxBytes, c.cache.ttl, c.cache.stale, c.clients.maxClients,
+			c.clients.idleTimeout, c.pool.tracking, c.version)
 	}
 	for _, tt := range []struct{ args, env, want string }{
 		{"", "", "listen-address:127.0.0.1 port:8080 redis:127.0.0.1:6379 redis-timeout:1s client-limit:8 cache-size:10000 cache-bytes:268435456 " +
@@ -178,7 +224,7 @@ func TestConfigRedisURL(t *testing.T) {
 			t.Errorf("%s: got error %v", in, err)
 			continue
 		}
-		compare(t, in, cfg.redis, want)
+		compare(t, in, cfg.pool.redis, want)
 	}
 }
 
@@ -293,6 +339,12 @@ func FuzzProtocolOf(f *testing.F) {
 	})
 }
 
+// newConn is a client's connection as the server makes it.
+func newConn(nc net.Conn, s serverSettings) *conn {
+	l := &link{Conn: nc, server: &server{serverSettings: s}}
+	return &conn{peeked: peeked{Conn: l}, link: l}
+}
+
 func TestDetectConsumesNothing(t *testing.T) {
 	for _, tt := range beginnings {
 		for name, step := range map[string]int{"whole": len(tt.in), "a byte at a time": 1} {
@@ -303,7 +355,7 @@ func TestDetectConsumesNothing(t *testing.T) {
 					client.Write(b)
 				}
 			}()
-			c := &conn{Conn: nc, server: new(server)}
+			c := newConn(nc, serverSettings{})
 			proto, err := c.detect(protocolOf)
 			if proto != tt.proto || (err == nil) != tt.ok {
 				t.Errorf("%s, %s: got %v, %v; want %v, %v", tt.name, name, protocols[proto], err, protocols[tt.proto], tt.ok)
@@ -337,7 +389,7 @@ func TestDetectDeadlines(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				client, nc := net.Pipe()
-				c, start := &conn{Conn: nc, server: &server{cfg: config{idleTimeout: tt.idle}}}, time.Now()
+				c, start := newConn(nc, serverSettings{idleTimeout: tt.idle}), time.Now()
 				go tt.write(client) // ends when client is closed
 				_, err := c.detect(protocolOf)
 				if took := time.Since(start); !errors.Is(err, tt.err) || took != tt.took {
@@ -356,7 +408,7 @@ func TestDetectDeadlines(t *testing.T) {
 // http.go
 
 // serveHTTP answers a request that is given as a line without version, and header lines.
-func serveHTTP(t testing.TB, p *proxy, line string, header ...string) *http.Response {
+func serveHTTP(t testing.TB, p *parts, line string, header ...string) *http.Response {
 	t.Helper()
 	raw := line + " HTTP/1.1\r\nHost: x\r\n" + strings.Join(append(header, "\r\n"), "\r\n")
 	r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(raw)))
@@ -364,7 +416,7 @@ func serveHTTP(t testing.TB, p *proxy, line string, header ...string) *http.Resp
 		t.Fatalf("%.200q: %v", raw, err)
 	}
 	rec := httptest.NewRecorder()
-	newWeb(p, nil).ServeHTTP(rec, r)
+	p.web.ServeHTTP(rec, r)
 	return rec.Result()
 }
 
@@ -378,7 +430,7 @@ func bodyOf(t testing.TB, r *http.Response) string {
 }
 
 func TestHTTPAnswers(t *testing.T) {
-	p := newTestProxy(t)
+	p := newParts(t)
 	cacheNow(p, "text", "0123456789", "empty", "", "binary", "\xff\x00")
 	const tag = `"84d89877f0d4041efb6bf91a16f0248f"` // half the SHA-256 of 0123456789
 	for _, tt := range []struct {
@@ -425,13 +477,13 @@ func TestHTTPAnswers(t *testing.T) {
 
 func TestHTTPTellsAge(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		fresh, stale := newTestProxy(t), newTestProxy(t, "--stale-timeout", "60")
+		fresh, stale := newParts(t), newParts(t, "--stale-timeout", "60")
 		time.Sleep(time.Minute)
 		cacheNow(fresh, "key", "value")
 		cacheNow(stale, "key", "value")
 		for _, tt := range []struct {
 			wait        time.Duration
-			p           *proxy
+			p           *parts
 			status      int
 			cacheStatus string
 			age         string
@@ -465,7 +517,7 @@ func TestHTTPLogsPanicsAsErrorsAndNothingElse(t *testing.T) {
 }
 
 func TestHTTPKeyIsThePath(t *testing.T) {
-	p := newTestProxy(t)
+	p := newParts(t)
 	for _, tt := range []struct{ target, key string }{
 		{"/", ""}, {"/?key", ""}, {"/a", "a"}, {"/a/", "a/"}, {"/a/b", "a/b"}, {"/a%2Fb", "a/b"}, {"/%61", "a"},
 		{"//a", "/a"}, {"//a//b", "/a//b"}, {"/%2Fa", "/a"}, {"/http://x/y", "http://x/y"},
@@ -474,19 +526,19 @@ func TestHTTPKeyIsThePath(t *testing.T) {
 		{"/a+b", "a+b"}, {"/a%2Bb", "a+b"}, {"/a%3Fb?c", "a?b"}, {"/a;b&c=d", "a;b&c=d"}, {"/a#b", "a#b"},
 		{"/ключ", "ключ"}, {"/%D0%BA%D0%BB%D1%8E%D1%87", "ключ"},
 	} {
-		p.cache.clear()
+		p.cache.forget(nil)
 		cacheNow(p, tt.key, "value of "+tt.key)
 		compare(t, tt.target, bodyOf(t, serveHTTP(t, p, "GET "+tt.target)), "value of "+tt.key)
 	}
 }
 
 func FuzzHTTPKey(f *testing.F) {
-	p := newTestProxy(f)
+	p := newParts(f)
 	for _, key := range []string{"", "a", "a b", "/", "..", "//", "a\x00b", "\xff", "ключ", "%2F", "?#+&;=", "\r\n", "http://x"} {
 		f.Add(key)
 	}
 	f.Fuzz(func(t *testing.T, key string) {
-		p.cache.clear()
+		p.cache.forget(nil)
 		cacheNow(p, key, "value of "+key)
 		var all strings.Builder
 		for _, b := range []byte(key) {
@@ -509,7 +561,7 @@ func TestHTTPErrors(t *testing.T) {
 }
 
 func TestHTTPAnswersFromRedis(t *testing.T) {
-	p := newTestProxy(t, append(playRedis(t, replies), "--cache-bytes", "2KB")...)
+	p := newParts(t, append(playRedis(t, replies), "--cache-bytes", "2KB")...)
 	for _, tt := range []struct {
 		key         string
 		status      int
@@ -761,10 +813,11 @@ func (s *script) Write(p []byte) (int, error) {
 }
 
 // talk is what a new client reads after it has sent what in has.
-func talk(t testing.TB, p *proxy, in io.Reader) string {
+func talk(t testing.TB, p *parts, in io.Reader) string {
 	t.Helper()
 	var out bytes.Buffer
-	newRESP(p).serve(newScript(t, in, &out))
+	p.resp.nextID.Store(0)
+	p.serveRESP(newScript(t, in, &out))
 	return out.String()
 }
 
@@ -775,7 +828,7 @@ func helloReply(proto int) string {
 }
 
 func TestRESPReplies(t *testing.T) {
-	p := newTestProxy(t)
+	p := newParts(t)
 	cacheNow(p, "text", "hello", "empty", "", "crlf", "\r\n")
 	arity := func(name string) string { return "-ERR wrong number of arguments for '" + name + "' command\r\n" }
 	const hello = "$5\r\nhello\r\n"
@@ -823,12 +876,12 @@ func TestRESPReplies(t *testing.T) {
 }
 
 func TestRESPDescribesItself(t *testing.T) {
-	p := newTestProxy(t)
+	p := newParts(t)
 	cacheNow(p, "key", "value")
 	for in, wants := range map[string]string{
 		"INFO\r\n":                           "# Server\r\n|redis_version:7.0.15\r\n|loading:0\r\n|role:master\r\n|\r\n\r\n# Cache\r\ncache_keys:1\r\n",
 		"INFO all\r\n":                       "# Server\r\n|# Cache\r\n",
-		"GET key\r\nINFO STATS clients\r\n":  "# Clients\r\n|# Stats\r\n|keyspace_hits:1\r\n",
+		"GET key\r\nINFO STATS memory\r\n":   "# Memory\r\n|# Stats\r\n|keyspace_hits:1\r\n",
 		"CLIENT SETNAME me\r\nCLIENT INFO\n": "id=1 |name=me |resp=2 ",
 		"CLIENT SETINFO LIB-NAME x\r\nHELLO 3\r\nCLIENT LIST\n": "\r\ntxt:id=1 |resp=3 lib-name=x ",
 	} {
@@ -845,7 +898,7 @@ func TestRESPDescribesItself(t *testing.T) {
 }
 
 func TestRESPCountsWrongPasswords(t *testing.T) {
-	p := newTestProxy(t, "--password", "right")
+	p := newParts(t, "--password", "right")
 	got := talk(t, p, strings.NewReader("AUTH wrong\r\nAUTH \"\"\r\nAUTH bob right\r\nHELLO 3 AUTH default wrong\r\nAUTH right\r\nINFO stats\r\n"))
 	if !strings.Contains(got, "\nacl_access_denied_auth:4\r\n") {
 		t.Errorf("got %q; want 4 that were denied", got)
@@ -853,7 +906,7 @@ func TestRESPCountsWrongPasswords(t *testing.T) {
 }
 
 func TestRESPAnswersPipelinesInOrder(t *testing.T) {
-	p := newTestProxy(t)
+	p := newParts(t)
 	large := strings.Repeat("x", 100000)
 	cacheNow(p, "text", "hello", "empty", "", "large", large)
 	var in, want strings.Builder
@@ -871,7 +924,7 @@ func TestRESPAnswersPipelinesInOrder(t *testing.T) {
 		want.WriteString(bulk("hello"))
 	}
 	client, nc := net.Pipe()
-	go newRESP(p).serve(nc)                           // ends with QUIT
+	go p.serveRESP(nc)                                // ends with QUIT
 	go io.WriteString(client, in.String()+"QUIT\r\n") // ends when all is read
 	got, err := io.ReadAll(client)
 	if err != nil {
@@ -888,20 +941,20 @@ func TestRESPAnswersPipelinesInOrder(t *testing.T) {
 }
 
 func TestRESPHoldsFewRepliesBack(t *testing.T) {
-	p := newTestProxy(t)
+	p := newParts(t)
 	s := newScript(t, strings.NewReader(strings.Repeat("INFO\n", readBuffer/len("INFO\n"))), io.Discard)
-	newRESP(p).serve(s)
+	p.serveRESP(s)
 	if s.largest > 4*flushAt {
 		t.Errorf("replies to %d bytes of commands: got %d in one write; want at most %d", readBuffer, s.largest, 4*flushAt)
 	}
 }
 
 func TestRESPKeepsClientsApartAfterAFailedWrite(t *testing.T) {
-	p := newTestProxy(t)
+	p := newParts(t)
 	cacheNow(p, "large", strings.Repeat("x", 2*flushAt))
 	for range 50 {
 		gone := newScript(t, strings.NewReader(strings.Repeat("GET large\r\n", 3)), failingWriter{})
-		newRESP(p).serve(gone)
+		p.serveRESP(gone)
 		if got := talk(t, p, strings.NewReader("PING\r\n")); got != "+PONG\r\n" {
 			t.Fatalf("PING of another client: got %.100q; want %q", got, "+PONG\r\n")
 		}
@@ -913,14 +966,14 @@ type failingWriter struct{}
 func (failingWriter) Write([]byte) (int, error) { return 0, errors.New("gone") }
 
 func TestRESPHitAllocatesNothing(t *testing.T) {
-	p := newTestProxy(t)
+	p := newParts(t)
 	cacheNow(p, "key", "value")
 	const n = 20000
 	in := strings.Repeat(request("GET", "key"), n)
 	s := newScript(t, nil, io.Discard)
 	got := testing.AllocsPerRun(3, func() {
 		s.in = strings.NewReader(in)
-		newRESP(p).serve(s)
+		p.serveRESP(s)
 	})
 	if got > n/20 { // the race detector has sync.Pool drop some
 		t.Errorf("%d hits: got %v allocations; want none, but for the connection", n, got)
@@ -939,7 +992,7 @@ func TestRESPAnswersFromRedis(t *testing.T) {
 		"MGET text absent list": "*3\r\n" + bulk("hello") + "NULLNULL",
 		"MGET text loading":     "-LOADING Redis is loading the dataset in memory\r\n",
 	} {
-		p := newTestProxy(t, playRedis(t, replies)...)
+		p := newParts(t, playRedis(t, replies)...)
 		compare(t, in, talk(t, p, strings.NewReader(in+"\r\n")), strings.ReplaceAll(want, "NULL", "$-1\r\n"))
 		compare(t, "in RESP3: "+in, talk(t, p, strings.NewReader("HELLO 3\r\n"+in+"\r\n")), helloReply(3)+strings.ReplaceAll(want, "NULL", "_\r\n"))
 	}
@@ -947,16 +1000,16 @@ func TestRESPAnswersFromRedis(t *testing.T) {
 
 // However many nulls and errors come before a value, none of them is lost, and none held back for long.
 func TestRESPWritesAValueAfterManyShortReplies(t *testing.T) {
-	p := newTestProxy(t)
+	p := newParts(t)
 	cacheNow(p, "v", "value")
 	compare(t, "errors", talk(t, p, strings.NewReader(strings.Repeat("GET x\r\n", 1000)+"GET v\r\n")),
 		strings.Repeat("-ERR upstream unavailable\r\n", 1000)+bulk("value"))
-	p = newTestProxy(t, playRedis(t, func(int, []string) string { return "$-1\r\n" })...)
+	p = newParts(t, playRedis(t, func(int, []string) string { return "$-1\r\n" })...)
 	cacheNow(p, "v", "value")
 	args := append(slices.Repeat([]string{"x"}, 20_000), "v")
 	var out bytes.Buffer
 	client := newScript(t, strings.NewReader(request(append([]string{"MGET"}, args...)...)), &out)
-	newRESP(p).serve(client)
+	p.serveRESP(client)
 	compare(t, "nulls", out.String(), "*20001\r\n"+strings.Repeat("$-1\r\n", 20_000)+bulk("value"))
 	if client.largest > 2*flushAt {
 		t.Errorf("the longest write has %d bytes; want %d at most", client.largest, 2*flushAt)
@@ -965,10 +1018,10 @@ func TestRESPWritesAValueAfterManyShortReplies(t *testing.T) {
 
 // A client that takes nothing has been waited for once.
 func TestRESPWritesNothingAfterAFailedWrite(t *testing.T) {
-	p := newTestProxy(t)
+	p := newParts(t)
 	cacheNow(p, "large", strings.Repeat("v", 1<<20))
 	writes := 0
-	newRESP(p).serve(newScript(t, strings.NewReader(strings.Repeat("GET large\r\nPING\r\n", 10)), writerFunc(func([]byte) (int, error) {
+	p.serveRESP(newScript(t, strings.NewReader(strings.Repeat("GET large\r\nPING\r\n", 10)), writerFunc(func([]byte) (int, error) {
 		writes++
 		return 0, os.ErrDeadlineExceeded
 	})))
@@ -982,7 +1035,7 @@ func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 // An MGET whose answers are large is written as they come: an error is an element then.
 func TestRESPWritesLargeMGETsAsTheyCome(t *testing.T) {
 	large := strings.Repeat("v", aheadBytes/2)
-	p := newTestProxy(t, playRedis(t, func(_ int, args []string) string {
+	p := newParts(t, playRedis(t, func(_ int, args []string) string {
 		switch args[1] {
 		case "bad":
 			return "-LOADING\r\n"
@@ -991,7 +1044,7 @@ func TestRESPWritesLargeMGETsAsTheyCome(t *testing.T) {
 		}
 		return bulk(large)
 	})...)
-	p.pool.typical = aheadBytes
+	p.cache.typical.Store(aheadBytes)
 	compare(t, "an error among the first", talk(t, p, strings.NewReader(request("MGET", "a", "bad", "c"))), "-LOADING\r\n")
 	compare(t, "an error after much", talk(t, p, strings.NewReader(request("MGET", "a", "list", "c", "d", "bad", "e"))),
 		"*6\r\n"+bulk(large)+"$-1\r\n"+bulk(large)+bulk(large)+"-LOADING\r\n"+bulk(large))
@@ -1005,6 +1058,11 @@ func bytesFor(n, keyAndValue int) int64 {
 	return int64(n) * (&entry{value: v}).size()
 }
 
+// newTestCache is a cache that nobody fills but the test.
+func newTestCache(maxKeys int, maxBytes int64, ttl, stale time.Duration) *cache {
+	return newCache(cacheSettings{maxKeys: maxKeys, maxBytes: maxBytes, ttl: ttl, stale: stale, timeout: time.Second}, nil)
+}
+
 // putAt stores a value that was fetched now.
 func putAt(c *cache, now time.Duration, keys ...string) {
 	for _, key := range keys {
@@ -1014,11 +1072,11 @@ func putAt(c *cache, now time.Duration, keys ...string) {
 
 // lookUp reads a key.
 func lookUp(c *cache, now time.Duration, key string) (val string, hit bool) {
-	var a [1]answer
-	if c.get(now, [][]byte{[]byte(key)}, a[:]) > 0 {
+	e, live := c.lookUp(now, []byte(key))
+	if !live {
 		return "", false
 	}
-	return a[0].content(), true
+	return e.content(), true
 }
 
 // holds tells which of the keys are there, and reads them: the last becomes the most recently used.
@@ -1032,7 +1090,7 @@ func holds(c *cache, now time.Duration, keys string) (found string) {
 }
 
 func TestCacheEvictsLeastRecentlyUsed(t *testing.T) {
-	c := newCache(3, 1<<20, time.Hour, 0)
+	c := newTestCache(3, 1<<20, time.Hour, 0)
 	putAt(c, 0, "a", "b", "c")
 	lookUp(c, 0, "a")
 	lookUp(c, 0, "x")
@@ -1041,12 +1099,11 @@ func TestCacheEvictsLeastRecentlyUsed(t *testing.T) {
 	putAt(c, 0, "c")
 	putAt(c, 0, "e", "f")
 	compare(t, "c refilled, e and f filled", holds(c, 0, "abcdef"), "cef")
-	_, _, counts := c.usage()
-	compare(t, "counts", counts, cacheCounts{evictions: 3})
+	compare(t, "counts", c.cacheCounts, cacheCounts{evictions: 3})
 }
 
 func TestCacheRefillRenewsTheExpiryAndAReadDoesNot(t *testing.T) {
-	c := newCache(3, 1<<20, 10*time.Second, 0)
+	c := newTestCache(3, 1<<20, 10*time.Second, 0)
 	putAt(c, 0, "a", "b")
 	putAt(c, 5*time.Second, "b")
 	compare(t, "just before", holds(c, 10*time.Second-1, "ab"), "ab")
@@ -1059,18 +1116,17 @@ func TestCacheRefillRenewsTheExpiryAndAReadDoesNot(t *testing.T) {
 }
 
 func TestCacheExpiredCostsNoLiveEntryItsPlace(t *testing.T) {
-	c := newCache(3, 1<<20, 10*time.Second, 0)
+	c := newTestCache(3, 1<<20, 10*time.Second, 0)
 	putAt(c, 0, "a", "b")
 	putAt(c, 5*time.Second, "c")
 	compare(t, "all read, c first", holds(c, 9*time.Second, "cab"), "cab")
 	putAt(c, 10*time.Second, "d", "e")
 	compare(t, "a and b expired", holds(c, 10*time.Second, "abcde"), "cde")
-	_, _, counts := c.usage()
-	compare(t, "counts", counts, cacheCounts{expirations: 2})
+	compare(t, "counts", c.cacheCounts, cacheCounts{expirations: 2})
 }
 
 func TestCacheExpiredCostsNoLiveEntryItsPlaceAfterASlowFetch(t *testing.T) {
-	c := newCache(2, 1<<20, 10*time.Second, 0)
+	c := newTestCache(2, 1<<20, 10*time.Second, 0)
 	c.put(3*time.Second, newValue("a", nil, 2*time.Second))
 	c.put(4*time.Second, newValue("b", nil, 1*time.Second)) // asked for earlier, answered later
 	putAt(c, 11*time.Second, "c")
@@ -1078,7 +1134,7 @@ func TestCacheExpiredCostsNoLiveEntryItsPlaceAfterASlowFetch(t *testing.T) {
 }
 
 func TestCacheDropsExpiredAFewAtATime(t *testing.T) {
-	c := newCache(100, 1<<20, 10*time.Second, 5*time.Second)
+	c := newTestCache(100, 1<<20, 10*time.Second, 5*time.Second)
 	putAt(c, 0, strings.Split("abcdefgh", "")...)
 	for _, tt := range []struct {
 		now  time.Duration
@@ -1086,17 +1142,15 @@ func TestCacheDropsExpiredAFewAtATime(t *testing.T) {
 		want int
 	}{{15*time.Second - 1, "x", 9}, {15 * time.Second, "y", 6}, {15 * time.Second, "z", 3}} {
 		putAt(c, tt.now, tt.key)
-		got, _, _ := c.usage()
-		compare(t, "keys after "+tt.key, got, tt.want)
+		compare(t, "keys after "+tt.key, len(c.entries), tt.want)
 	}
 }
 
 func TestCacheBoundsBytes(t *testing.T) {
-	c := newCache(100, bytesFor(3, 6), time.Hour, 0)
+	c := newTestCache(100, bytesFor(3, 6), time.Hour, 0)
 	putAt(c, 0, "a", "b", "c", "d")
 	compare(t, "four where three fit", holds(c, 0, "abcd"), "bcd")
-	keys, used, _ := c.usage()
-	compare(t, "usage", fmt.Sprint(keys, used), fmt.Sprint(3, bytesFor(3, 6)))
+	compare(t, "usage", fmt.Sprint(len(c.entries), c.bytes), fmt.Sprint(3, bytesFor(3, 6)))
 
 	large := make([]byte, bytesFor(3, 6))
 	compare(t, "too large a value: stored", c.put(0, newValue("c", large, 0)), false)
@@ -1104,31 +1158,29 @@ func TestCacheBoundsBytes(t *testing.T) {
 	most := large[:bytesFor(3, 6)-bytesFor(1, 0)-int64(len("c")+len("123"))]
 	compare(t, "the largest value: stored", c.put(0, newValue("c", most, 0)), true)
 	compare(t, "c as large as the cache", holds(c, 0, "bcd"), "c")
-	c.remove(0, []byte("c"))
-	keys, used, _ = c.usage()
-	compare(t, "usage when empty", fmt.Sprint(keys, used), "0 0")
+	c.remove(0, "c")
+	compare(t, "usage when empty", fmt.Sprint(len(c.entries), c.bytes), "0 0")
 }
 
 func TestCacheRemovesAndClears(t *testing.T) {
-	c := newCache(5, 1<<20, time.Hour, 0)
+	c := newTestCache(5, 1<<20, time.Hour, 0)
 	putAt(c, 0, "a", "b", "c")
-	c.remove(0, []byte("b"))
-	c.remove(0, []byte("x"))
+	c.remove(0, "b")
+	c.remove(0, "x")
 	compare(t, "b removed", holds(c, 0, "abc"), "ac")
-	c.clear()
+	c.forget(nil)
 	compare(t, "cleared", holds(c, 0, "abc"), "")
-	keys, used, _ := c.usage()
-	compare(t, "usage when cleared", fmt.Sprint(keys, used), "0 0")
+	compare(t, "usage when cleared", fmt.Sprint(len(c.entries), c.bytes), "0 0")
 	putAt(c, 0, "d")
 	compare(t, "filled again", holds(c, 0, "acd"), "d")
 }
 
 func TestCacheGetAllocatesNothing(t *testing.T) {
-	c := newCache(5, 1<<20, time.Hour, 0)
+	c := newTestCache(5, 1<<20, time.Hour, 0)
 	long := strings.Repeat("a", 100) // shorter ones may be copied without
 	putAt(c, 0, long)
-	keys, answers := [][]byte{[]byte(long), []byte(long + "x")}, make([]answer, 2)
-	compare(t, "allocations", testing.AllocsPerRun(100, func() { c.get(0, keys, answers) }), 0)
+	keys, answers := [][]byte{[]byte(long), []byte(long)}, make([]answer, 2)
+	compare(t, "allocations", testing.AllocsPerRun(100, func() { c.get(new(tally), 0, keys, answers) }), 0)
 }
 
 // A slowCache does what the cache promises in the plainest way: a list, the most recently used in front.
@@ -1183,7 +1235,7 @@ func FuzzCache(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, ops []byte, stale bool) {
 		m := &slowCache{maxKeys: 6, maxBytes: bytesFor(5, 100), ttl: 5 * time.Second}
-		c := newCache(m.maxKeys, m.maxBytes, m.ttl, 0)
+		c := newTestCache(m.maxKeys, m.maxBytes, m.ttl, 0)
 		if stale {
 			c.stale = 3 * time.Second
 		}
@@ -1208,10 +1260,10 @@ func FuzzCache(f *testing.F) {
 			case what < 15:
 				now += time.Duration(arg%4) * time.Second
 			case arg > 0:
-				c.remove(now, []byte(key))
+				c.remove(now, key)
 				m.remove(key)
 			default:
-				c.clear()
+				c.forget(nil)
 				m.values = nil
 			}
 			checkCache(t, c)
@@ -1306,13 +1358,12 @@ func playConn(nc net.Conn, reply func(args []string) string) {
 }
 
 // askFor asks for keys without waiting.
-func askFor(p *proxy, keys ...string) []answer {
+func askFor(p *parts, keys ...string) []answer {
 	answers, raw := make([]answer, len(keys)), make([][]byte, len(keys))
 	for i, key := range keys {
 		raw[i] = []byte(key)
 	}
-	p.cache.get(p.now(), raw, answers)
-	p.pool.fetch(p.now(), raw, answers)
+	p.cache.decide(p.now(), raw, answers)
 	return answers
 }
 
@@ -1327,7 +1378,7 @@ func outcomeOf(a answer) string {
 func TestPoolFetchesEachKeyOnce(t *testing.T) {
 	var fetches atomic.Int64
 	release := make(chan struct{})
-	p := newTestProxy(t, playRedis(t, func(int, []string) string {
+	p := newParts(t, playRedis(t, func(int, []string) string {
 		fetches.Add(1)
 		<-release
 		return bulk("hello")
@@ -1339,7 +1390,7 @@ func TestPoolFetchesEachKeyOnce(t *testing.T) {
 		done.Go(func() {
 			answers := askFor(p, "key")
 			asked.Done()
-			p.wait(p.now(), answers)
+			p.wait(answers)
 			compare(t, "answer", outcomeOf(answers[0]), "hello")
 			sources[answers[0].source].Add(1)
 		})
@@ -1356,7 +1407,7 @@ func TestPoolSendsWhatWaitsTogether(t *testing.T) {
 	begun, release := make(chan struct{}), make(chan struct{})
 	var held strings.Builder
 	seen := 0
-	p := newTestProxy(t, append(playRedis(t, func(_ int, args []string) string {
+	p := newParts(t, append(playRedis(t, func(_ int, args []string) string {
 		if args[1] == "first" {
 			close(begun)
 			<-release
@@ -1375,15 +1426,17 @@ func TestPoolSendsWhatWaitsTogether(t *testing.T) {
 		answers = append(answers, askFor(p, strconv.Itoa(i))...)
 	}
 	close(release)
-	p.wait(p.now(), first)
-	p.wait(p.now(), answers)
+	p.wait(first)
+	p.wait(answers)
 	compare(t, "first", outcomeOf(first[0]), "first")
 	for i, a := range answers {
 		compare(t, "answer", outcomeOf(a), strconv.Itoa(i))
 	}
-	_, _, counts := p.pool.usage()
-	compare(t, "fetches", counts.fetches, int64(n+1))
-	compare(t, "batches", counts.batches, 2)
+	eventually(t, "both batches are counted", func() bool {
+		p.pool.mu.Lock()
+		defer p.pool.mu.Unlock()
+		return p.pool.flights == n+1 && p.pool.batches == 2
+	})
 }
 
 func TestPoolRefusesWhatIsNoReplyToGet(t *testing.T) {
@@ -1394,37 +1447,37 @@ func TestPoolRefusesWhatIsNoReplyToGet(t *testing.T) {
 	} {
 		sick := atomic.Bool{}
 		sick.Store(true)
-		p := newTestProxy(t, playRedis(t, func(n int, args []string) string {
+		p := newParts(t, playRedis(t, func(n int, args []string) string {
 			if sick.Load() {
 				return reply
 			}
 			return replies(n, args)
 		})...)
 		answers := askFor(p, "key")
-		p.wait(p.now(), answers)
+		p.wait(answers)
 		compare(t, defect, answers[0].err, errUnavailable)
 		sick.Store(false)
 		answers = askFor(p, "text")
-		p.wait(p.now(), answers)
+		p.wait(answers)
 		compare(t, "next answer after "+defect, outcomeOf(answers[0]), "hello")
 	}
 }
 
 func TestPoolStoresALateReply(t *testing.T) {
 	release := make(chan struct{})
-	p := newTestProxy(t, append(playRedis(t, func(int, []string) string { <-release; return bulk("late") }), "--redis-timeout", "20ms")...)
+	p := newParts(t, append(playRedis(t, func(int, []string) string { <-release; return bulk("late") }), "--redis-timeout", "20ms")...)
 	answers := askFor(p, "key")
-	p.wait(p.now(), answers)
+	p.wait(answers)
 	compare(t, "answer in time", answers[0].err, errTimeout)
 	close(release)
-	p.pool.wait(answers[0].fetch, nil)
-	compare(t, "answer of the cache", outcomeOf(askFor(p, "key")[0]), "late")
+	p.cache.ended(answers[0].flight, nil)
+	compare(t, "answer of the cache", outcomeOf(p.get("key")), "late")
 }
 
 func TestPoolStoresNothingThatWasSuperseded(t *testing.T) {
 	var fetches atomic.Int64
 	begun, release := make(chan struct{}), make(chan struct{})
-	p := newTestProxy(t, playRedis(t, func(int, []string) string {
+	p := newParts(t, playRedis(t, func(int, []string) string {
 		if fetches.Add(1) > 1 {
 			return bulk("new")
 		}
@@ -1434,22 +1487,23 @@ func TestPoolStoresNothingThatWasSuperseded(t *testing.T) {
 	})...)
 	keys, old, renewed := [][]byte{[]byte("key")}, askFor(p, "key"), make([]answer, 1)
 	<-begun
-	late := p.now() + p.cfg.redisTimeout // nobody waits for the first any more
-	p.cache.get(late, keys, renewed)
-	p.pool.fetch(late, keys, renewed)
-	p.wait(p.now(), renewed)
+	p.cache.mu.Lock()
+	old[0].flight.began -= p.cfg.pool.timeout // nobody joins the first any more
+	p.cache.mu.Unlock()
+	p.cache.decide(p.now(), keys, renewed)
+	p.wait(renewed)
 	compare(t, "second answer", outcomeOf(renewed[0]), "new")
 	close(release)
-	p.wait(p.now(), old)
+	p.wait(old)
 	compare(t, "first answer", outcomeOf(old[0]), "old")
-	compare(t, "stored", old[0].fetch.stored, false)
-	compare(t, "in the cache", outcomeOf(askFor(p, "key")[0]), "new")
+	compare(t, "stored", old[0].flight.stored, false)
+	compare(t, "in the cache", outcomeOf(p.get("key")), "new")
 }
 
 // The second connection is not one that may have died with the first.
 func TestPoolRetriesOnAFreshConnection(t *testing.T) {
 	slow, down := make(chan struct{}), make(chan struct{})
-	p := newTestProxy(t, playRedis(t, func(conn int, args []string) string {
+	p := newParts(t, playRedis(t, func(conn int, args []string) string {
 		switch {
 		case conn > 2: // Redis has been restarted
 		case args[1] == "slow":
@@ -1464,10 +1518,10 @@ func TestPoolRetriesOnAFreshConnection(t *testing.T) {
 	first := askFor(p, "slow")
 	<-slow
 	fast := askFor(p, "fast") // on a connection that is put back later than the first one began
-	p.wait(p.now(), fast)
+	p.wait(fast)
 	compare(t, "meanwhile", outcomeOf(fast[0]), "value")
 	close(down)
-	p.wait(p.now(), first)
+	p.wait(first)
 	compare(t, "after the restart", outcomeOf(first[0]), "value")
 }
 
@@ -1475,26 +1529,26 @@ func TestPoolRetriesOnAFreshConnection(t *testing.T) {
 func TestPoolDoesNotRetryForNobody(t *testing.T) {
 	var fetches atomic.Int64
 	hangUp := make(chan struct{})
-	p := newTestProxy(t, append(playRedis(t, func(int, []string) string {
+	p := newParts(t, append(playRedis(t, func(int, []string) string {
 		fetches.Add(1)
 		<-hangUp
 		return hungUp
 	}), "--redis-timeout", "20ms")...)
 	asked := askFor(p, "key")
-	for gone := p.now() + 2*p.cfg.redisTimeout; p.now() <= gone; {
-		p.wait(p.now(), asked) // for another 20 ms
+	for gone := p.now() + 2*p.cfg.pool.timeout; p.now() <= gone; {
+		p.wait(asked) // for another 20 ms
 	}
 	close(hangUp)
-	p.pool.wait(asked[0].fetch, nil)
+	p.cache.ended(asked[0].flight, nil)
 	compare(t, "GETs", fetches.Load(), 1)
 }
 
 // A dial that began while Redis was down does not fail those who ask when it is back.
 func TestPoolHasNoErrorAfterTheFirstSuccess(t *testing.T) {
-	p := newTestProxy(t, playRedis(t, func(int, []string) string { return bulk("value") })...)
-	dial, dialling, refuse := p.pool.conns.Dial, make(chan struct{}), make(chan struct{})
+	p := newParts(t, playRedis(t, func(int, []string) string { return bulk("value") })...)
+	dial, dialling, refuse := p.pool.node.conns.Dial, make(chan struct{}), make(chan struct{})
 	var dials atomic.Int64
-	p.pool.conns.Dial = func() (redis.Conn, error) {
+	p.pool.node.conns.Dial = func() (redis.Conn, error) {
 		if dials.Add(1) > 1 {
 			return dial()
 		}
@@ -1504,61 +1558,63 @@ func TestPoolHasNoErrorAfterTheFirstSuccess(t *testing.T) {
 	}
 	asked := askFor(p, "key")
 	<-dialling
-	p.pool.mu.Lock()
-	p.pool.success = p.now() // of another connection
-	p.pool.mu.Unlock()
+	p.pool.node.health.worked() // over another connection
 	close(refuse)
-	p.wait(p.now(), asked)
+	p.wait(asked)
 	compare(t, "answer", outcomeOf(asked[0]), "value")
 }
 
 func TestPoolBoundsWhatWaits(t *testing.T) {
-	p := newTestProxy(t)
-	for range cap(p.pool.slots) {
-		p.pool.slots <- struct{}{} // no connection is free
+	p := newParts(t)
+	for range cap(p.pool.node.slots) {
+		p.pool.node.slots <- struct{}{} // no connection is free
 	}
 	for i := range maxQueue {
 		askFor(p, fmt.Sprint(i))
 	}
-	compare(t, "one too many", outcomeOf(askFor(p, "x")[0]), errTimeout.Error())
-	p.pool.queue, p.pool.queueBytes = nil, maxQueueBytes-5
-	compare(t, "keys too large", outcomeOf(askFor(p, "longer")[0]), errTimeout.Error())
-	p.pool.queue, p.pool.queueBytes = nil, 0
+	compare(t, "one too many", outcomeOf(p.get("x")), errTimeout.Error())
+	p.pool.node.queue, p.pool.queueBytes = nil, maxQueueBytes-5
+	compare(t, "keys too large", outcomeOf(p.get("longer")), errTimeout.Error())
+	p.pool.node.queue, p.pool.queueBytes = nil, 0
 }
 
 func TestRefusedMarksWhatConcernsTheProxy(t *testing.T) {
-	p := newTestProxy(t).pool
 	for in, want := range map[redis.Error]replyError{
 		"WRONGTYPE Operation": "WRONGTYPE Operation", "LOADING Redis is": "LOADING Redis is", "ERR any": "ERR any", "NOAUTHORITY": "NOAUTHORITY",
 		"NOAUTH Authentication required.": "ERR upstream refused: NOAUTH Authentication required.",
 		"NOPERM this user":                "ERR upstream refused: NOPERM this user", "WRONGPASS invalid": "ERR upstream refused: WRONGPASS invalid",
 	} {
-		compare(t, string(in), p.refused(in), want)
+		compare(t, string(in), passedOn(in), want)
 	}
-	compare(t, "counted, all but WRONGTYPE", p.errors, 6)
 }
 
-func TestPoolFetchesFewLargeValuesAhead(t *testing.T) {
-	keys := make([][]byte, maxAhead)
-	for typical, want := range map[int]int{0: 1, 1: maxAhead, 1 << 10: maxAhead, 64 << 10: 4, 1 << 20: 1} {
-		answers := make([]answer, maxAhead)
+func TestCacheAsksForFewLargeValuesAhead(t *testing.T) {
+	const many = 1000
+	keys, answers := make([][]byte, many), make([]answer, many)
+	for typical, want := range map[int64]int{0: 1, 1: many, 512: many, 64 << 10: aheadBytes / (64 << 10), 1 << 20: 1} {
 		for i := range keys {
 			keys[i] = fmt.Append(nil, typical, i)
-			if i%2 == 1 {
-				answers[i].source = fromRedis // the others are from the cache
-			}
 		}
-		p := newTestProxy(t)
-		p.pool.typical = typical
-		compare(t, fmt.Sprint("typically ", typical, " bytes"), p.pool.fetch(p.now(), keys, answers), min(2*want+1, maxAhead))
+		p := newParts(t)
+		p.cache.typical.Store(typical)
+		n, _ := p.cache.decide(p.now(), keys, answers)
+		compare(t, fmt.Sprint("typically ", typical, " bytes"), n, want)
 	}
+	p := newParts(t)
+	large := strings.Repeat("v", aheadBytes/2)
+	for i := range keys {
+		keys[i] = fmt.Append(nil, "hit", i)
+		cacheNow(p, string(keys[i]), large)
+	}
+	n, _ := p.cache.decide(p.now(), keys, answers)
+	compare(t, "hits that fill the bound", n, 1)
 }
 
 // Benchmarks
 
 // filledCache holds n entries of 16-byte keys and 40-byte values.
 func filledCache(n int) (*cache, [][]byte) {
-	c := newCache(n, 1<<40, time.Hour, 0)
+	c := newTestCache(n, 1<<40, time.Hour, 0)
 	keys := make([][]byte, n)
 	for i := range keys {
 		keys[i] = fmt.Appendf(nil, "key:%012d", i)
@@ -1573,9 +1629,10 @@ func BenchmarkCacheGet(b *testing.B) {
 		b.Run(strconv.Itoa(n), func(b *testing.B) {
 			c, keys := filledCache(n)
 			var answers [1]answer
+			var t tally
 			b.ReportAllocs()
 			for i := 0; b.Loop(); i++ {
-				c.get(0, keys[i%n:i%n+1], answers[:])
+				c.get(&t, 0, keys[i%n:i%n+1], answers[:])
 			}
 		})
 	}
@@ -1586,9 +1643,10 @@ func BenchmarkCacheGetParallel(b *testing.B) {
 	b.ReportAllocs()
 	b.RunParallel(func(pb *testing.PB) {
 		var answers [1]answer
+		var t tally
 		for i := rand.IntN(len(keys)); pb.Next(); i++ {
 			at := i % len(keys)
-			c.get(0, keys[at:at+1], answers[:])
+			c.get(&t, 0, keys[at:at+1], answers[:])
 		}
 	})
 }
@@ -1679,7 +1737,7 @@ func FuzzQuickAnswersAsNetHTTP(f *testing.F) {
 	}
 	addrs := [2]string{}
 	for i := range addrs {
-		p := newTestProxy(f, "--cache-timeout", "24h")
+		p := newParts(f, "--cache-timeout", "24h")
 		for key, val := range map[string]string{"k": "value", "/k": "another", "empty": "", "binary": "\xff\x00", "large": strings.Repeat("x", 3*flushAt)} {
 			cacheNow(p, key, val)
 		}
@@ -1687,12 +1745,12 @@ func FuzzQuickAnswersAsNetHTTP(f *testing.F) {
 		if err != nil {
 			f.Fatal(err)
 		}
-		web := newWeb(p, l.Addr())
+		web := p.web
 		front := frontEnd(web)
 		if i == 1 {
 			front = byNetHTTP{web}
 		}
-		s := newServer(l, config{maxClients: 1000, writeTimeout: time.Minute}, p.log, [...]frontEnd{protoHTTP: front, protoRESP: front})
+		s := newServer(l, serverSettings{maxClients: 1000, writeTimeout: time.Minute}, slog.New(slog.DiscardHandler), [...]frontEnd{protoHTTP: front, protoRESP: front})
 		go web.run()
 		go s.run()
 		f.Cleanup(func() {
@@ -1720,8 +1778,8 @@ func FuzzQuickAnswersAsNetHTTP(f *testing.F) {
 // byNetHTTP is a web without its quick way.
 type byNetHTTP struct{ *web }
 
-func (w byNetHTTP) serve(c net.Conn) {
-	c.(clientConn).release(nil)
+func (w byNetHTTP) serve(c *conn) {
+	c.release(nil)
 	w.conns <- c
 }
 
@@ -1744,12 +1802,10 @@ func TestProxyForgetsWhatRedisSaysIsGone(t *testing.T) {
 		var reply atomic.Value
 		reply.Store(bulk("old"))
 		flags := playRedis(t, func(int, []string) string { return reply.Load().(string) })
-		p := newTestProxy(t, append(flags, "--cache-timeout", "1ms", "--stale-timeout", "1h")...)
+		p := newParts(t, append(flags, "--cache-timeout", "1ms", "--stale-timeout", "1h")...)
 		get := func() answer {
 			time.Sleep(2 * time.Millisecond) // past the TTL
-			answers := askFor(p, "k")
-			p.wait(p.now(), answers)
-			return answers[0]
+			return p.get("k")
 		}
 		get()
 		reply.Store(gone)
@@ -1763,7 +1819,7 @@ func TestProxyForgetsWhatRedisSaysIsGone(t *testing.T) {
 
 // Redis takes longer than anybody waits, and the key is asked for all the time: its replies are stored.
 func TestPoolStoresLateRepliesForAHotKey(t *testing.T) {
-	p := newTestProxy(t, append(playRedis(t, func(int, []string) string {
+	p := newParts(t, append(playRedis(t, func(int, []string) string {
 		time.Sleep(60 * time.Millisecond)
 		return bulk("v")
 	}), "--redis-timeout", "40ms")...)

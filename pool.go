@@ -1,8 +1,8 @@
-// Redis: in-flight fetches, and the bounded pool of connections that carries them out in batches.
+// Redis: its nodes with their bounded connections, batches of GETs, health, and invalidation.
 //
-// Only this file knows redigo. A fetch is registered before its GET is sent, and there is at most one
-// for a key whose reply may be stored. Waiting is the business of those who asked: a fetch itself ends
-// with the reply, or with the connection.
+// Only this file knows redigo. The cache begins flights; the pool queues them, carries them out in
+// batches, and finishes each with the reply or with the failure of the connection. It waits for nobody:
+// those who asked wait in the cache, and a late reply still fills it.
 package main
 
 import (
@@ -11,8 +11,11 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
+	"net/url"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -22,68 +25,210 @@ import (
 )
 
 const (
-	// maxPipeline bounds the GETs in one batch.
-	maxPipeline = 256
-	// maxQueue bounds the fetches that wait for a connection. Who comes later is told that Redis is too
-	// slow, which is then true.
-	maxQueue = 1 << 16
-	// maxQueueBytes bounds their keys.
+	// maxBatch bounds the GETs in one batch, and batchBytes the values that they bring, by the size that
+	// values had lately.
+	maxBatch   = 1 << 14
+	batchBytes = 1 << 20
+	// maxQueue bounds the flights that wait for a connection, and maxQueueBytes their keys. More of them
+	// end with errTimeout at once: they would not be carried out in time.
+	maxQueue      = 1 << 16
 	maxQueueBytes = 64 << 20
-	// grace is how much longer than anybody waits a connection may take for a reply: it still fills
+	// grace is how much longer than the longest waiter a connection waits for a reply, which still fills
 	// the cache.
 	grace = time.Second
 	// pingEvery is how often the tracking connection is tried.
 	pingEvery = 2 * time.Second
 )
 
-// A pool fetches keys from Redis. It is safe for concurrent use.
+// poolSettings are what the flags say about Redis.
+type poolSettings struct {
+	redis    redisAddress
+	timeout  time.Duration // how long a request waits for Redis in all
+	limit    int           // connections in use at once to each node
+	tracking bool
+}
+
+// A redisAddress says how to reach the backing Redis.
+type redisAddress struct {
+	host           string
+	port           int
+	user, password string
+	db             int
+	tls            bool
+}
+
+func (a redisAddress) address() string { return net.JoinHostPort(a.host, strconv.Itoa(a.port)) }
+
+// parseRedisURL reads redis://[[user]:pass@]host[:port][/db]. Its errors do not show the URL. An empty one
+// is the zero address.
+func parseRedisURL(s string) (a redisAddress, err error) {
+	if s == "" {
+		return a, nil
+	}
+	malformed := errors.New("must be redis://[[user]:pass@]host[:port][/db], or rediss:// for TLS")
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.RawQuery != "" || u.Fragment != "" {
+		return a, malformed
+	}
+	a.tls = u.Scheme == "rediss"
+	a.host, a.port = u.Hostname(), 6379
+	if p := u.Port(); p != "" {
+		if a.port, err = strconv.Atoi(p); err != nil || a.port < 1 || a.port > 65535 {
+			return redisAddress{}, malformed
+		}
+	}
+	if !isHost(a.host) {
+		return redisAddress{}, malformed
+	}
+	if db := strings.TrimPrefix(u.Path, "/"); db != "" {
+		if a.db, err = strconv.Atoi(db); err != nil || a.db < 0 || a.db > 1<<30 {
+			return redisAddress{}, malformed
+		}
+	}
+	a.user = u.User.Username()
+	if a.password, _ = u.User.Password(); u.User != nil && a.password == "" {
+		return redisAddress{}, errors.New("has a user but no password: " + malformed.Error())
+	}
+	return a, nil
+}
+
+// isHost reports whether s is an IP address or may be a host name.
+func isHost(s string) bool {
+	_, err := netip.ParseAddr(s)
+	return err == nil || s != "" && !strings.ContainsAny(s, ":/[]@ ")
+}
+
+// A pool carries flights out. It is safe for concurrent use.
 type pool struct {
-	store   store
-	now     func() time.Duration
-	log     *slog.Logger
-	timeout time.Duration // how long those who ask for a fetch wait
-	shared  time.Duration // how long others may join it: what it brings must not be older than the TTL
+	poolSettings
+	cache *cache
+	log   *slog.Logger
+	node  *node
+	track *tracker // nil: no tracking
 
-	conns *redis.Pool
-	slots chan struct{} // holds an element for each connection in use
-
-	stopTracking func()       // stops the tracker and waits for it
-	tracked      atomic.Int32 // a trackingState
-
-	mu         sync.Mutex // guards the following, and older, dirty and done of a fetch
-	flights    map[string]*fetch
-	queue      []*fetch      // waiting for a worker
-	queueBytes int           // of their keys
-	coming     bool          // a worker is about to take the queue
-	broke      time.Time     // when a connection last did; others that have been idle since before may be dead
-	success    time.Duration // the last, on the proxy's clock
-	failure    time.Duration // the first since then, if it was logged, or 0
-	warned     time.Time     // when a failure was logged last
-	refusal    time.Time     // when a refusal was
-	typical    int           // bytes of a key and its value, as of late; 0 before the first
+	mu         sync.Mutex // guards the following, and the queue of a node; the cache's lock may not be taken under it
+	queueBytes int        // of keys, over all queues
 	poolCounts
 }
 
-// poolCounts says what became of fetches since the start.
+// poolCounts count what became of flights.
 type poolCounts struct {
-	fetches, batches, errors, invalidations int64
-
-	latencies  [len(latencyBounds) + 1]int64 // of batches; how many took up to each bound, or longer
-	latencySum time.Duration
+	flights, batches, errors int64
+	latency                  histogram // of batches
 }
 
-var latencyBounds = [...]time.Duration{
+var latencyBounds = []time.Duration{
 	100 * time.Microsecond, 250 * time.Microsecond, 500 * time.Microsecond,
 	time.Millisecond, 2500 * time.Microsecond, 5 * time.Millisecond, 10 * time.Millisecond, 25 * time.Millisecond,
 	50 * time.Millisecond, 100 * time.Millisecond, 250 * time.Millisecond, 500 * time.Millisecond, time.Second,
 }
 
-func newPool(cfg config, s store, now func() time.Duration, log *slog.Logger) *pool {
-	p := &pool{store: s, now: now, log: log, timeout: cfg.redisTimeout, shared: min(cfg.redisTimeout, cfg.cacheTimeout),
-		slots: make(chan struct{}, cfg.clientLimit), flights: make(map[string]*fetch), stopTracking: func() {}}
-	dial := dialer(context.Background(), cfg.redis, cfg.redisTimeout, cfg.redisTimeout+grace)
-	p.conns = &redis.Pool{
-		MaxIdle: cfg.clientLimit,
+func newPool(s poolSettings, c *cache, log *slog.Logger) *pool {
+	p := &pool{poolSettings: s, cache: c, log: log}
+	p.latency = histogram{bounds: latencyBounds, counts: make([]int64, len(latencyBounds)+1)}
+	p.node = p.newNode(s.redis.address())
+	if s.tracking {
+		p.track = startTracker(c, log, func(ctx context.Context) func() (redis.Conn, error) {
+			return p.dialer(ctx, p.node.addr, s.timeout+pingEvery)
+		})
+	}
+	return p
+}
+
+// dialer returns a function that makes connections to a node. It gives up when that takes longer than the
+// timeout, or when ctx is done meanwhile. A read or write on them fails after patience.
+func (p *pool) dialer(ctx context.Context, addr string, patience time.Duration) func() (redis.Conn, error) {
+	return func() (redis.Conn, error) {
+		return redis.DialContext(ctx, "tcp", addr,
+			redis.DialContextFunc(func(ctx context.Context, network, addr string) (net.Conn, error) {
+				c, err := (&net.Dialer{Timeout: p.timeout}).DialContext(ctx, network, addr)
+				return wire{c, patience}, err
+			}),
+			redis.DialTLSHandshakeTimeout(p.timeout), redis.DialUseTLS(p.redis.tls),
+			redis.DialUsername(p.redis.user), redis.DialPassword(p.redis.password), redis.DialDatabase(p.redis.db))
+	}
+}
+
+// close stops the tracker and drops the idle connections; those in use go when their batch ends.
+func (p *pool) close() {
+	p.track.close()
+	p.node.conns.Close()
+}
+
+// enqueue queues flights, which a worker carries out. It does not block.
+func (p *pool) enqueue(fs []*flight) {
+	var refused []*flight
+	p.mu.Lock()
+	n := p.node
+	for _, f := range fs {
+		if len(n.queue) >= maxQueue || p.queueBytes+len(f.key) > maxQueueBytes {
+			refused = append(refused, f)
+			continue
+		}
+		n.queue = append(n.queue, f)
+		p.queueBytes += len(f.key)
+	}
+	n.startLocked()
+	p.mu.Unlock()
+	for _, f := range refused {
+		p.cache.finish(f, value{}, errTimeout)
+	}
+}
+
+// ready reports whether Redis answers, by a flight like any other, for a key that nobody has. That Redis
+// does not let the proxy read this key is an answer.
+func (p *pool) ready() bool {
+	now := p.cache.now()
+	f := &flight{key: fmt.Sprint("redis_proxy:ready:", p.cache.started.UnixNano()), dirty: true, began: now, until: now + p.timeout}
+	p.enqueue([]*flight{f})
+	if !p.cache.ended(f, time.After(p.timeout)) {
+		return false
+	}
+	var refusal replyError
+	forbidden := errors.As(f.err, &refusal) && strings.HasPrefix(string(refusal), upstreamRefused+"NOPERM ") &&
+		strings.Contains(string(refusal), " key")
+	return !isOutage(f.err) || forbidden
+}
+
+// figures reports the connections and what became of flights.
+func (p *pool) figures() []figure {
+	p.mu.Lock()
+	n := p.poolCounts
+	n.latency.counts = slices.Clone(n.latency.counts)
+	p.mu.Unlock()
+	state, invalidations := p.track.state()
+	const failures = "Flights that failed, or were answered by an error that is not about the key."
+	return []figure{
+		{"Cache", "upstream_connections", "upstream_connections", "Connections to Redis.", p.node.conns.ActiveCount()},
+		{"Cache", "upstream_connections_used", "upstream_connections_used", "Connections to Redis in use.", len(p.node.slots)},
+		{"Cache", "upstream_fetches", "upstream_fetches_total", "GETs taken up by a connection to Redis.", n.flights},
+		{"Cache", "upstream_batches", "upstream_batches_total", "Pipelines of them.", n.batches},
+		{"Cache", "upstream_errors", "upstream_errors_total", failures, n.errors},
+		{"Cache", "tracking", "tracking", "Whether Redis reports changes: 0 is off, 1 down, 2 live.", state},
+		{"Cache", "tracking_invalidations", "invalidations_total", "Changes that Redis reported.", invalidations},
+		{"", "", "upstream_seconds", "Time from taking up a batch of GETs to its last reply, connecting included.", n.latency},
+	}
+}
+
+// A node is one Redis server, the connections to it, and the flights that wait for one of them.
+type node struct {
+	pool   *pool
+	addr   string
+	conns  *redis.Pool
+	slots  chan struct{} // holds an element for each connection in use
+	health health
+
+	// The pool's lock guards the following.
+	queue  []*flight
+	coming bool      // a worker is about to take the queue
+	broke  time.Time // when a connection last did; others that have been idle since before may be dead
+}
+
+func (p *pool) newNode(addr string) *node {
+	n := &node{pool: p, addr: addr, slots: make(chan struct{}, p.limit), health: health{log: p.log, now: p.cache.now}}
+	dial := p.dialer(context.Background(), addr, p.timeout+grace)
+	n.conns = &redis.Pool{
+		MaxIdle: p.limit,
 		Dial: func() (redis.Conn, error) {
 			c, err := dial()
 			return upstream{c}, err
@@ -91,43 +236,273 @@ func newPool(cfg config, s store, now func() time.Duration, log *slog.Logger) *p
 		TestOnBorrow: func(_ redis.Conn, idleSince time.Time) error {
 			p.mu.Lock()
 			defer p.mu.Unlock()
-			if idleSince.Before(p.broke) {
+			if idleSince.Before(n.broke) {
 				return errors.New("a connection of the same age was dead")
 			}
 			return nil
 		},
 	}
-	if cfg.tracking {
-		p.tracked.Store(int32(trackingDown))
-		ctx, cancel := context.WithCancel(context.Background())
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			p.track(ctx, dialer(ctx, cfg.redis, cfg.redisTimeout, cfg.redisTimeout+pingEvery))
-		}()
-		p.stopTracking = func() { cancel(); <-done }
-	}
-	return p
+	return n
 }
 
-// dialer makes connections that are given up when they take longer to make than timeout, or when ctx is
-// done meanwhile, and when a read or write takes longer than patience.
-func dialer(ctx context.Context, to redisAddress, timeout, patience time.Duration) func() (redis.Conn, error) {
-	return func() (redis.Conn, error) {
-		return redis.DialContext(ctx, "tcp", to.address(),
-			redis.DialContextFunc(func(ctx context.Context, network, addr string) (net.Conn, error) {
-				c, err := (&net.Dialer{Timeout: timeout}).DialContext(ctx, network, addr)
-				return wire{c, patience}, err
-			}),
-			redis.DialTLSHandshakeTimeout(timeout), redis.DialUseTLS(to.tls),
-			redis.DialUsername(to.user), redis.DialPassword(to.password), redis.DialDatabase(to.db))
+// startLocked starts a worker for the queue, unless one is on its way to it. If no slot is free, the
+// workers that hold the slots come to it.
+func (n *node) startLocked() {
+	if len(n.queue) == 0 || n.coming {
+		return
+	}
+	select {
+	case n.slots <- struct{}{}:
+		n.coming = true
+		go n.work() // ends when the queue is empty
+	default:
+	}
+}
+
+// work owns a slot. It carries out what is queued until nothing is.
+func (n *node) work() {
+	for more := true; more; {
+		runtime.Gosched() // requests that are about to ask do so first, and share a round trip
+		more = n.batch()
+	}
+	<-n.slots
+	n.pool.mu.Lock()
+	defer n.pool.mu.Unlock()
+	n.startLocked() // a flight that was queued since the last look at the queue may have found no slot
+}
+
+// take removes from the queue as much as fits a batch, and reports whether there was anything. It ends
+// the flights that no request waits for any more, and returns the others.
+func (n *node) take() (fs []*flight, any bool) {
+	p := n.pool
+	most := min(maxBatch, max(1, batchBytes/max(1, int(p.cache.typical.Load()))))
+	p.mu.Lock()
+	fs = slices.Clone(n.queue[:min(len(n.queue), most)])
+	n.queue = slices.Delete(n.queue, 0, len(fs))
+	for _, f := range fs {
+		p.queueBytes -= len(f.key)
+	}
+	n.coming = false
+	n.startLocked() // what does not fit is another worker's
+	p.mu.Unlock()
+	any = len(fs) > 0
+	fs, unwanted := p.cache.wanted(fs)
+	for _, f := range unwanted {
+		p.cache.finish(f, value{}, errTimeout)
+	}
+	return fs, any
+}
+
+// batch takes a connection, and then all that has been queued meanwhile, and carries it out. It reports
+// whether there was anything.
+//
+// If the connection breaks, the rest is tried once more on another: it may have died while it was idle,
+// and GET does no harm twice. The same goes where the connection could not be made, but another was made
+// meanwhile.
+func (n *node) batch() bool {
+	began := n.pool.cache.now()
+	conn := n.conns.Get()
+	defer func() { conn.Close() }()
+	fs, any := n.take()
+	if len(fs) == 0 {
+		return any
+	}
+	made := conn.Err() == nil
+	size := len(fs)
+	rest, err := n.exchange(conn, fs)
+	if err != nil && n.broken(made, began) && rest[len(rest)-1].began >= n.pool.cache.now()-2*n.pool.timeout {
+		conn.Close()
+		conn = n.conns.Get()
+		rest, err = n.exchange(conn, rest)
+	}
+	if err != nil {
+		n.health.failed(began, err)
+		failure := asAnswer(err)
+		for _, f := range rest {
+			n.pool.cache.finish(f, value{}, failure)
+		}
+	}
+	n.pool.count(began, size, len(rest))
+	return true
+}
+
+// count adds a batch to the statistics.
+func (p *pool) count(began time.Duration, size, failed int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.batches++
+	p.flights += int64(size)
+	p.errors += int64(failed)
+	if failed > 0 {
+		return
+	}
+	p.latency.add(p.cache.now() - began)
+}
+
+// broken notes that a connection broke, or could not be made since it began, and reports whether another
+// may do.
+func (n *node) broken(made bool, began time.Duration) bool {
+	n.pool.mu.Lock()
+	defer n.pool.mu.Unlock()
+	if made {
+		n.broke = time.Now()
+	}
+	return made || n.health.workedSince(began)
+}
+
+// exchange sends a GET for each flight and finishes it with the reply. It lets go of the flights that it
+// finished, and returns the rest.
+func (n *node) exchange(conn redis.Conn, fs []*flight) (rest []*flight, err error) {
+	sent := n.pool.cache.now()
+	for _, f := range fs {
+		if err := conn.Send("GET", f.key); err != nil {
+			return fs, err
+		}
+	}
+	if err := conn.Flush(); err != nil {
+		return fs, err
+	}
+	answered := false
+	defer func() {
+		if answered {
+			n.health.worked()
+		}
+	}()
+	for i, f := range fs {
+		reply, err := conn.Receive()
+		refusal, isReply := err.(redis.Error)
+		switch val, found := reply.([]byte); {
+		case found:
+			n.pool.cache.finish(f, newValue(f.key, val, sent), nil)
+		case err == nil:
+			n.pool.cache.finish(f, value{}, errAbsent)
+		case isReply:
+			n.refuse(f, refusal)
+		default:
+			return fs[i:], err
+		}
+		answered = answered || !isOutage(f.err)
+		fs[i] = nil
+	}
+	return nil, nil
+}
+
+// refuse finishes a flight with an error reply.
+func (n *node) refuse(f *flight, reply redis.Error) {
+	err := passedOn(reply)
+	if isOutage(err) {
+		n.pool.mu.Lock()
+		n.pool.errors++
+		n.pool.mu.Unlock()
+		n.health.refused(reply)
+	}
+	n.pool.cache.finish(f, value{}, err)
+}
+
+// asAnswer returns the answer to a request whose batch failed with err.
+func asAnswer(err error) error {
+	var refusal redis.Error
+	var network net.Error
+	switch {
+	case errors.As(err, &refusal): // to AUTH or SELECT
+		return replyError(upstreamRefused + string(refusal))
+	case errors.As(err, &network) && network.Timeout():
+		return errTimeout
+	}
+	return errUnavailable
+}
+
+// A replyError is an error reply as it is passed on to clients.
+type replyError string
+
+// upstreamRefused begins a replyError that is about the proxy and not about a key.
+const upstreamRefused = "ERR upstream refused: "
+
+func (e replyError) Error() string { return string(e) }
+
+// Unwrap returns errWrongType or errRefused.
+func (e replyError) Unwrap() error {
+	if strings.HasPrefix(string(e), "WRONGTYPE ") {
+		return errWrongType
+	}
+	return errRefused
+}
+
+// passedOn returns an error reply as clients see it. One that concerns the proxy's own standing with Redis
+// is marked, so that a client does not take it for its own.
+func passedOn(reply redis.Error) replyError {
+	for _, code := range []string{"NOAUTH ", "NOPERM ", "WRONGPASS ", "DENIED ", "MOVED ", "ASK ", "ERR max number of clients"} {
+		if strings.HasPrefix(string(reply), code) {
+			return upstreamRefused + replyError(reply)
+		}
+	}
+	return replyError(reply)
+}
+
+// A health follows whether a node can be read, and is the only one to log it.
+type health struct {
+	log *slog.Logger
+	now func() time.Duration
+
+	success atomic.Int64 // a time.Duration: when a reply came last that was no outage; 0: never
+
+	mu      sync.Mutex    // guards the following times, on the cache's clock; 0: never
+	failure time.Duration // the first since the last success, if it was logged
+	warned  time.Duration // when a failure was logged last
+	refusal time.Duration // when a refusal was logged last
+}
+
+// workedSince reports whether there was a reply since began.
+func (h *health) workedSince(began time.Duration) bool {
+	return time.Duration(h.success.Load()) > began
+}
+
+// failed logs the first failure after a success, but not every second one where the two alternate: what
+// began before a success says nothing about the time after it.
+func (h *health) failed(began time.Duration, err error) {
+	h.mu.Lock()
+	now := h.now()
+	first := h.failure == 0 && !h.workedSince(began) && (h.warned == 0 || now-h.warned > time.Second)
+	if first {
+		h.failure, h.warned = now, now
+	}
+	h.mu.Unlock()
+	if first {
+		h.log.Warn("Redis cannot be read; hits go on", "error", err)
+	}
+}
+
+// worked notes a reply that was no outage, and logs the first after a failure.
+func (h *health) worked() {
+	now := h.now()
+	h.success.Store(int64(now))
+	h.mu.Lock()
+	failure := h.failure
+	h.failure = 0
+	h.mu.Unlock()
+	if failure > 0 {
+		h.log.Info("Redis can be read again", "after", (now - failure).Round(time.Millisecond).String())
+	}
+}
+
+// refused logs an error reply that is not about a key, once a minute.
+func (h *health) refused(reply redis.Error) {
+	h.mu.Lock()
+	now := h.now()
+	first := h.refusal == 0 || now-h.refusal > time.Minute
+	if first {
+		h.refusal = now
+	}
+	h.mu.Unlock()
+	if first {
+		h.log.Warn("Redis refuses", "error", reply)
 	}
 }
 
 // An upstream is a connection on which every reply is one to GET.
 type upstream struct{ redis.Conn }
 
-// Receive reads a reply: bytes, nil or an error. Anything else breaks the connection, as the replies
+// Receive reads a reply: bytes, nil or an error. Any other reply breaks the connection, as the replies
 // after it might be taken for those of other keys.
 func (u upstream) Receive() (reply any, err error) {
 	defer func() {
@@ -146,7 +521,7 @@ func (u upstream) Receive() (reply any, err error) {
 	return nil, fmt.Errorf("GET was answered by a %T", reply)
 }
 
-// A wire is a connection whose every read and write has a deadline. It replaces redigo's own timeouts,
+// A wire is a connection whose every read and write has a deadline. It replaces redigo's own time-outs,
 // which cost two system clock readings and timer changes for each GET, not for each batch.
 type wire struct {
 	net.Conn
@@ -166,300 +541,67 @@ func (w wire) Write(p []byte) (int, error) {
 func (wire) SetReadDeadline(time.Time) error  { return nil }
 func (wire) SetWriteDeadline(time.Time) error { return nil }
 
-// close drops the idle connections; those in use go when their batch ends.
-func (p *pool) close() {
-	p.stopTracking()
-	p.conns.Close()
+// A trackingState is whether Redis reports changes.
+type trackingState int32
+
+const (
+	trackingOff trackingState = iota
+	trackingDown
+	trackingLive
+)
+
+func (s trackingState) String() string { return [...]string{"off", "down", "live"}[s] }
+
+// A tracker has Redis report every key that changes, and has the cache forget it. It only sharpens the
+// TTL: while its connection is down, entries live on by that.
+type tracker struct {
+	cache         *cache
+	log           *slog.Logger
+	dial          func() (redis.Conn, error)
+	live          atomic.Bool
+	invalidations atomic.Int64 // changes that Redis reported
+	stop          context.CancelFunc
+	done          chan struct{} // closed when it has stopped
 }
 
-// fetch has those keys fetched whose answers are not complete: it joins a fetch in flight, or queues
-// a new one. What is fetched is held until a client has taken it, and there may be many clients: it returns how
-// many of the keys, from the first on, it has seen to, one at least.
-func (p *pool) fetch(now time.Duration, keys [][]byte, answers []answer) int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	defer p.startLocked()
-	ahead := 1
-	if p.typical > 0 {
-		ahead = max(1, aheadBytes/p.typical)
-	}
-	for i, key := range keys {
-		a, f := &answers[i], p.flights[string(key)]
-		if a.source != fromRedis {
-			continue
-		}
-		if ahead--; ahead < 0 {
-			return i
-		}
-		switch {
-		case f != nil && now < f.asked+p.shared:
-			a.source, a.fetch = fromAnother, f
-		case p.store.get(now, keys[i:i+1], answers[i:i+1]) == 0: // a fetch has ended since the cache was asked
-		case len(p.queue) >= maxQueue || p.queueBytes+len(key) > maxQueueBytes:
-			a.err = errTimeout
-		default:
-			a.fetch = &fetch{key: string(key), asked: now, older: f}
-			p.flights[a.fetch.key] = a.fetch
-			p.queue = append(p.queue, a.fetch)
-			p.queueBytes += len(key)
-		}
-	}
-	return len(keys)
+func startTracker(c *cache, log *slog.Logger, dialer func(context.Context) func() (redis.Conn, error)) *tracker {
+	ctx, stop := context.WithCancel(context.Background())
+	t := &tracker{cache: c, log: log, dial: dialer(ctx), stop: stop, done: make(chan struct{})}
+	go t.run(ctx) // ends with close
+	return t
 }
 
-// wait tells whether a fetch is done before it is too late.
-func (p *pool) wait(f *fetch, late <-chan time.Time) bool {
-	if f.finished.Load() {
-		return true
-	}
-	p.mu.Lock()
-	if f.finished.Load() {
-		p.mu.Unlock()
-		return true
-	}
-	if f.done == nil { // of a pipeline, only the last is waited for
-		f.done = make(chan struct{})
-	}
-	p.mu.Unlock()
-	select {
-	case <-f.done:
-		return true
-	case <-late:
-		return f.finished.Load()
+// close stops the tracker and waits for it.
+func (t *tracker) close() {
+	if t != nil {
+		t.stop()
+		<-t.done
 	}
 }
 
-// startLocked has the queue worked on, unless somebody is on the way to it. If no slot is free, those who
-// hold the slots will come to it.
-func (p *pool) startLocked() {
-	if len(p.queue) == 0 || p.coming {
-		return
-	}
-	select {
-	case p.slots <- struct{}{}:
-		p.coming = true
-		go p.work() // ends when the queue is empty
-	default:
-	}
-}
-
-// work owns a slot. It carries out what is queued until nothing is.
-func (p *pool) work() {
-	for more := true; more; {
-		runtime.Gosched() // all who are about to ask do so first, and share a round trip
-		more = p.batch()
-	}
-	<-p.slots
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.startLocked() // who queued since the last look at the queue may have found no slot
-}
-
-// take removes from the queue at most as much as fits a pipeline.
-func (p *pool) take() []*fetch {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.coming = false
-	fs := slices.Clone(p.queue[:min(len(p.queue), maxPipeline)])
-	p.queue = slices.Delete(p.queue, 0, len(fs))
-	for _, f := range fs {
-		p.queueBytes -= len(f.key)
-	}
-	if len(fs) > 0 {
-		p.fetches += int64(len(fs))
-		p.batches++
-	}
-	return fs
-}
-
-// batch takes a connection, and then all that has been queued meanwhile, and completes it. It returns
-// whether there was anything.
-//
-// If the connection breaks, the rest is tried once more on another: it may have died while it was
-// idle, and GET does no harm twice. So is all where the connection could not be made, but another was
-// meanwhile.
-func (p *pool) batch() bool {
-	began := p.now()
-	conn := p.conns.Get()
-	defer func() { conn.Close() }()
-	fs := p.take()
-	if len(fs) == 0 {
-		return false
-	}
-	made := conn.Err() == nil
-	rest, err := p.exchange(conn, fs)
-	if err != nil && p.broken(made, began) && rest[len(rest)-1].asked >= p.now()-2*p.timeout {
-		conn.Close()
-		conn = p.conns.Get()
-		rest, err = p.exchange(conn, rest)
-	}
-	if err != nil {
-		p.fail(rest, began, err)
-	} else {
-		p.worked(began)
-	}
-	return true
-}
-
-// broken takes note of a connection that broke, or could not be made since it began, and tells whether
-// another may do.
-func (p *pool) broken(made bool, began time.Duration) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if made {
-		p.broke = time.Now()
-	}
-	return made || p.success > began
-}
-
-// exchange sends a GET for each fetch and completes it with the reply. It lets go of those that it
-// completed, and returns the rest.
-func (p *pool) exchange(conn redis.Conn, fs []*fetch) (rest []*fetch, err error) {
-	sent := p.now()
-	for _, f := range fs {
-		if err := conn.Send("GET", f.key); err != nil {
-			return fs, err
-		}
-	}
-	if err := conn.Flush(); err != nil {
-		return fs, err
-	}
-	for i, f := range fs {
-		reply, err := conn.Receive()
-		refusal, isReply := err.(redis.Error)
-		switch val, found := reply.([]byte); {
-		case found:
-			p.finish(f, newValue(f.key, val, sent), nil)
-		case err == nil:
-			p.finish(f, value{}, errAbsent)
-		case isReply:
-			p.finish(f, value{}, p.refused(refusal))
-		default:
-			return fs[i:], err
-		}
-		fs[i] = nil
-	}
-	return nil, nil
-}
-
-// finish completes a fetch. It is stored before anybody who waits learns of it, and before anybody can
-// start another for the same key.
-func (p *pool) finish(f *fetch, v value, err error) {
-	f.value, f.err = v, err
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.flights[f.key] == f {
-		delete(p.flights, f.key)
-	}
-	f.older.spoil() // it must not replace what is newer
-	f.older = nil
-	now := p.now()
-	switch size := len(f.key) + len(v.data); {
-	case isOutage(err):
-	case p.typical == 0:
-		p.typical = size
-	case err == nil:
-		p.typical += (size - p.typical) / 16
-	}
+// state returns the state of tracking, and how many changes Redis reported.
+func (t *tracker) state() (state trackingState, invalidations int64) {
 	switch {
-	case err == nil:
-		f.stored = !f.dirty && p.store.put(now, v)
-	case !f.dirty && !isOutage(err):
-		p.store.remove(now, []byte(f.key)) // or it might be answered once more, as stale
+	case t == nil:
+		return trackingOff, 0
+	case t.live.Load():
+		return trackingLive, t.invalidations.Load()
 	}
-	if !isOutage(err) {
-		p.success = now
-	}
-	f.finished.Store(true)
-	if f.done != nil {
-		close(f.done)
-	}
+	return trackingDown, t.invalidations.Load()
 }
 
-// fail completes fetches that brought nothing. It logs the first failure after a success, and not every
-// second one where the two alternate: what began before a success says nothing of the time after it.
-func (p *pool) fail(fs []*fetch, began time.Duration, err error) {
-	p.mu.Lock()
-	p.errors += int64(len(fs))
-	first := p.failure == 0 && began >= p.success && time.Since(p.warned) > time.Second
-	if first {
-		p.failure, p.warned = p.now(), time.Now()
-	}
-	p.mu.Unlock()
-	if first {
-		p.log.Warn("Redis cannot be read; hits go on", "error", err)
-	}
-	var refusal redis.Error
-	var network net.Error
-	switch {
-	case errors.As(err, &refusal):
-		err = replyError(upstreamRefused + string(refusal))
-	case errors.As(err, &network) && network.Timeout():
-		err = errTimeout
-	default:
-		err = errUnavailable
-	}
-	for _, f := range fs {
-		p.finish(f, value{}, err)
-	}
-}
-
-// worked takes note of a batch that has ended, and logs the first success after a failure.
-func (p *pool) worked(began time.Duration) {
-	p.mu.Lock()
-	took, i := p.now()-began, 0
-	for i < len(latencyBounds) && took > latencyBounds[i] {
-		i++
-	}
-	p.latencies[i]++
-	p.latencySum += took
-	failure := p.failure
-	again := failure > 0 && p.success > failure
-	if again {
-		p.failure = 0
-	}
-	p.mu.Unlock()
-	if again {
-		p.log.Info("Redis can be read again", "after", (p.now() - failure).Round(time.Millisecond).String())
-	}
-}
-
-// refused is an error reply as it is passed on. What concerns the proxy's own standing with Redis is
-// marked, so that a client does not take it for its own. What is not about the key is logged once a minute.
-func (p *pool) refused(reply redis.Error) replyError {
-	err := replyError(reply)
-	concerns := func(code string) bool { return strings.HasPrefix(string(reply), code) }
-	if slices.ContainsFunc([]string{"NOAUTH ", "NOPERM ", "WRONGPASS ", "DENIED ", "MOVED ", "ASK ", "ERR max number of clients"}, concerns) {
-		err = upstreamRefused + err
-	}
-	if err.wrongType() {
-		return err
-	}
-	p.mu.Lock()
-	p.errors++
-	first := time.Since(p.refusal) > time.Minute
-	if first {
-		p.refusal = time.Now()
-	}
-	p.mu.Unlock()
-	if first {
-		p.log.Warn("Redis refuses", "error", reply)
-	}
-	return err
-}
-
-// track has Redis tell of every key that changes, and drops it from the store, until ctx is done. It
-// only sharpens the TTL: while the connection is down, entries live on by that.
-func (p *pool) track(ctx context.Context, dial func() (redis.Conn, error)) {
-	pause, told := time.Duration(0), false
+// run follows the reports until ctx is done, over a new connection whenever one breaks.
+func (t *tracker) run(ctx context.Context) {
+	defer close(t.done)
+	pause, logged := time.Duration(0), false
 	for ctx.Err() == nil {
-		err := p.follow(ctx, dial)
-		if p.tracked.Swap(int32(trackingDown)) == int32(trackingLive) {
-			pause, told = 0, false
+		err := t.follow(ctx)
+		if t.live.Swap(false) {
+			pause, logged = 0, false
 		}
-		if !told && ctx.Err() == nil {
-			p.log.Warn("tracking is down; entries live until their TTL", "error", err)
-			told = true
+		if !logged && ctx.Err() == nil {
+			t.log.Warn("tracking is down; entries live until their TTL", "error", err)
+			logged = true
 		}
 		pause = min(max(2*pause, 50*time.Millisecond), 5*time.Second)
 		select {
@@ -471,34 +613,24 @@ func (p *pool) track(ctx context.Context, dial func() (redis.Conn, error)) {
 
 // follow tracks over one connection, until that breaks. The connection redirects to itself: Redis
 // reports changes only to RESP3 clients or to subscribers, and redigo speaks RESP2.
-func (p *pool) follow(ctx context.Context, dial func() (redis.Conn, error)) (err error) {
+func (t *tracker) follow(ctx context.Context) (err error) {
 	defer func() {
 		if r := recover(); r != nil { // redigo allocates whatever length a reply states
 			err = fmt.Errorf("reading a report: %v", r)
 		}
 	}()
-	c, err := dial()
+	c, err := t.dial()
 	if err != nil {
 		return err
 	}
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.Close() })()
-	id, err := redis.Int64(c.Do("CLIENT", "ID"))
-	if err != nil {
+	if err := subscribe(c); err != nil {
 		return err
 	}
-	if _, err := c.Do("CLIENT", "TRACKING", "ON", "REDIRECT", id, "BCAST"); err != nil {
-		return err
-	}
-	if err := errors.Join(c.Send("SUBSCRIBE", "__redis__:invalidate"), c.Flush()); err != nil {
-		return err
-	}
-	if _, err := c.Receive(); err != nil {
-		return err
-	}
-	p.forget(nil, 0) // whatever has changed until now was not reported
-	p.tracked.Store(int32(trackingLive))
-	p.log.Info("tracking is live")
+	t.cache.forget(nil) // whatever has changed until now was not reported
+	t.live.Store(true)
+	t.log.Info("tracking is live")
 
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	defer func() { close(stop); <-stopped }()
@@ -511,17 +643,35 @@ func (p *pool) follow(ctx context.Context, dial func() (redis.Conn, error)) (err
 		if err != nil {
 			return err
 		}
-		if len(msg) == 3 { // a report; a PING is answered by two
-			keys, err := redis.ByteSlices(msg[2], nil)
-			if err != nil && err != redis.ErrNil {
-				return err
-			}
-			p.forget(keys, max(len(keys), 1))
+		if len(msg) != 3 { // the answer to PING has two
+			continue
 		}
+		keys, err := redis.ByteSlices(msg[2], nil)
+		if err != nil && err != redis.ErrNil {
+			return err
+		}
+		t.invalidations.Add(int64(max(len(keys), 1)))
+		t.cache.forget(keys)
 	}
 }
 
-// ping has a dead peer show by not answering.
+// subscribe has a connection report changes to itself.
+func subscribe(c redis.Conn) error {
+	id, err := redis.Int64(c.Do("CLIENT", "ID"))
+	if err != nil {
+		return err
+	}
+	if _, err := c.Do("CLIENT", "TRACKING", "ON", "REDIRECT", id, "BCAST"); err != nil {
+		return err
+	}
+	if err := errors.Join(c.Send("SUBSCRIBE", "__redis__:invalidate"), c.Flush()); err != nil {
+		return err
+	}
+	_, err = c.Receive()
+	return err
+}
+
+// ping sends a PING now and then: a dead peer shows by not answering.
 func ping(c redis.Conn, stop <-chan struct{}) {
 	for tick := time.Tick(pingEvery); ; {
 		select {
@@ -533,40 +683,4 @@ func ping(c redis.Conn, stop <-chan struct{}) {
 			}
 		}
 	}
-}
-
-// forget drops keys from the store, all if keys is nil; Redis reported so many changes. What is in flight
-// for them may have been read before they changed: it goes to those who wait for it, is not stored, and nobody
-// joins it any more. All this is one step under the lock under which finish stores: whichever of the two comes
-// first, the old value is not there afterwards.
-func (p *pool) forget(keys [][]byte, reported int) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.invalidations += int64(reported)
-	for _, key := range keys {
-		p.flights[string(key)].spoil()
-		delete(p.flights, string(key))
-		p.store.remove(p.now(), key)
-	}
-	if keys == nil {
-		for _, f := range p.flights {
-			f.spoil()
-		}
-		clear(p.flights)
-		p.store.clear()
-	}
-}
-
-// spoil needs the pool's lock.
-func (f *fetch) spoil() {
-	for ; f != nil; f = f.older {
-		f.dirty = true
-	}
-}
-
-// usage tells how many connections are open, how many of them are in use, and the counts.
-func (p *pool) usage() (open, used int, counts poolCounts) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.conns.ActiveCount(), len(p.slots), p.poolCounts
 }

@@ -29,6 +29,8 @@ const (
 	maxRequest = 1 << 20
 	// maxInline bounds a line: an inline request, a count or a length (PROTO_INLINE_MAX_SIZE).
 	maxInline = 64 << 10
+	// maxAhead bounds the keys that a client asks for before it waits.
+	maxAhead = 1 << 14
 	// redisVersion is the Redis whose answers these are.
 	redisVersion = "7.0.15"
 )
@@ -287,63 +289,68 @@ func unescape(b byte) byte {
 
 // A resp is the RESP front end.
 type resp struct {
-	proxy  *proxy
-	nextID atomic.Int64
+	cache    *cache
+	password *password
+	figures  func() []figure // for INFO
+	nextID   atomic.Int64
+	tally    tally
 }
 
 // A client is a connection that speaks RESP. Only its own goroutine uses it.
 type client struct {
-	resp    *resp
-	conn    net.Conn
-	in      reader
-	id      int64
-	since   time.Time
-	authed  bool
-	proto   int // 2 or 3
-	name    string
-	library [2]string     // name and version
-	asked   time.Duration // since when it waits for Redis, on the proxy's clock
-	late    bool          // Redis was too slow for what has been read: the rest does not wait as long again
-	err     error         // ends the connection
-	*batch                // while there is something to answer
+	resp     *resp
+	conn     net.Conn
+	in       reader
+	id       int64
+	since    time.Time
+	authed   bool
+	proto    int // 2 or 3
+	name     string
+	library  [2]string     // name and version
+	asked    time.Duration // since when it waits for Redis, on the cache's clock
+	late     bool          // Redis was too slow for what has been read: the rest does not wait as long again
+	err      error         // ends the connection
+	*buffers               // while there is something to answer
 }
 
-// A batch is what a client needs only while it is being answered, and borrows for that.
-type batch struct {
+// Buffers are what a client needs only while it is being answered, and borrows for that.
+type buffers struct {
 	keys    [][]byte // asked for by GETs whose replies are not written yet
 	answers []answer
 	out     []byte // replies that are not flushed yet
 }
 
-var batches = sync.Pool{New: func() any { return &batch{out: make([]byte, 0, flushAt)} }}
+var spareBuffers = sync.Pool{New: func() any { return &buffers{out: make([]byte, 0, flushAt)} }}
 
 // errQuit ends a connection because the client asked for it.
 var errQuit = errors.New("quit")
 
-func newRESP(p *proxy) *resp { return &resp{proxy: p} }
+func newRESP(c *cache, pw *password, figures func() []figure) *resp {
+	return &resp{cache: c, password: pw, figures: figures}
+}
 
 // refuse answers a connection that is one too many.
-func (s *resp) refuse(nc net.Conn) {
+func (s *resp) refuse(nc *conn) {
 	io.WriteString(nc, "-ERR max number of clients reached\r\n")
 	nc.Close()
 }
 
 // serve answers a connection until it ends.
-func (s *resp) serve(nc net.Conn) {
+func (s *resp) serve(nc *conn) {
 	defer nc.Close()
 	c := &client{resp: s, conn: nc, in: reader{src: nc, buf: make([]byte, readBuffer)}, id: s.nextID.Add(1), since: time.Now(), proto: 2}
-	c.admit(s.proxy.open())
+	c.permit(!s.password.needed)
 	for c.err == nil && c.in.fill() == nil {
 		c.answer()
 	}
 }
 
-// admit sets whether the client may read. Until then Redis takes only short requests from it.
-func (c *client) admit(ok bool) { c.authed, c.in.strict = ok, !ok }
+// permit sets whether the client may read. Until then Redis takes only short requests from it.
+func (c *client) permit(ok bool) { c.authed, c.in.strict = ok, !ok }
 
 // answer answers all that has been read.
 func (c *client) answer() {
-	c.batch, c.late = batches.Get().(*batch), false
+	c.buffers, c.late = spareBuffers.Get().(*buffers), false
 	for c.err == nil {
 		var args [][]byte
 		var broken error
@@ -384,15 +391,15 @@ func isGet(name []byte) bool {
 	return len(name) == 3 && name[0]|' ' == 'g' && name[1]|' ' == 'e' && name[2]|' ' == 't'
 }
 
-// give returns the batch, empty, for another client.
+// give returns the buffers, empty, for another client.
 func (c *client) give() {
-	b := c.batch
-	c.batch = nil
+	b := c.buffers
+	c.buffers = nil
 	clear(b.keys)
 	clear(b.answers)
 	b.keys, b.answers, b.out = b.keys[:0], b.answers[:0], b.out[:0]
-	if cap(b.out) <= 2*flushAt {
-		batches.Put(b)
+	if cap(b.out) <= 2*flushAt && cap(b.answers) <= 1024 {
+		spareBuffers.Put(b)
 	}
 }
 
@@ -411,14 +418,14 @@ func (c *client) get() {
 // begin has the client's time for Redis run from now on, unless it is used up.
 func (c *client) begin() {
 	if !c.late {
-		c.asked = c.resp.proxy.now()
+		c.asked = c.resp.cache.now()
 	}
 }
 
 // ask returns the answers to keys, or to the first of them. They hold until the next call.
 func (c *client) ask(keys [][]byte) []answer {
 	c.answers = slices.Grow(c.answers[:0], len(keys))[:len(keys)]
-	n := c.resp.proxy.get(protoRESP, c.asked, keys, c.answers)
+	n := c.resp.cache.get(&c.resp.tally, c.asked, keys, c.answers)
 	clear(c.answers[n:])
 	return c.answers[:n]
 }
@@ -443,12 +450,12 @@ func (c *client) writeAnswers(answers []answer) {
 	}
 }
 
-// respError says in RESP what is wrong with an answer; Redis' own errors have their own words.
+// respError returns the error reply for an answer. Redis' own error replies pass as they are.
 func respError(err error) string {
-	if refusal, ok := err.(replyError); ok {
-		return string(refusal)
+	if err == errUnavailable || err == errTimeout {
+		return "ERR " + err.Error()
 	}
-	return "ERR " + err.Error()
+	return err.Error()
 }
 
 // write adds s to the replies. However long it is, no more than a part of it is copied at a time.
@@ -650,9 +657,8 @@ func (c *client) mget(args [][]byte) {
 		for i := range answers {
 			a := &answers[i]
 			size += len(a.data) + answerSize
-			refusal, isReply := a.err.(replyError)
 			switch {
-			case isReply && refusal.wrongType():
+			case errors.Is(a.err, errWrongType):
 				a.err = errAbsent
 			case a.err != nil && a.err != errAbsent && !begun:
 				c.late = c.late || a.err == errTimeout
@@ -708,7 +714,7 @@ func (c *client) hello(args [][]byte) {
 				c.fail(wrongPass)
 				return
 			}
-			c.admit(true) // at once, whatever is wrong with what follows
+			c.permit(true) // at once, whatever is wrong with what follows
 			i += 2
 		case opt == "setname" && more >= 1:
 			if !c.rename(args[i+1]) {
@@ -740,12 +746,12 @@ const wrongPass = "WRONGPASS invalid username-password pair or user is disabled.
 // passes checks a user and password. There is one user, the default one; without a password for it, any
 // is right.
 func (c *client) passes(user, password []byte) bool {
-	p := c.resp.proxy
+	pw := c.resp.password
 	if string(user) != "default" {
-		p.denied.Add(1)
+		pw.denied.Add(1)
 		return false
 	}
-	return p.open() || p.authorised(password)
+	return !pw.needed || pw.matches(password)
 }
 
 func (c *client) auth(args [][]byte) {
@@ -756,12 +762,12 @@ func (c *client) auth(args [][]byte) {
 	switch {
 	case len(args) > 3:
 		c.fail("ERR syntax error")
-	case len(args) == 2 && c.resp.proxy.open():
+	case len(args) == 2 && !c.resp.password.needed:
 		c.fail("ERR AUTH <password> called without any password configured for the default user. Are you sure your configuration is correct?")
 	case !c.passes(user, password):
 		c.fail(wrongPass)
 	default:
-		c.admit(true)
+		c.permit(true)
 		c.ok()
 	}
 }
@@ -781,7 +787,7 @@ func (c *client) selectDB(args [][]byte) {
 
 func (c *client) reset([][]byte) {
 	c.proto, c.name = 2, ""
-	c.admit(c.resp.proxy.open())
+	c.permit(!c.resp.password.needed)
 	c.status("RESET")
 }
 
@@ -844,25 +850,27 @@ func (c *client) describe([][]byte) {
 		c.id, c.conn.RemoteAddr(), c.conn.LocalAddr(), c.name, time.Since(c.since)/time.Second, c.proto, c.library[0], c.library[1]))
 }
 
-// info answers INFO with the sections that were asked for.
+// info answers INFO with the sections that were asked for, in the order in which they first appear.
 func (c *client) info(args [][]byte) {
 	asked := func(names ...string) bool {
-		return slices.ContainsFunc(args[1:], func(arg []byte) bool { return slices.Contains(names, strings.ToLower(string(arg))) })
+		return slices.ContainsFunc(args[1:], func(arg []byte) bool { return slices.Contains(names, word(arg)) })
 	}
 	all := len(args) == 1 || asked("all", "default", "everything")
-	var text, section string
-	for _, f := range c.resp.proxy.figures() {
-		if f.name == "" || !all && !asked(strings.ToLower(f.section)) {
+	sections := make(map[string]string)
+	var order []string
+	for _, f := range c.resp.figures() {
+		if f.name == "" || !all && !asked(lower(f.section)) {
 			continue
 		}
-		if f.section != section {
-			if section != "" {
-				text += "\r\n"
-			}
-			section = f.section
-			text += "# " + section + "\r\n"
+		if sections[f.section] == "" {
+			order = append(order, f.section)
+			sections[f.section] = "# " + f.section + "\r\n"
 		}
-		text += fmt.Sprintf("%s:%v\r\n", f.name, f.value)
+		sections[f.section] += fmt.Sprintf("%s:%v\r\n", f.name, f.value)
 	}
-	c.verbatim(text)
+	var text []string
+	for _, section := range order {
+		text = append(text, sections[section])
+	}
+	c.verbatim(strings.Join(text, "\r\n"))
 }

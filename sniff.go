@@ -1,13 +1,15 @@
-// The listener: accept, tell the protocol from the first line, hand over, drain.
+// The listener: accept, find the protocol in the first line, hand over, drain.
 //
-// The protocol of a connection is decided once, and looking consumes nothing: whoever gets the
-// connection reads it from the first byte. Every connection is looked at by its own goroutine, so that
-// a slow one delays nobody.
+// The protocol of a connection is decided once, and looking consumes nothing: the front end that gets
+// the connection reads it from the first byte. Each connection is looked at by a goroutine of its own,
+// so that a slow one delays nobody.
 package main
 
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"crypto/subtle"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -22,172 +24,209 @@ import (
 )
 
 const (
-	// firstLineTimeout is how long a client may take for its first line once it has begun.
+	// firstLineTimeout is how long a client may take for its first line once it has begun, and for a
+	// TLS handshake.
 	firstLineTimeout = 10 * time.Second
+	// httpIdleTimeout is how long an HTTP connection is kept alive if the settings do not say.
+	httpIdleTimeout = 2 * time.Minute
 	// maxFirstLine is the longest first line that is looked at. Longer ones are left to RESP, where
 	// this is the limit of an inline request, to refuse.
 	maxFirstLine = 64 << 10
-	// maxRefusing bounds the connections that are told that there are too many clients; more than these
-	// are closed without a word. refuseTimeout is how long each has to show its protocol.
+	// maxRefusing bounds the connections that are being told that there are too many clients; more than
+	// these are closed without a word. refuseTimeout is how long each has to show its protocol.
 	maxRefusing   = 100
 	refuseTimeout = time.Second
-	// quiet is how much longer clients are read from when the server stops: what they have sent by
+	// drainTime is how much longer clients are read from when the server stops: what they have sent by
 	// then is answered.
-	quiet = 100 * time.Millisecond
+	drainTime = 100 * time.Millisecond
+	// flushAt is how many bytes of answers are gathered before they are written.
+	flushAt = 16 << 10
 )
+
+// serverSettings are what the flags say about client connections.
+type serverSettings struct {
+	maxClients   int
+	idleTimeout  time.Duration // how long a client may be silent; 0: for ever, over HTTP httpIdleTimeout
+	writeTimeout time.Duration // how long a client may take nothing of its replies
+	tls          *tls.Config   // nil: no TLS
+	grown        func(int)     // is called when the number of clients passes another thousand; may be nil
+}
+
+// A protocol is what a connection speaks.
+type protocol uint8
+
+const (
+	protoHTTP protocol = iota
+	protoRESP
+)
+
+var protocols = [...]string{"http", "resp"}
+
+// A frontEnd speaks a protocol with clients.
+type frontEnd interface {
+	// serve owns the connection. It may return before the connection ends.
+	serve(*conn)
+	// refuse answers a client that is one too many, and closes the connection.
+	refuse(*conn)
+}
 
 // A server accepts connections and hands them to the front end of their protocol.
 type server struct {
+	serverSettings
 	listener  net.Listener
-	cfg       config
 	log       *slog.Logger
 	frontEnds [len(protocols)]frontEnd
 
 	handlers sync.WaitGroup
 	draining atomic.Pointer[time.Time] // until when clients are read from; nil until stop
 
-	mu       sync.Mutex // guards the following, and released of a connection
-	conns    map[*conn]struct{}
-	refusing int // how many connections too many are being told so
-	counts   clientCounts
+	mu       sync.Mutex // guards the following, and released of a link
+	links    map[*link]struct{}
+	refusing int // links that are one too many
+	accepted int
+	refused  int
 }
 
-func newServer(l net.Listener, cfg config, log *slog.Logger, frontEnds [len(protocols)]frontEnd) *server {
-	return &server{listener: l, cfg: cfg, log: log, frontEnds: frontEnds, conns: make(map[*conn]struct{})}
+func newServer(l net.Listener, s serverSettings, log *slog.Logger, frontEnds [len(protocols)]frontEnd) *server {
+	return &server{serverSettings: s, listener: l, log: log, frontEnds: frontEnds, links: make(map[*link]struct{})}
 }
 
 // run accepts until stop.
 func (s *server) run() {
 	var pause time.Duration
-	most := 1000 // clients at once, rounded up; the first thousand need little
+	thousands := 1 // of clients at once, rounded up
 	for {
 		nc, err := s.listener.Accept()
 		switch {
 		case errors.Is(err, net.ErrClosed):
 			return
-		case err != nil: // out of descriptors, most likely: others may close some
+		case err != nil: // out of descriptors, most likely: other connections may end
 			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
 			s.log.Warn("accepting a connection", "error", err, "pause", pause)
 			time.Sleep(pause)
 		default:
 			pause = 0
-			s.admit(&conn{Conn: nc, server: s})
-			if s.cfg.grown != nil && s.clients().now > most {
-				most += 1000
-				s.cfg.grown(most)
+			if n := s.add(&link{Conn: nc, server: s}); s.grown != nil && n > 1000*thousands {
+				thousands++
+				s.grown(1000 * thousands)
 			}
 		}
 	}
 }
 
-// admit starts to handle a connection, or to refuse it.
-func (s *server) admit(c *conn) {
+// add starts to handle a connection, or to refuse it. It returns how many clients there are.
+func (s *server) add(l *link) (clients int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	full := len(s.conns)-s.refusing >= s.cfg.maxClients
+	full := len(s.links)-s.refusing >= s.maxClients
 	if full {
-		s.counts.refused++
+		s.refused++
 	} else {
-		s.counts.accepted++
+		s.accepted++
 	}
 	if s.draining.Load() != nil || full && s.refusing >= maxRefusing {
-		c.Conn.Close()
-		return
+		l.Conn.Close()
+		return len(s.links) - s.refusing
 	}
-	s.conns[c] = struct{}{}
+	s.links[l] = struct{}{}
 	s.handlers.Add(1)
 	if full {
 		s.refusing++
-		c.refused = true
-		c.Conn.SetReadDeadline(time.Now().Add(refuseTimeout))
+		l.refused = true
+		l.Conn.SetReadDeadline(time.Now().Add(refuseTimeout))
 	}
-	go s.handle(c) // ends with the connection, which stop and wait see to
+	go s.handle(l) // ends with the connection, which stop and wait see to
+	return len(s.links) - s.refusing
 }
 
-// remove forgets a connection, and tells whether it was known.
-func (s *server) remove(c *conn) bool {
+// remove forgets a connection, and reports whether it was known.
+func (s *server) remove(l *link) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	_, known := s.conns[c]
-	if known && c.refused {
+	_, known := s.links[l]
+	if known && l.refused {
 		s.refusing--
 	}
-	delete(s.conns, c)
+	delete(s.links, l)
 	return known
 }
 
-func (s *server) clients() clientCounts {
+// figures reports the client connections.
+func (s *server) figures() []figure {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	counts := s.counts
-	counts.now = len(s.conns) - s.refusing
-	return counts
+	return []figure{
+		{"Clients", "connected_clients", "clients", "Client connections.", len(s.links) - s.refusing},
+		{"Clients", "maxclients", "clients_max", "Most client connections at once.", s.maxClients},
+		{"Clients", "blocked_clients", "", "", 0},
+		{"Stats", "total_connections_received", "connections_total", "Client connections accepted.", s.accepted},
+		{"Stats", "rejected_connections", "connections_refused_total", "Client connections over the limit.", s.refused},
+	}
 }
 
 // handle finds out the protocol of a connection and hands it to its front end.
-func (s *server) handle(c *conn) {
+func (s *server) handle(l *link) {
 	defer s.handlers.Done()
+	client := l.RemoteAddr().String()
 	defer func() {
 		if r := recover(); r != nil {
-			s.log.Error("panic; its connection is closed", "client", c.RemoteAddr().String(), "panic", r, "stack", string(debug.Stack()))
-			c.Close()
+			s.log.Error("panic; its connection is closed", "client", client, "panic", r, "stack", string(debug.Stack()))
+			l.Close()
 		}
 	}()
-	client := c.RemoteAddr().String()
-	proto, nc, err := s.protocol(c)
+	c := &conn{peeked: peeked{Conn: l}, link: l}
+	proto, err := s.protocol(c)
 	if err != nil {
 		s.log.Debug("closed before its protocol was known", "client", client, "error", err)
-		c.Close()
+		l.Close()
 		return
 	}
-	s.log.Debug("connected", "client", client, "protocol", protocols[proto], "refused", c.refused)
-	if c.refused {
-		s.frontEnds[proto].refuse(nc)
+	s.log.Debug("connected", "client", client, "protocol", protocols[proto], "refused", l.refused)
+	if l.refused {
+		s.frontEnds[proto].refuse(c)
 	} else {
-		s.frontEnds[proto].serve(nc)
+		s.frontEnds[proto].serve(c)
 	}
 }
 
 // protocol finds out what a connection speaks, and takes off TLS.
-func (s *server) protocol(c *conn) (protocol, net.Conn, error) {
-	if s.cfg.tls == nil {
-		proto, err := c.detect(protocolOf)
-		return proto, c, err
+func (s *server) protocol(c *conn) (protocol, error) {
+	if s.tls == nil {
+		return c.detect(protocolOf)
 	}
 	if _, err := c.detect(func(begin []byte) (protocol, bool) { return 0, len(begin) > 0 }); err != nil {
-		return 0, nil, err
+		return 0, err
 	}
 	if c.unread[0] != 0x16 { // a handshake (RFC 8446 §5.1)
-		return 0, nil, errors.New("no TLS")
+		return 0, errors.New("no TLS")
 	}
-	t := tls.Server(c, s.cfg.tls)
-	c.idle = 0
-	c.readFor(firstLineTimeout)
+	outer := c.peeked
+	t := tls.Server(&outer, s.tls)
+	c.link.idle = 0
+	c.link.readFor(firstLineTimeout)
 	if err := t.Handshake(); err != nil {
-		return 0, nil, err
+		return 0, err
 	}
-	if t.ConnectionState().NegotiatedProtocol == "h2" && !c.refused { // for which net/http wants the tls.Conn itself
-		c.release(nil)
-		return protoHTTP, t, nil
+	c.peeked = peeked{Conn: t}
+	if c.negotiatedHTTP2() {
+		return protoHTTP, nil
 	}
-	inner := &conn{Conn: t, server: s, refused: c.refused}
-	proto, err := inner.detect(protocolOf)
-	return proto, inner, err
+	return c.detect(protocolOf)
 }
 
 // stop ends accepting, and reading a moment later: what has been read by then is answered.
 func (s *server) stop() {
-	until := time.Now().Add(quiet)
+	until := time.Now().Add(drainTime)
 	s.draining.Store(&until)
 	s.listener.Close()
 	s.mu.Lock()
-	for c := range s.conns {
-		if !c.released {
-			c.Conn.SetReadDeadline(until)
+	for l := range s.links {
+		if !l.released {
+			l.Conn.SetReadDeadline(until)
 		}
 	}
 	s.mu.Unlock()
-	time.Sleep(quiet)
+	time.Sleep(drainTime)
 }
 
 // wait returns when no handler is left, or when ctx is done: then it cuts off their connections.
@@ -199,55 +238,54 @@ func (s *server) wait(ctx context.Context) {
 	case <-ctx.Done():
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		for c := range s.conns {
-			c.Conn.Close()
+		for l := range s.links {
+			l.Conn.Close()
 		}
 	}
 }
 
-// A conn is a client's connection.
-type conn struct {
+// A peeked is a connection of which some bytes have been read already. Read begins with those.
+type peeked struct {
 	net.Conn
-	server   *server
-	refused  bool          // one too many
-	unread   []byte        // what detection has read and nobody has consumed; Read begins with it
-	idle     time.Duration // how long the client may be silent; 0: for ever
-	readBy   time.Time     // the read deadline that is set for that
-	writeBy  time.Time     // the write deadline that is set
-	last     bool          // crypto/tls has set it, for its last words
-	released bool          // net/http sets the read deadlines; the server's lock guards it
+	unread []byte
 }
 
-// release leaves the read deadlines to whoever has the connection now, and gives back what was read too
-// much: it is read again.
-func (c *conn) release(unread []byte) {
-	c.unread, c.idle = slices.Concat(unread, c.unread), 0
-	if outer, ok := c.Conn.(*tls.Conn); ok {
-		outer.NetConn().(*conn).release(nil)
-		return
+func (p *peeked) Read(b []byte) (int, error) {
+	if len(p.unread) == 0 {
+		return p.Conn.Read(b)
 	}
-	c.server.mu.Lock()
-	defer c.server.mu.Unlock()
-	c.released = true
-	c.Conn.SetReadDeadline(time.Time{})
+	n := copy(b, p.unread)
+	if p.unread = p.unread[n:]; len(p.unread) == 0 {
+		p.unread = nil
+	}
+	return n, nil
 }
 
-// detect reads until decide can tell the protocol from what has come.
+// A conn is what a front end reads from and writes to, inside TLS if there is any. The link below keeps the
+// deadlines.
+type conn struct {
+	peeked
+	link *link
+}
+
+// detect reads until decide knows the protocol from what has come.
 func (c *conn) detect(decide func([]byte) (protocol, bool)) (protocol, error) {
-	c.readFor(c.server.cfg.idleTimeout)
+	idle := c.link.server.idleTimeout
+	c.link.readFor(idle)
 	line := make([]byte, 0, 512)
 	for {
 		n, err := c.Conn.Read(line[len(line):cap(line)])
 		if len(line) == 0 && n > 0 {
-			c.readFor(firstLineTimeout)
+			c.link.readFor(firstLineTimeout)
 		}
 		line = line[:len(line)+n]
 		c.unread = line
 		if proto, ok := decide(line); ok {
-			c.readFor(0)
-			if c.idle = c.server.cfg.idleTimeout; c.idle == 0 && proto == protoHTTP {
-				c.idle = httpIdleTimeout
+			if idle == 0 && proto == protoHTTP {
+				idle = httpIdleTimeout
 			}
+			c.link.readFor(0)
+			c.link.idle = idle
 			return proto, nil
 		}
 		if err != nil {
@@ -259,7 +297,7 @@ func (c *conn) detect(decide func([]byte) (protocol, bool)) (protocol, error) {
 	}
 }
 
-// protocolOf tells the protocol of a connection that begins with these bytes, once they suffice.
+// protocolOf returns the protocol of a connection that begins with these bytes, once they suffice.
 func protocolOf(begin []byte) (proto protocol, ok bool) {
 	if len(begin) == 0 {
 		return 0, false
@@ -280,71 +318,20 @@ func protocolOf(begin []byte) (proto protocol, ok bool) {
 	return protoRESP, true
 }
 
-// readFor sets the read deadline, 0 for none, and never later than the server's stop asks for. One too many
-// keeps the deadline that it has.
-func (c *conn) readFor(d time.Duration) {
-	if c.refused {
-		return
-	}
-	var until time.Time
-	if d > 0 {
-		until = time.Now().Add(d)
-	}
-	c.Conn.SetReadDeadline(until)
-	// After, as stop may have set its own in between.
-	if drain := c.server.draining.Load(); drain != nil && (d == 0 || drain.Before(until)) {
-		c.Conn.SetReadDeadline(*drain)
-	}
+// negotiatedHTTP2 reports whether the client chose HTTP/2 by ALPN, for which net/http needs the tls.Conn.
+func (c *conn) negotiatedHTTP2() bool {
+	t, ok := c.Conn.(*tls.Conn)
+	return ok && t.ConnectionState().NegotiatedProtocol == "h2"
 }
 
-// Read begins with what detection has read. It fails when the client is silent for its idle time, or up
-// to a quarter longer; see Write.
-func (c *conn) Read(p []byte) (int, error) {
-	if len(c.unread) > 0 {
-		n := copy(p, c.unread)
-		if c.unread = c.unread[n:]; len(c.unread) == 0 {
-			c.unread = nil
-		}
-		return n, nil
-	}
-	if c.idle > 0 {
-		if now := time.Now(); c.readBy.Sub(now) < c.idle {
-			c.readBy = now.Add(c.idle + c.idle/4)
-			c.readFor(c.idle + c.idle/4)
-		}
-	}
-	return c.Conn.Read(p)
+// release leaves the read deadlines to the reader that has the connection now, and gives back what was
+// read too much: it is read again.
+func (c *conn) release(unread []byte) {
+	c.unread = slices.Concat(unread, c.unread)
+	c.link.release()
 }
 
-// Write fails when the client takes nothing for the write timeout, or up to a third longer: a deadline
-// costs as much as a short reply, and is not set anew for each.
-func (c *conn) Write(p []byte) (written int, err error) {
-	if _, inner := c.Conn.(*tls.Conn); inner {
-		return c.Conn.Write(p) // to another conn, which sees to the deadlines
-	}
-	for {
-		if now, stuck := time.Now(), c.server.cfg.writeTimeout; !c.last && c.writeBy.Sub(now) < stuck {
-			c.writeBy = now.Add(stuck + stuck/3)
-			if err := c.Conn.SetWriteDeadline(c.writeBy); err != nil {
-				return written, err
-			}
-		}
-		n, err := c.Conn.Write(p[written:])
-		written += n
-		if n == 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
-			return written, err
-		}
-	}
-}
-
-// SetWriteDeadline takes note of what net/http and crypto/tls set: the one clears the deadline after each
-// answer, the other sets one to say goodbye.
-func (c *conn) SetWriteDeadline(t time.Time) error {
-	c.writeBy, c.last = t, !t.IsZero()
-	return c.Conn.SetWriteDeadline(t)
-}
-
-// CloseWrite lets net/http say goodbye before it hangs up on a client that is still sending.
+// CloseWrite lets net/http end its side first when it hangs up on a client that is still sending.
 func (c *conn) CloseWrite() error {
 	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return half.CloseWrite()
@@ -352,48 +339,198 @@ func (c *conn) CloseWrite() error {
 	return nil
 }
 
-func (c *conn) Close() error {
-	if c.server.remove(c) {
-		c.server.log.Debug("closed", "client", c.RemoteAddr().String())
-	}
-	return c.Conn.Close()
+// A link is a client's connection as it was accepted, below TLS, with its deadlines.
+type link struct {
+	net.Conn
+	server   *server
+	refused  bool          // one too many
+	idle     time.Duration // how long the client may be silent; 0: for ever
+	readBy   time.Time     // the read deadline that is set for that
+	writeBy  time.Time     // the write deadline that is set
+	closing  bool          // crypto/tls has set the write deadline, for its last words
+	released bool          // net/http sets the read deadlines; the server's lock guards it
 }
 
-// tlsConfig serves with a certificate that is read again when its files change.
-func tlsConfig(certFile, keyFile string, log *slog.Logger) (*tls.Config, error) {
-	var mu sync.Mutex // guards the following; held while the files are read, so that they are read once
-	var cert *tls.Certificate
-	var read [2]os.FileInfo
-	var failed time.Time // the last attempt, if it was one
-	load := func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-		mu.Lock()
-		defer mu.Unlock()
-		changed := false
-		for i, name := range []string{certFile, keyFile} {
-			now, err := os.Stat(name)
-			if was := read[i]; err == nil && (was == nil || !os.SameFile(was, now) || was.ModTime() != now.ModTime() || was.Size() != now.Size()) {
-				read[i], changed = now, true
+// release leaves the read deadlines to net/http.
+func (l *link) release() {
+	l.idle = 0
+	l.server.mu.Lock()
+	defer l.server.mu.Unlock()
+	l.released = true
+	l.Conn.SetReadDeadline(time.Time{})
+}
+
+// readFor sets the read deadline, 0 for none, and never later than the server's stop asks for. A refused
+// connection keeps its deadline.
+func (l *link) readFor(d time.Duration) {
+	if l.refused {
+		return
+	}
+	var until time.Time
+	if d > 0 {
+		until = time.Now().Add(d)
+	}
+	l.Conn.SetReadDeadline(until)
+	// After, as stop may have set its own in between.
+	if drain := l.server.draining.Load(); drain != nil && (d == 0 || drain.Before(until)) {
+		l.Conn.SetReadDeadline(*drain)
+	}
+}
+
+// Read fails when the client is silent for its idle time, or up to a quarter longer: a deadline costs as
+// much as a short request, and is not set anew for each.
+func (l *link) Read(p []byte) (int, error) {
+	if l.idle > 0 {
+		if now := time.Now(); l.readBy.Sub(now) < l.idle {
+			l.readBy = now.Add(l.idle + l.idle/4)
+			l.readFor(l.idle + l.idle/4)
+		}
+	}
+	return l.Conn.Read(p)
+}
+
+// Write fails when the client takes no byte for the write time-out, or up to a quarter longer.
+func (l *link) Write(p []byte) (written int, err error) {
+	slice := l.server.writeTimeout / 8
+	taken := time.Now()
+	for now := taken; ; now = time.Now() {
+		if !l.closing && l.writeBy.Sub(now) < slice/2 {
+			l.writeBy = now.Add(slice)
+			if err := l.Conn.SetWriteDeadline(l.writeBy); err != nil {
+				return written, err
 			}
 		}
-		if !changed && cert != nil && (failed.IsZero() || time.Since(failed) < time.Minute) {
-			return cert, nil
-		}
-		failed = time.Time{}
-		renewed, err := tls.LoadX509KeyPair(certFile, keyFile)
+		n, err := l.Conn.Write(p[written:])
+		written += n
 		switch {
-		case err == nil && cert != nil:
-			log.Info("the certificate was renewed", "expires", renewed.Leaf.NotAfter)
-			fallthrough
-		case err == nil:
-			cert = &renewed
-		case cert != nil: // one of the two files is not replaced yet, perhaps
-			failed = time.Now()
-			log.Warn("the certificate was not renewed; the old one goes on", "error", err)
-		default:
-			return nil, fmt.Errorf("--tls-cert %q, --tls-key %q: %w", certFile, keyFile, err)
+		case l.closing || !errors.Is(err, os.ErrDeadlineExceeded):
+			return written, err
+		case n > 0:
+			taken = time.Now()
+		case time.Since(taken) >= l.server.writeTimeout:
+			return written, err
 		}
-		return cert, nil
 	}
-	_, err := load(nil)
-	return &tls.Config{GetCertificate: load, MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1", "http/1.0"}}, err
+}
+
+// SetWriteDeadline notes what net/http and crypto/tls set: the first clears the deadline after each answer,
+// the second sets one for its last words.
+func (l *link) SetWriteDeadline(t time.Time) error {
+	l.writeBy, l.closing = t, !t.IsZero()
+	return l.Conn.SetWriteDeadline(t)
+}
+
+// CloseWrite ends the sending side.
+func (l *link) CloseWrite() error {
+	if half, ok := l.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return nil
+}
+
+func (l *link) Close() error {
+	if l.server.remove(l) {
+		l.server.log.Debug("closed", "client", l.RemoteAddr().String())
+	}
+	return l.Conn.Close()
+}
+
+// A password is what clients must present, if there is one. It is safe for concurrent use.
+type password struct {
+	digest [sha256.Size]byte
+	needed bool
+	denied atomic.Int64 // wrong passwords and users
+}
+
+func newPassword(s string) *password {
+	return &password{digest: sha256.Sum256([]byte(s)), needed: s != ""}
+}
+
+// matches reports whether s is the password. It takes the same time for every wrong one.
+func (p *password) matches(s []byte) bool {
+	digest := sha256.Sum256(s)
+	if subtle.ConstantTimeCompare(p.digest[:], digest[:]) == 1 {
+		return true
+	}
+	p.denied.Add(1)
+	return false
+}
+
+// A certificate is read again when its files change. It looks at them once a second at most.
+type certificate struct {
+	certFile, keyFile string
+	log               *slog.Logger
+
+	current atomic.Pointer[tls.Certificate]
+	looking atomic.Bool // one handshake at a time looks at the files; the others take the current one
+
+	// The handshake that looks owns the following.
+	looked time.Time // when the files were looked at last
+	read   [2]os.FileInfo
+	failed time.Time // the last attempt to read them, if it failed
+}
+
+// tlsConfig serves with the certificate in two files.
+func tlsConfig(certFile, keyFile string, log *slog.Logger) (*tls.Config, error) {
+	c := &certificate{certFile: certFile, keyFile: keyFile, log: log}
+	if _, err := c.changed(); err != nil {
+		return nil, fmt.Errorf("--tls-cert %q, --tls-key %q: %w", certFile, keyFile, err)
+	}
+	if err := c.load(); err != nil {
+		return nil, fmt.Errorf("--tls-cert %q, --tls-key %q: %w", certFile, keyFile, err)
+	}
+	return &tls.Config{GetCertificate: c.get, MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1", "http/1.0"}}, nil
+}
+
+// get returns the certificate for a handshake.
+func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	if c.looking.CompareAndSwap(false, true) {
+		c.renew()
+		c.looking.Store(false)
+	}
+	return c.current.Load(), nil
+}
+
+// renew reads the files if they have changed, and again a minute after that failed: one of the two may not
+// have been replaced yet.
+func (c *certificate) renew() {
+	if time.Since(c.looked) < time.Second {
+		return
+	}
+	c.looked = time.Now()
+	changed, _ := c.changed()
+	if !changed && (c.failed.IsZero() || time.Since(c.failed) < time.Minute) {
+		return
+	}
+	c.failed = time.Time{}
+	if err := c.load(); err != nil {
+		c.failed = time.Now()
+		c.log.Warn("the certificate was not renewed; the old one goes on", "error", err)
+		return
+	}
+	c.log.Info("the certificate was renewed", "expires", c.current.Load().Leaf.NotAfter)
+}
+
+// changed reports whether the files are others than before, or cannot be found.
+func (c *certificate) changed() (changed bool, err error) {
+	for i, name := range []string{c.certFile, c.keyFile} {
+		now, e := os.Stat(name)
+		if e != nil {
+			err = e
+			continue
+		}
+		was := c.read[i]
+		if was == nil || !os.SameFile(was, now) || was.ModTime() != now.ModTime() || was.Size() != now.Size() {
+			c.read[i], changed = now, true
+		}
+	}
+	return changed, err
+}
+
+func (c *certificate) load() error {
+	cert, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
+	if err == nil {
+		c.current.Store(&cert)
+	}
+	return err
 }
