@@ -260,7 +260,7 @@ func (w *web) appendFields(b []byte, a *answer, now time.Duration) []byte {
 	}
 	content := a.content()
 	b = strconv.AppendInt(append(b, "Age: "...), int64((now-a.fetched)/time.Second), 10)
-	b = strconv.AppendInt(append(b, "\r\nCache-Control: max-age="...), int64(w.cache.ttl/time.Second), 10)
+	b = strconv.AppendInt(append(b, "\r\nCache-Control: max-age="...), int64((a.expires-a.fetched)/time.Second), 10)
 	b = append(append(b, "\r\nContent-Type: "...), contentType(content)...)
 	b = appendETag(append(b, "\r\nEtag: "...), content)
 	return append(b, "\r\nX-Content-Type-Options: nosniff\r\n"...)
@@ -268,7 +268,7 @@ func (w *web) appendFields(b []byte, a *answer, now time.Duration) []byte {
 
 // appendCacheStatus adds how the cache handled a request (RFC 9211).
 func (w *web) appendCacheStatus(b []byte, a *answer, now time.Duration) []byte {
-	ttl := int64(math.Floor((a.fetched + w.cache.ttl - now).Seconds()))
+	ttl := int64(math.Floor((a.expires - now).Seconds()))
 	if a.source == fromCache {
 		return strconv.AppendInt(append(b, "redis_proxy; hit; ttl="...), ttl, 10)
 	}
@@ -444,7 +444,8 @@ func (c complaints) Write(p []byte) (int, error) {
 	if bytes.Contains(p, []byte("panic")) {
 		level = slog.LevelError
 	}
-	c.log.Log(context.Background(), level, strings.TrimSpace(string(p)))
+	text, _, _ := strings.Cut(string(p), `"`) // what it quotes is the client's, a key perhaps
+	c.log.Log(context.Background(), level, strings.TrimSpace(text))
 	return len(p), nil
 }
 
@@ -466,7 +467,8 @@ func newAdmin(figures func() []figure, ready func() bool, log *slog.Logger) *htt
 		rw.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 		writeMetrics(rw, figures())
 	})
-	mux.Handle("/debug/pprof/", http.DefaultServeMux) // where package pprof puts its handlers
+	mux.HandleFunc("/debug/pprof/cmdline", http.NotFound) // it would show secrets
+	mux.Handle("/debug/pprof/", http.DefaultServeMux)     // where package pprof puts its handlers
 	return &http.Server{Handler: mux, ReadHeaderTimeout: headerTimeout, ErrorLog: errorLog(log)}
 }
 

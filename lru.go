@@ -20,7 +20,9 @@ import (
 const (
 	// entryOverhead is what an entry costs beside its key and its value, in bytes: two list elements,
 	// the entry, its slot in the map. BenchmarkCacheMemory measures it.
-	entryOverhead = 216
+	entryOverhead = 224
+	// refreshPause is the least time between two refreshes of an entry: the first may have failed.
+	refreshPause = 100 * time.Millisecond
 	// maxLate bounds how far back the list of filling is searched for the place of a late reply. Behind
 	// more entries than that, its expiry may be noticed as much too late as the reply was.
 	maxLate = 1000
@@ -35,6 +37,8 @@ type cacheSettings struct {
 	maxBytes int64
 	ttl      time.Duration // of every entry, from the moment Redis was asked
 	stale    time.Duration // how long after its TTL an entry may answer while Redis cannot
+	absent   time.Duration // how long "no such key" is kept; 0: it is not
+	refresh  time.Duration // a hit in the last so much of an entry's life has it fetched anew; 0: none does
 	timeout  time.Duration // how long a request waits for Redis
 }
 
@@ -63,6 +67,7 @@ type cacheCounts struct {
 type entry struct {
 	value
 	used, filled *list.Element
+	refreshed    time.Duration // when a flight to refresh it began last
 }
 
 func (e *entry) size() int64 { return int64(len(e.data)) + entryOverhead }
@@ -73,6 +78,7 @@ type value struct {
 	data    string        // the key, then the value as a bulk string of RESP, in one allocation
 	keyLen  int           // how much of data is the key
 	fetched time.Duration // when Redis was asked, on the cache's clock
+	expires time.Duration // when it may not answer any more; 0: finish sets it to the end of the TTL
 }
 
 func newValue(key string, val []byte, fetched time.Duration) value {
@@ -80,6 +86,12 @@ func newValue(key string, val []byte, fetched time.Duration) value {
 	return value{data: data, keyLen: len(key), fetched: fetched}
 }
 
+// newAbsent is the value of a key that Redis does not have: data is the key alone.
+func newAbsent(key string, fetched time.Duration) value {
+	return value{data: key, keyLen: len(key), fetched: fetched}
+}
+
+func (v value) absent() bool { return len(v.data) == v.keyLen }
 func (v value) key() string  { return v.data[:v.keyLen] }
 func (v value) bulk() string { return v.data[v.keyLen:] }
 
@@ -155,14 +167,17 @@ const (
 	collapsed
 	stale
 	absent
+	absentHit
 	failed
 )
 
 // outcomes are the names of the outcomes in the metrics.
-var outcomes = [...]string{"hit", "miss", "collapsed", "stale", "absent", "error"}
+var outcomes = [...]string{"hit", "miss", "collapsed", "stale", "absent", "absent_hit", "error"}
 
 func (a *answer) outcome() outcome {
 	switch {
+	case a.err == errAbsent && a.source == fromCache:
+		return absentHit
 	case a.err == errAbsent:
 		return absent
 	case a.err != nil:
@@ -208,21 +223,21 @@ func (c *cache) now() time.Duration { return time.Since(c.started) }
 // read yet. It returns how many keys it answered, from the first on, at least one. It does not keep the
 // keys. len(answers) must be len(keys).
 func (c *cache) get(t *tally, since time.Duration, keys [][]byte, answers []answer) int {
-	n, waits := c.decide(since, keys, answers)
-	answers = answers[:n]
-	if !waits {
+	n, hits := c.decide(since, keys, answers)
+	if n == hits {
 		t[hit].Add(int64(n))
 		return n
 	}
-	c.wait(since, keys, answers)
-	t.add(answers)
+	c.wait(since, keys, answers[:n])
+	t.add(answers[:n])
 	return n
 }
 
 // decide answers keys that the cache holds, and gives each of the others a flight. It returns how many
-// keys it handled, and whether any of them has to be waited for.
-func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n int, waits bool) {
+// keys it handled, and how many of them were hits.
+func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n, hits int) {
 	var begun []*flight
+	flights := 0
 	now := c.now()
 	c.mu.Lock()
 	ahead, typical := aheadBytes, int(c.typical.Load())
@@ -233,31 +248,35 @@ func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n 
 		if live {
 			size = len(e.data)
 		}
-		if ahead -= size; i > 0 && (ahead < 0 || !live && waits && typical == 0) {
+		if ahead -= size; i > 0 && (ahead < 0 || !live && flights > 0 && typical == 0) {
 			break
 		}
 		n++
 		if live {
 			*a = answer{value: e.value}
+			if hits++; e.absent() {
+				hits--
+				a.err = errAbsent
+			}
+			if c.dueForRefresh(e, now) {
+				e.refreshed = now
+				begun = append(begun, c.begin(string(key), now, now+c.timeout))
+			}
 			continue
 		}
-		waits = true
-		f := c.flights[string(key)]
-		*a = answer{source: fromAnother, expired: e != nil}
-		if f == nil || now >= f.began+min(c.timeout, c.ttl) { // what it brings must not be older than the TTL
-			f = &flight{key: string(key), began: now, older: f}
-			c.flights[f.key] = f
-			begun = append(begun, f)
-			a.source = fromRedis
+		flights++
+		*a = answer{source: fromAnother, expired: e != nil, flight: c.flights[string(key)]}
+		if f := a.flight; f == nil || now >= f.began+min(c.timeout, c.ttl) { // it must not bring what is older than the TTL
+			a.flight, a.source = c.begin(string(key), now, 0), fromRedis
+			begun = append(begun, a.flight)
 		}
-		a.flight = f
-		f.until = max(f.until, since+c.timeout)
+		a.flight.until = max(a.flight.until, since+c.timeout)
 	}
 	c.mu.Unlock()
 	if len(begun) > 0 {
 		c.carryOut(begun)
 	}
-	return n, waits
+	return n, hits
 }
 
 // wait completes answers. It begins with the last: replies come in the order of the questions, so that a
@@ -346,9 +365,16 @@ func (c *cache) finish(f *flight, v value, err error) {
 	case err == nil:
 		c.typical.Add((size - typical) / 16)
 	}
+	life := c.ttl
+	if err == errAbsent {
+		life = c.absent
+	}
+	if limit := v.fetched + life; v.expires == 0 || v.expires > limit {
+		v.expires = limit
+	}
 	switch {
 	case f.dirty:
-	case err == nil:
+	case err == nil || err == errAbsent && life > 0:
 		f.stored = c.put(now, v)
 	case !isOutage(err):
 		c.remove(now, f.key) // or it might be answered once more, as stale
@@ -426,6 +452,20 @@ func (c *cache) lookUp(now time.Duration, key []byte) (e *entry, live bool) {
 	return e, live
 }
 
+// begin makes a flight that is to be carried out.
+func (c *cache) begin(key string, now, until time.Duration) *flight {
+	f := &flight{key: key, began: now, until: until, older: c.flights[key]}
+	c.flights[key] = f
+	return f
+}
+
+// dueForRefresh reports whether a live entry is near enough to its end to be fetched anew. Where a life is
+// short, its second half is.
+func (c *cache) dueForRefresh(e *entry, now time.Duration) bool {
+	return c.refresh > 0 && now >= e.expires-min(c.refresh, (e.expires-e.fetched)/2) &&
+		c.flights[e.key()] == nil && (e.refreshed == 0 || now >= e.refreshed+refreshPause)
+}
+
 // put stores v in place of what its key had. It does not keep a value that is larger than the limit of bytes.
 func (c *cache) put(now time.Duration, v value) (stored bool) {
 	c.remove(now, v.key()) // whole: the map's key is part of the old value
@@ -482,8 +522,13 @@ func (c *cache) drop(now time.Duration, e *entry) {
 	c.bytes -= e.size()
 }
 
-func (c *cache) expired(e *entry, now time.Duration) bool { return now-e.fetched >= c.ttl }
-func (c *cache) useless(e *entry, now time.Duration) bool { return now-e.fetched >= c.ttl+c.stale }
+func (c *cache) expired(e *entry, now time.Duration) bool { return now >= e.expires }
+
+// useless reports whether an entry may not even answer in an outage. One that ended before the TTL, with
+// its key or because it is an absence, may not.
+func (c *cache) useless(e *entry, now time.Duration) bool {
+	return now >= e.expires && (e.expires < e.fetched+c.ttl || now >= e.expires+c.stale)
+}
 
 // A figure is what a part reports about itself: in INFO, in the metrics, or in both.
 type figure struct {

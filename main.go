@@ -15,6 +15,7 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"net/url"
 	"os"
 	"os/signal"
 	"runtime"
@@ -242,6 +243,7 @@ func keyFigures(tallies ...*tally) []figure {
 		{"Cache", "cache_collapsed", "", "", n[collapsed]},
 		{"Cache", "cache_stale", "", "", n[stale]},
 		{"Cache", "cache_absent", "", "", n[absent]},
+		{"Cache", "cache_absent_hits", "", "", n[absentHit]},
 		{"Cache", "cache_errors", "", "", n[failed]},
 	}
 }
@@ -285,6 +287,9 @@ func (c *config) options() []option {
 		{"cache-bytes", "256MB", "most bytes of keys, values and bookkeeping in the cache", to(&c.cache.maxBytes, parseSize)},
 		{"cache-timeout", "30s", "TTL of every entry, a time from the moment it was fetched; 30, 1.5 (seconds) or 250ms", to(&c.cache.ttl, parseTime)},
 		{"stale-timeout", "0", "how long after its TTL an entry may still answer while Redis cannot, a time", to(&c.cache.stale, parseTimeOr0)},
+		{"absent-timeout", "0", "how long \"no such key\" is kept, at most --cache-timeout; 0: it is not", to(&c.cache.absent, parseTimeOr0)},
+		{"refresh-before", "0", "a hit in the last so much of an entry's life has it fetched anew; 0: none does", to(&c.cache.refresh, parseTimeOr0)},
+		{"redis-ttl", "false", "end an entry when its key expires in Redis: a PTTL beside each GET", to(&c.pool.keyTTL, parseSwitch)},
 		{"max-clients", "10000", "most client connections at once", to(&c.clients.maxClients, number(1, 1<<20))},
 		{"idle-timeout", "0", "time after which a silent client is closed; 0: never (HTTP keep-alive: 2 minutes)", to(&c.clients.idleTimeout, parseTimeOr0)},
 		{"tracking", "false", "drop entries as soon as Redis says that they changed", to(&c.pool.tracking, parseSwitch)},
@@ -377,6 +382,7 @@ func (c *config) complete() error {
 		c.pool.redis = c.redisURL
 	}
 	c.cache.timeout = c.pool.timeout
+	c.cache.absent = min(c.cache.absent, c.cache.ttl)
 	return nil
 }
 
@@ -504,4 +510,37 @@ func parseSize(s string) (int64, error) {
 		return 0, errors.New("must be a number of bytes above 0, such as 65536, 64KB, 256MB or 1GB")
 	}
 	return n << shift, nil
+}
+
+// parseRedisURL reads redis://[[user]:pass@]host[:port][/db]. Its errors do not show the URL. An empty one
+// is the zero address.
+func parseRedisURL(s string) (a redisAddress, err error) {
+	if s == "" {
+		return a, nil
+	}
+	malformed := errors.New("must be redis://[[user]:pass@]host[:port][/db], or rediss:// for TLS")
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.RawQuery != "" || u.Fragment != "" {
+		return a, malformed
+	}
+	a.tls = u.Scheme == "rediss"
+	a.host, a.port = u.Hostname(), 6379
+	if p := u.Port(); p != "" {
+		if a.port, err = strconv.Atoi(p); err != nil || a.port < 1 || a.port > 65535 {
+			return redisAddress{}, malformed
+		}
+	}
+	if !isHost(a.host) {
+		return redisAddress{}, malformed
+	}
+	if db := strings.TrimPrefix(u.Path, "/"); db != "" {
+		if a.db, err = strconv.Atoi(db); err != nil || a.db < 0 || a.db > 1<<30 {
+			return redisAddress{}, malformed
+		}
+	}
+	a.user = u.User.Username()
+	if a.password, _ = u.User.Password(); u.User != nil && a.password == "" {
+		return redisAddress{}, errors.New("has a user but no password: " + malformed.Error())
+	}
+	return a, nil
 }

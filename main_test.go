@@ -110,6 +110,7 @@ func cacheNow(p *parts, keyValues ...string) {
 func putValue(c *cache, now time.Duration, v value) (stored bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	v.expires = v.fetched + c.ttl
 	return c.put(now, v)
 }
 
@@ -1066,7 +1067,7 @@ func newTestCache(maxKeys int, maxBytes int64, ttl, stale time.Duration) *cache 
 // putAt stores a value that was fetched now.
 func putAt(c *cache, now time.Duration, keys ...string) {
 	for _, key := range keys {
-		c.put(now, newValue(key, []byte("value"), now))
+		putValue(c, now, newValue(key, []byte("value"), now))
 	}
 }
 
@@ -1110,7 +1111,7 @@ func TestCacheRefillRenewsTheExpiryAndAReadDoesNot(t *testing.T) {
 	compare(t, "after the first TTL", holds(c, 10*time.Second, "ab"), "b")
 	compare(t, "before the second", holds(c, 15*time.Second-1, "ab"), "b")
 	compare(t, "after the second", holds(c, 15*time.Second, "ab"), "")
-	c.put(15*time.Second, newValue("a", nil, 12*time.Second)) // the fetch took three seconds
+	putValue(c, 15*time.Second, newValue("a", nil, 12*time.Second)) // the fetch took three seconds
 	compare(t, "before the TTL from the fetch", holds(c, 22*time.Second-1, "a"), "a")
 	compare(t, "after the TTL from the fetch", holds(c, 22*time.Second, "a"), "")
 }
@@ -1127,8 +1128,8 @@ func TestCacheExpiredCostsNoLiveEntryItsPlace(t *testing.T) {
 
 func TestCacheExpiredCostsNoLiveEntryItsPlaceAfterASlowFetch(t *testing.T) {
 	c := newTestCache(2, 1<<20, 10*time.Second, 0)
-	c.put(3*time.Second, newValue("a", nil, 2*time.Second))
-	c.put(4*time.Second, newValue("b", nil, 1*time.Second)) // asked for earlier, answered later
+	putValue(c, 3*time.Second, newValue("a", nil, 2*time.Second))
+	putValue(c, 4*time.Second, newValue("b", nil, 1*time.Second)) // asked for earlier, answered later
 	putAt(c, 11*time.Second, "c")
 	compare(t, "b expired", holds(c, 11*time.Second, "abc"), "ac")
 }
@@ -1153,10 +1154,10 @@ func TestCacheBoundsBytes(t *testing.T) {
 	compare(t, "usage", fmt.Sprint(len(c.entries), c.bytes), fmt.Sprint(3, bytesFor(3, 6)))
 
 	large := make([]byte, bytesFor(3, 6))
-	compare(t, "too large a value: stored", c.put(0, newValue("c", large, 0)), false)
+	compare(t, "too large a value: stored", putValue(c, 0, newValue("c", large, 0)), false)
 	compare(t, "c too large", holds(c, 0, "bcd"), "bd")
 	most := large[:bytesFor(3, 6)-bytesFor(1, 0)-int64(len("c")+len("123"))]
-	compare(t, "the largest value: stored", c.put(0, newValue("c", most, 0)), true)
+	compare(t, "the largest value: stored", putValue(c, 0, newValue("c", most, 0)), true)
 	compare(t, "c as large as the cache", holds(c, 0, "bcd"), "c")
 	c.remove(0, "c")
 	compare(t, "usage when empty", fmt.Sprint(len(c.entries), c.bytes), "0 0")
@@ -1256,7 +1257,7 @@ func FuzzCache(f *testing.F) {
 					val = make([]byte, m.maxBytes)
 				}
 				v := newValue(key, val, now-time.Duration(arg%4)*time.Second)
-				compare(t, "put "+key, c.put(now, v), m.put(now, v))
+				compare(t, "put "+key, putValue(c, now, v), m.put(now, v))
 			case what < 15:
 				now += time.Duration(arg%4) * time.Second
 			case arg > 0:
@@ -1618,7 +1619,7 @@ func filledCache(n int) (*cache, [][]byte) {
 	keys := make([][]byte, n)
 	for i := range keys {
 		keys[i] = fmt.Appendf(nil, "key:%012d", i)
-		c.put(0, newValue(string(keys[i]), make([]byte, 40), 0))
+		putValue(c, 0, newValue(string(keys[i]), make([]byte, 40), 0))
 	}
 	rand.Shuffle(n, func(i, j int) { keys[i], keys[j] = keys[j], keys[i] })
 	return c, keys
@@ -1658,7 +1659,7 @@ func BenchmarkCachePut(b *testing.B) {
 			val := make([]byte, 40)
 			b.ReportAllocs()
 			for i := 0; b.Loop(); i++ {
-				c.put(0, newValue(fmt.Sprintf("key:%012d", i%keys), val, 0))
+				putValue(c, 0, newValue(fmt.Sprintf("key:%012d", i%keys), val, 0))
 			}
 		})
 	}

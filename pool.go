@@ -6,19 +6,22 @@
 package main
 
 import (
+	"bufio"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
-	"net/url"
 	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
@@ -36,6 +39,12 @@ const (
 	// grace is how much longer than the longest waiter a connection waits for a reply, which still fills
 	// the cache.
 	grace = time.Second
+	// maxReply is the longest value that Redis can hold (proto-max-bulk-len), and maxElements the longest
+	// report of changes that is believed.
+	maxReply    = 512 << 20
+	maxElements = 1 << 20
+	// growBy is how many bytes of a reply are believed before they have come.
+	growBy = 64 << 10
 	// pingEvery is how often the tracking connection is tried.
 	pingEvery = 2 * time.Second
 )
@@ -45,6 +54,7 @@ type poolSettings struct {
 	redis    redisAddress
 	timeout  time.Duration // how long a request waits for Redis in all
 	limit    int           // connections in use at once to each node
+	keyTTL   bool          // an entry ends when its key does
 	tracking bool
 }
 
@@ -58,39 +68,6 @@ type redisAddress struct {
 }
 
 func (a redisAddress) address() string { return net.JoinHostPort(a.host, strconv.Itoa(a.port)) }
-
-// parseRedisURL reads redis://[[user]:pass@]host[:port][/db]. Its errors do not show the URL. An empty one
-// is the zero address.
-func parseRedisURL(s string) (a redisAddress, err error) {
-	if s == "" {
-		return a, nil
-	}
-	malformed := errors.New("must be redis://[[user]:pass@]host[:port][/db], or rediss:// for TLS")
-	u, err := url.Parse(s)
-	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.RawQuery != "" || u.Fragment != "" {
-		return a, malformed
-	}
-	a.tls = u.Scheme == "rediss"
-	a.host, a.port = u.Hostname(), 6379
-	if p := u.Port(); p != "" {
-		if a.port, err = strconv.Atoi(p); err != nil || a.port < 1 || a.port > 65535 {
-			return redisAddress{}, malformed
-		}
-	}
-	if !isHost(a.host) {
-		return redisAddress{}, malformed
-	}
-	if db := strings.TrimPrefix(u.Path, "/"); db != "" {
-		if a.db, err = strconv.Atoi(db); err != nil || a.db < 0 || a.db > 1<<30 {
-			return redisAddress{}, malformed
-		}
-	}
-	a.user = u.User.Username()
-	if a.password, _ = u.User.Password(); u.User != nil && a.password == "" {
-		return redisAddress{}, errors.New("has a user but no password: " + malformed.Error())
-	}
-	return a, nil
-}
 
 // isHost reports whether s is an IP address or may be a host name.
 func isHost(s string) bool {
@@ -128,7 +105,7 @@ func newPool(s poolSettings, c *cache, log *slog.Logger) *pool {
 	p.latency = histogram{bounds: latencyBounds, counts: make([]int64, len(latencyBounds)+1)}
 	p.node = p.newNode(s.redis.address())
 	if s.tracking {
-		p.track = startTracker(c, log, func(ctx context.Context) func() (redis.Conn, error) {
+		p.track = startTracker(c, log, func(ctx context.Context) func() (*upstream, error) {
 			return p.dialer(ctx, p.node.addr, s.timeout+pingEvery)
 		})
 	}
@@ -137,16 +114,58 @@ func newPool(s poolSettings, c *cache, log *slog.Logger) *pool {
 
 // dialer returns a function that makes connections to a node. It gives up when that takes longer than the
 // timeout, or when ctx is done meanwhile. A read or write on them fails after patience.
-func (p *pool) dialer(ctx context.Context, addr string, patience time.Duration) func() (redis.Conn, error) {
-	return func() (redis.Conn, error) {
-		return redis.DialContext(ctx, "tcp", addr,
-			redis.DialContextFunc(func(ctx context.Context, network, addr string) (net.Conn, error) {
-				c, err := (&net.Dialer{Timeout: p.timeout}).DialContext(ctx, network, addr)
-				return wire{c, patience}, err
-			}),
-			redis.DialTLSHandshakeTimeout(p.timeout), redis.DialUseTLS(p.redis.tls),
+func (p *pool) dialer(ctx context.Context, addr string, patience time.Duration) func() (*upstream, error) {
+	return func() (*upstream, error) {
+		ctx, cancel := context.WithTimeout(ctx, p.timeout)
+		defer cancel()
+		c, err := dialInTurn(ctx, addr)
+		if err != nil {
+			return nil, err
+		}
+		defer context.AfterFunc(ctx, func() { c.Close() })() // redigo's AUTH and SELECT do not look at ctx
+		g := &guard{Conn: wire{c, patience}}
+		if tcp, ok := c.(*net.TCPConn); ok && !p.redis.tls {
+			g.raw, _ = tcp.SyscallConn()
+		}
+		if p.redis.tls {
+			host, _, _ := net.SplitHostPort(addr)
+			t := tls.Client(g.Conn, &tls.Config{ServerName: host})
+			if err := t.HandshakeContext(ctx); err != nil {
+				c.Close()
+				return nil, err
+			}
+			g.Conn = t
+		}
+		g.in = bufio.NewReaderSize(g.Conn, 16<<10)
+		conn, err := redis.Dial("tcp", addr,
+			redis.DialContextFunc(func(context.Context, string, string) (net.Conn, error) { return g, nil }),
 			redis.DialUsername(p.redis.user), redis.DialPassword(p.redis.password), redis.DialDatabase(p.redis.db))
+		if err != nil && ctx.Err() != nil {
+			err = ctx.Err() // a time-out, which closed the connection
+		}
+		return &upstream{Conn: conn, guard: g}, err
 	}
+}
+
+// dialInTurn connects to the first address of a name that answers. Each has its share of the time that is
+// left: net.Dialer would give the first 2 s of it.
+func dialInTurn(ctx context.Context, addr string) (c net.Conn, err error) {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, err
+	}
+	ips, err := net.DefaultResolver.LookupHost(ctx, host)
+	if err != nil {
+		return nil, err
+	}
+	deadline, _ := ctx.Deadline()
+	for i, ip := range ips {
+		d := net.Dialer{Timeout: time.Until(deadline) / time.Duration(len(ips)-i)}
+		if c, err = d.DialContext(ctx, "tcp", net.JoinHostPort(ip, port)); err == nil {
+			return c, nil
+		}
+	}
+	return nil, err
 }
 
 // close stops the tracker and drops the idle connections; those in use go when their batch ends.
@@ -231,15 +250,18 @@ func (p *pool) newNode(addr string) *node {
 		MaxIdle: p.limit,
 		Dial: func() (redis.Conn, error) {
 			c, err := dial()
-			return upstream{c}, err
+			if err != nil {
+				return nil, err
+			}
+			return c, nil
 		},
-		TestOnBorrow: func(_ redis.Conn, idleSince time.Time) error {
+		TestOnBorrow: func(c redis.Conn, idleSince time.Time) error {
 			p.mu.Lock()
 			defer p.mu.Unlock()
 			if idleSince.Before(n.broke) {
 				return errors.New("a connection of the same age was dead")
 			}
-			return nil
+			return c.(*upstream).guard.quiet()
 		},
 	}
 	return n
@@ -358,6 +380,9 @@ func (n *node) exchange(conn redis.Conn, fs []*flight) (rest []*flight, err erro
 		if err := conn.Send("GET", f.key); err != nil {
 			return fs, err
 		}
+		if n.pool.keyTTL {
+			conn.Send("PTTL", f.key) // if that fails, so does Flush
+		}
 	}
 	if err := conn.Flush(); err != nil {
 		return fs, err
@@ -369,15 +394,13 @@ func (n *node) exchange(conn redis.Conn, fs []*flight) (rest []*flight, err erro
 		}
 	}()
 	for i, f := range fs {
-		reply, err := conn.Receive()
+		v, err := n.receive(conn, f, sent)
 		refusal, isReply := err.(redis.Error)
-		switch val, found := reply.([]byte); {
-		case found:
-			n.pool.cache.finish(f, newValue(f.key, val, sent), nil)
-		case err == nil:
-			n.pool.cache.finish(f, value{}, errAbsent)
+		switch {
 		case isReply:
 			n.refuse(f, refusal)
+		case err == nil || err == errAbsent:
+			n.pool.cache.finish(f, v, err)
 		default:
 			return fs[i:], err
 		}
@@ -385,6 +408,27 @@ func (n *node) exchange(conn redis.Conn, fs []*flight) (rest []*flight, err erro
 		fs[i] = nil
 	}
 	return nil, nil
+}
+
+// receive reads what Redis says about a key that it was asked for at the time sent.
+func (n *node) receive(conn redis.Conn, f *flight, sent time.Duration) (v value, err error) {
+	reply, err := conn.Receive()
+	if val, found := reply.([]byte); found {
+		v = newValue(f.key, val, sent)
+	} else if err == nil {
+		v, err = newAbsent(f.key, sent), errAbsent
+	}
+	if _, isReply := err.(redis.Error); !n.pool.keyTTL || err != nil && err != errAbsent && !isReply {
+		return v, err
+	}
+	left, failure := redis.Int64(conn.Receive())
+	switch {
+	case failure != nil && (err == nil || err == errAbsent):
+		return v, failure
+	case err == nil && left != -1: // -1: no expiry; -2: gone meanwhile
+		v.expires = sent + time.Duration(max(left, 0))*time.Millisecond
+	}
+	return v, err
 }
 
 // refuse finishes a flight with an error reply.
@@ -499,26 +543,142 @@ func (h *health) refused(reply redis.Error) {
 	}
 }
 
-// An upstream is a connection on which every reply is one to GET.
-type upstream struct{ redis.Conn }
+// An upstream is a connection on which each reply is of the type that its command has. It is not safe for
+// concurrent use.
+type upstream struct {
+	redis.Conn
+	guard *guard
+	due   []byte // the first letters of the commands whose replies are still to come
+	next  int    // of due
+}
 
-// Receive reads a reply: bytes, nil or an error. Any other reply breaks the connection, as the replies
-// after it might be taken for those of other keys.
-func (u upstream) Receive() (reply any, err error) {
-	defer func() {
-		if r := recover(); r != nil { // redigo allocates whatever length a reply states
-			reply, err = nil, fmt.Errorf("reading a reply: %v", r)
-		}
-		if _, isReply := err.(redis.Error); err != nil && !isReply {
-			u.Conn.Close()
-		}
-	}()
-	reply, err = u.Conn.Receive()
-	switch reply.(type) {
-	case nil, []byte:
-		return reply, err
+func (u *upstream) Send(command string, args ...any) error {
+	u.due = append(u.due, command[0])
+	return u.Conn.Send(command, args...)
+}
+
+// Receive reads a reply: bytes or nil for GET, a number for PTTL, or an error. Any other reply breaks the
+// connection, as the replies after it might be taken for those of other keys.
+func (u *upstream) Receive() (reply any, err error) {
+	command := u.due[u.next]
+	if u.next++; u.next == len(u.due) {
+		u.due, u.next = u.due[:0], 0
 	}
-	return nil, fmt.Errorf("GET was answered by a %T", reply)
+	reply, err = u.Conn.Receive()
+	if _, isReply := err.(redis.Error); isReply {
+		return nil, err
+	}
+	if reply == bulkElsewhere && u.guard.bulk != nil {
+		reply, u.guard.bulk = u.guard.bulk, nil
+	}
+	fits := reply == nil
+	switch reply.(type) {
+	case []byte:
+		fits = command == 'G'
+	case int64:
+		fits = command == 'P'
+	}
+	if err == nil && !fits {
+		err = fmt.Errorf("reading a reply: a %T is none to the command", reply)
+	}
+	if err != nil {
+		u.Conn.Close()
+		return nil, err
+	}
+	return reply, nil
+}
+
+// A guard hands Redis' replies to redigo one at a time, after a look at the first line of each. redigo
+// allocates whatever length a reply states; a guard refuses lengths that Redis cannot mean, and reads a
+// long value itself, as its bytes come.
+type guard struct {
+	net.Conn
+	raw  syscall.RawConn // of the socket; nil over TLS
+	in   *bufio.Reader
+	line []byte // of the current reply, not handed over yet
+	rest int    // bytes of the current value, not handed over yet
+	err  error  // of readLine, for good
+	bulk []byte // a long value, in whose place bulkElsewhere was handed over
+}
+
+// bulkElsewhere is the status reply that stands for a value in guard.bulk. Only upstream sees it.
+const bulkElsewhere = "(elsewhere)"
+
+func (g *guard) Read(p []byte) (n int, err error) {
+	if g.err == nil && len(g.line) == 0 && g.rest == 0 {
+		g.err = g.readLine()
+	}
+	if g.err != nil {
+		return 0, g.err
+	}
+	n = copy(p, g.line)
+	g.line = g.line[n:]
+	if len(g.line) == 0 && g.rest > 0 && (n == 0 || g.in.Buffered() >= g.rest) {
+		var m int
+		m, err = g.in.Read(p[n:min(len(p), n+g.rest)])
+		g.rest -= m
+		n += m
+	}
+	return n, err
+}
+
+// readLine reads the first line of a reply, or of an element of one.
+func (g *guard) readLine() (err error) {
+	if g.line, err = g.in.ReadSlice('\n'); err != nil {
+		return err
+	}
+	if g.line[0] != '$' && g.line[0] != '*' {
+		return nil
+	}
+	length, err := strconv.Atoi(strings.TrimSuffix(string(g.line[1:len(g.line)-1]), "\r"))
+	switch {
+	case err != nil || length < -1 || length > maxReply || g.line[0] == '*' && length > maxElements:
+		return fmt.Errorf("reading a reply: it begins with %.40q", g.line)
+	case g.line[0] == '*' || length < 0:
+	case length <= growBy:
+		g.rest = length + len("\r\n")
+	default:
+		return g.readLong(length)
+	}
+	return nil
+}
+
+// readLong reads a value that is longer than what is believed at once.
+func (g *guard) readLong(length int) (err error) {
+	var b []byte
+	for len(b) < length {
+		n := len(b)
+		b = slices.Grow(b, min(length-n, max(growBy, n)))[:min(length, n+max(growBy, n))]
+		if _, err := io.ReadFull(g.in, b[n:]); err != nil {
+			return err
+		}
+	}
+	if end, err := g.in.ReadString('\n'); err != nil || end != "\r\n" {
+		return errors.Join(errors.New("reading a reply: a value does not end where it says"), err)
+	}
+	g.bulk, g.line = b, []byte("+"+bulkElsewhere+"\r\n")
+	return nil
+}
+
+// quiet returns an error if there is anything to read where no reply is due: it would be taken for the
+// reply to the next command.
+func (g *guard) quiet() error {
+	if len(g.line) > 0 || g.rest > 0 || g.in.Buffered() > 0 {
+		return errors.New("a reply too many")
+	}
+	if g.raw == nil {
+		return nil
+	}
+	var peeked error
+	err := g.raw.Read(func(fd uintptr) bool {
+		var b [1]byte
+		_, _, peeked = syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		return true
+	})
+	if err == nil && peeked == syscall.EAGAIN {
+		return nil
+	}
+	return errors.New("a reply too many, or the end of the connection")
 }
 
 // A wire is a connection whose every read and write has a deadline. It replaces redigo's own time-outs,
@@ -557,14 +717,14 @@ func (s trackingState) String() string { return [...]string{"off", "down", "live
 type tracker struct {
 	cache         *cache
 	log           *slog.Logger
-	dial          func() (redis.Conn, error)
+	dial          func() (*upstream, error)
 	live          atomic.Bool
 	invalidations atomic.Int64 // changes that Redis reported
 	stop          context.CancelFunc
 	done          chan struct{} // closed when it has stopped
 }
 
-func startTracker(c *cache, log *slog.Logger, dialer func(context.Context) func() (redis.Conn, error)) *tracker {
+func startTracker(c *cache, log *slog.Logger, dialer func(context.Context) func() (*upstream, error)) *tracker {
 	ctx, stop := context.WithCancel(context.Background())
 	t := &tracker{cache: c, log: log, dial: dialer(ctx), stop: stop, done: make(chan struct{})}
 	go t.run(ctx) // ends with close
@@ -590,13 +750,15 @@ func (t *tracker) state() (state trackingState, invalidations int64) {
 	return trackingDown, t.invalidations.Load()
 }
 
-// run follows the reports until ctx is done, over a new connection whenever one breaks.
+// run follows the reports until ctx is done, over a new connection whenever one breaks. It pauses longer
+// and longer between connections until one has lasted.
 func (t *tracker) run(ctx context.Context) {
 	defer close(t.done)
 	pause, logged := time.Duration(0), false
 	for ctx.Err() == nil {
+		began := t.cache.now()
 		err := t.follow(ctx)
-		if t.live.Swap(false) {
+		if t.live.Swap(false) && t.cache.now()-began > 2*pingEvery {
 			pause, logged = 0, false
 		}
 		if !logged && ctx.Err() == nil {
@@ -612,26 +774,19 @@ func (t *tracker) run(ctx context.Context) {
 }
 
 // follow tracks over one connection, until that breaks. The connection redirects to itself: Redis
-// reports changes only to RESP3 clients or to subscribers, and redigo speaks RESP2.
-func (t *tracker) follow(ctx context.Context) (err error) {
-	defer func() {
-		if r := recover(); r != nil { // redigo allocates whatever length a reply states
-			err = fmt.Errorf("reading a report: %v", r)
-		}
-	}()
-	c, err := t.dial()
+// reports changes only to RESP3 clients or to subscribers, and redigo speaks RESP2. It is live with the
+// first answer to PING, which shows that Redis lets it go on.
+func (t *tracker) follow(ctx context.Context) error {
+	u, err := t.dial()
 	if err != nil {
 		return err
 	}
+	c := u.Conn
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.Close() })()
 	if err := subscribe(c); err != nil {
 		return err
 	}
-	t.cache.forget(nil) // whatever has changed until now was not reported
-	t.live.Store(true)
-	t.log.Info("tracking is live")
-
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	defer func() { close(stop); <-stopped }()
 	go func() { // ends when stop is closed
@@ -644,14 +799,27 @@ func (t *tracker) follow(ctx context.Context) (err error) {
 			return err
 		}
 		if len(msg) != 3 { // the answer to PING has two
+			t.goLive()
 			continue
 		}
 		keys, err := redis.ByteSlices(msg[2], nil)
 		if err != nil && err != redis.ErrNil {
 			return err
 		}
+		if u.guard.bulk != nil { // a key that is too long for the report
+			keys, u.guard.bulk = nil, nil
+		}
 		t.invalidations.Add(int64(max(len(keys), 1)))
 		t.cache.forget(keys)
+	}
+}
+
+// goLive drops all that the cache has, once: whatever changed until now was not reported.
+func (t *tracker) goLive() {
+	if !t.live.Load() {
+		t.cache.forget(nil)
+		t.live.Store(true)
+		t.log.Info("tracking is live")
 	}
 }
 
@@ -671,16 +839,16 @@ func subscribe(c redis.Conn) error {
 	return err
 }
 
-// ping sends a PING now and then: a dead peer shows by not answering.
+// ping sends a PING at once and then now and then: a dead peer shows by not answering.
 func ping(c redis.Conn, stop <-chan struct{}) {
 	for tick := time.Tick(pingEvery); ; {
+		if errors.Join(c.Send("PING"), c.Flush()) != nil {
+			return // Receive fails too
+		}
 		select {
 		case <-stop:
 			return
 		case <-tick:
-			if errors.Join(c.Send("PING"), c.Flush()) != nil {
-				return // Receive fails too
-			}
 		}
 	}
 }

@@ -473,9 +473,7 @@ type certificate struct {
 // tlsConfig serves with the certificate in two files.
 func tlsConfig(certFile, keyFile string, log *slog.Logger) (*tls.Config, error) {
 	c := &certificate{certFile: certFile, keyFile: keyFile, log: log}
-	if _, err := c.changed(); err != nil {
-		return nil, fmt.Errorf("--tls-cert %q, --tls-key %q: %w", certFile, keyFile, err)
-	}
+	c.changed() // before load: a change in between is seen next time
 	if err := c.load(); err != nil {
 		return nil, fmt.Errorf("--tls-cert %q, --tls-key %q: %w", certFile, keyFile, err)
 	}
@@ -498,8 +496,7 @@ func (c *certificate) renew() {
 		return
 	}
 	c.looked = time.Now()
-	changed, _ := c.changed()
-	if !changed && (c.failed.IsZero() || time.Since(c.failed) < time.Minute) {
+	if changed := c.changed(); !changed && (c.failed.IsZero() || time.Since(c.failed) < time.Minute) {
 		return
 	}
 	c.failed = time.Time{}
@@ -511,20 +508,16 @@ func (c *certificate) renew() {
 	c.log.Info("the certificate was renewed", "expires", c.current.Load().Leaf.NotAfter)
 }
 
-// changed reports whether the files are others than before, or cannot be found.
-func (c *certificate) changed() (changed bool, err error) {
+// changed reports whether the files are others than when it was called last.
+func (c *certificate) changed() (changed bool) {
 	for i, name := range []string{c.certFile, c.keyFile} {
-		now, e := os.Stat(name)
-		if e != nil {
-			err = e
-			continue
-		}
+		now, err := os.Stat(name)
 		was := c.read[i]
-		if was == nil || !os.SameFile(was, now) || was.ModTime() != now.ModTime() || was.Size() != now.Size() {
+		if err == nil && (was == nil || !os.SameFile(was, now) || was.ModTime() != now.ModTime() || was.Size() != now.Size()) {
 			c.read[i], changed = now, true
 		}
 	}
-	return changed, err
+	return changed
 }
 
 func (c *certificate) load() error {
