@@ -6,6 +6,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -18,11 +19,13 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -55,7 +58,8 @@ func main() {
 
 // serve listens, runs until a signal, and exits if it cannot.
 func serve(cfg config) {
-	log := newLogger(os.Stderr, cfg)
+	lines := startLogWriter(os.Stderr, cfg)
+	log := newLogger(lines, cfg)
 	for _, name := range unreadVariables(os.Environ()) {
 		log.Warn("nobody reads this variable; is it misspelt?", "variable", name)
 	}
@@ -67,8 +71,9 @@ func serve(cfg config) {
 		}
 	}
 	ctx, stop := context.WithCancel(context.Background())
+	signal.Ignore(syscall.SIGPIPE) // Go ends the process where stderr has no reader
 	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	go func() { // ends with the process
 		<-signals
 		stop()
@@ -82,12 +87,60 @@ func serve(cfg config) {
 	}
 	if err != nil {
 		log.Error("not started", "error", err)
+		lines.close()
 		os.Exit(1)
 	}
 	cfg.clients.maxClients = fitDescriptors(cfg, log)
-	tune(cfg.cache.maxBytes)
-	cfg.clients.grown = func(clients int) { tuneMemory(cfg.cache.maxBytes, clients) }
+	fitMemory(&cfg, log)
+	cfg.cores = tuneCores()
 	run(ctx, cfg, l, admin, log)
+	lines.close()
+}
+
+// A logWriter passes lines on to a writer that may block or fail, without waiting for it: what does not
+// go out in time is dropped and counted. It is safe for concurrent use.
+type logWriter struct {
+	lines   chan []byte // nil is the end
+	dropped atomic.Int64
+	done    chan struct{} // closed when all lines before the end are written
+}
+
+func startLogWriter(out io.Writer, cfg config) *logWriter {
+	w := &logWriter{lines: make(chan []byte, 1000), done: make(chan struct{})}
+	go func() { // ends with close, or with the process where out blocks
+		defer close(w.done)
+		for line := <-w.lines; line != nil; line = <-w.lines {
+			if n := w.dropped.Swap(0); n > 0 {
+				newLogger(out, cfg).Warn("log lines were dropped", "count", n)
+			}
+			out.Write(line)
+		}
+	}()
+	return w
+}
+
+// Write takes one line.
+func (w *logWriter) Write(line []byte) (int, error) {
+	select {
+	case w.lines <- bytes.Clone(line):
+	default:
+		w.dropped.Add(1)
+	}
+	return len(line), nil
+}
+
+// close waits a moment for the last lines. What is written later is lost.
+func (w *logWriter) close() {
+	late := time.After(time.Second)
+	select {
+	case w.lines <- nil:
+	case <-late:
+		return
+	}
+	select {
+	case <-w.done:
+	case <-late:
+	}
 }
 
 func newLogger(w io.Writer, cfg config) *slog.Logger {
@@ -125,22 +178,72 @@ func check(cfg config) error {
 	return nil
 }
 
-// tune sets up the Go runtime, where GOMAXPROCS, GOGC and GOMEMLIMIT do not say otherwise. Half of the
-// cores serve: the others are for the clients, and threads that wait for work cost more than they bring.
-func tune(cacheBytes int64) {
-	if os.Getenv("GOMAXPROCS") == "" {
-		runtime.GOMAXPROCS(max(1, runtime.GOMAXPROCS(0)/2))
+// tuneCores has half of the cores serve, and returns which do and why: the others are for the clients, and
+// threads that wait for work cost more than they bring. Where the process has a CPU limit of its own, or
+// GOMAXPROCS is set, Go follows that.
+func tuneCores() string {
+	switch {
+	case os.Getenv("GOMAXPROCS") != "":
+		return fmt.Sprint(runtime.GOMAXPROCS(0), " as GOMAXPROCS says")
+	case slices.ContainsFunc(cgroupValues("cpu.max", "cpu", "cpu.cfs_quota_us"), func(s string) bool { return s[0] >= '0' && s[0] <= '9' }):
+		return fmt.Sprint(runtime.GOMAXPROCS(0), " as the CPU limit says")
 	}
-	tuneMemory(cacheBytes, 0)
+	all := runtime.GOMAXPROCS(0)
+	runtime.GOMAXPROCS(max(1, all/2))
+	return fmt.Sprintf("%d of %d", runtime.GOMAXPROCS(0), all)
 }
 
-// tuneMemory makes garbage collection rare while the heap is small, and bounds the heap to about twice the
-// cache and what so many clients need.
-func tuneMemory(cacheBytes int64, clients int) {
-	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetGCPercent(400)
-		debug.SetMemoryLimit(2*min(cacheBytes, 1<<60) + 32<<20 + int64(clients)<<15)
+// fitMemory makes garbage collection rare while the heap is small, and bounds the heap to about twice the
+// cache and what the clients need, unless GOGC or GOMEMLIMIT say otherwise. Where the container allows less
+// than that, the cache is made smaller.
+func fitMemory(cfg *config, log *slog.Logger) {
+	const others = 32 << 20 // what is not the cache's
+	allowed := int64(math.MaxInt64)
+	for _, s := range cgroupValues("memory.max", "memory", "memory.limit_in_bytes") {
+		if n, err := strconv.ParseInt(s, 10, 64); err == nil {
+			allowed = min(allowed, n/10*9)
+		}
 	}
+	if fits := max(allowed-others, others/2) / 2; fits < cfg.cache.maxBytes {
+		log.Warn("fewer bytes in the cache, as the container has not enough memory", "cache_bytes", fits,
+			"wanted", cfg.cache.maxBytes, "memory", allowed/9*10)
+		cfg.cache.maxBytes = fits
+	}
+	if os.Getenv("GOGC") != "" || os.Getenv("GOMEMLIMIT") != "" {
+		return
+	}
+	debug.SetGCPercent(400)
+	cfg.clients.grown = func(clients int) {
+		debug.SetMemoryLimit(min(allowed, 2*min(cfg.cache.maxBytes, 1<<60)+others+int64(clients)<<15))
+	}
+	cfg.clients.grown(0)
+}
+
+// cgroupValues returns the first words of a file in the control groups of the process, from its own up to
+// the root: of the unified hierarchy (cgroups(7), version 2), or of a controller in version 1.
+func cgroupValues(v2, controller, v1 string) (values []string) {
+	groups, _ := os.ReadFile("/proc/self/cgroup")
+	for line := range strings.Lines(string(groups)) {
+		_, group, _ := strings.Cut(strings.TrimSpace(line), ":")
+		controllers, group, _ := strings.Cut(group, ":")
+		root, file := "/sys/fs/cgroup", v2
+		if controllers != "" {
+			root, file = filepath.Join(root, controllers), v1
+			if !slices.Contains(strings.Split(controllers, ","), controller) {
+				continue
+			}
+		}
+		for ; ; group = filepath.Dir(group) {
+			b, _ := os.ReadFile(filepath.Join(root, group, file))
+			if words := strings.Fields(string(b)); len(words) > 0 {
+				values = append(values, words[0])
+			}
+			if group == "/" || group == "." {
+				break
+			}
+		}
+	}
+	return values
 }
 
 // fitDescriptors returns how many clients the process may have, as each costs a file descriptor.
@@ -175,7 +278,9 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 			p.figures(), web.tally.figures("http"), resp.tally.figures("resp"))
 	}
 	log.Info("serving", "version", version, "address", l.Addr().String(), "protocols", "http resp", "redis", cfg.pool.redis.address(),
-		"cache_size", cfg.cache.maxKeys, "cache_bytes", cfg.cache.maxBytes, "cache_timeout", cfg.cache.ttl.String())
+		"database", cfg.pool.redis.db, "redis_tls", cfg.pool.redis.tls, "tls", cfg.clients.tls != nil, "password", pw.needed,
+		"tracking", cfg.pool.tracking, "cache_size", cfg.cache.maxKeys, "cache_bytes", cfg.cache.maxBytes,
+		"cache_timeout", cfg.cache.ttl.String(), "cores", cfg.cores)
 	if admin != nil {
 		log.Info("serving metrics, health and profiles", "address", admin.Addr().String())
 		a := newAdmin(figures, p.ready, log)
@@ -264,6 +369,7 @@ type config struct {
 	logFormat     string
 	check         bool
 	version       bool
+	cores         string // which cores serve, for the log
 }
 
 // An option is a row of the table of flags. Its environment variable follows from its name.
