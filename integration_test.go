@@ -2115,7 +2115,8 @@ func TestIntegrationTLS(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if cfg.clients.tls, err = tlsConfig(cert, key, slog.New(slog.NewTextHandler(log, nil))); err != nil {
+	cfg.tlsCert, cfg.tlsKey = cert, key
+	if err := cfg.loadCertificates(slog.New(slog.NewTextHandler(log, nil))); err != nil {
 		t.Fatal(err)
 	}
 	p := runProxy(t, cfg)

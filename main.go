@@ -9,6 +9,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"flag"
 	"fmt"
@@ -63,12 +64,9 @@ func serve(cfg config) {
 	for _, name := range unreadVariables(os.Environ()) {
 		log.Warn("nobody reads this variable; is it misspelt?", "variable", name)
 	}
-	if cfg.tlsCert != "" {
-		var err error
-		if cfg.clients.tls, err = tlsConfig(cfg.tlsCert, cfg.tlsKey, log); err != nil {
-			fmt.Fprintln(os.Stderr, "redis_proxy:", err)
-			os.Exit(2)
-		}
+	if err := cfg.loadCertificates(log); err != nil {
+		fmt.Fprintln(os.Stderr, "redis_proxy:", err)
+		os.Exit(2)
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	signal.Ignore(syscall.SIGPIPE) // Go ends the process where stderr has no reader
@@ -81,7 +79,7 @@ func serve(cfg config) {
 		os.Exit(1) // at once, as a second signal asks
 	}()
 	var admin net.Listener
-	l, err := net.Listen("tcp", net.JoinHostPort(cfg.listenAddress, strconv.Itoa(cfg.port)))
+	l, err := listen(cfg.address())
 	if err == nil && cfg.adminAddress != "" {
 		admin, err = net.Listen("tcp", cfg.adminAddress)
 	}
@@ -95,6 +93,40 @@ func serve(cfg config) {
 	cfg.cores = tuneCores()
 	run(ctx, cfg, l, admin, log)
 	lines.close()
+}
+
+// loadCertificates reads the files that the flags name.
+func (c *config) loadCertificates(log *slog.Logger) error {
+	if c.tlsCert != "" {
+		cert, err := newCertificate(c.tlsCert, c.tlsKey, log)
+		if err != nil {
+			return fmt.Errorf("--tls-cert %q, --tls-key %q: %w", c.tlsCert, c.tlsKey, err)
+		}
+		c.clients.tls = &tls.Config{GetCertificate: cert.get, MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1", "http/1.0"}}
+	}
+	c.pool.tls = &tls.Config{InsecureSkipVerify: c.redisInsecure}
+	if c.redisInsecure {
+		log.Warn("the certificate of Redis is not checked, as --redis-insecure says")
+	}
+	if c.redisCACert != "" {
+		roots, err := x509.SystemCertPool()
+		pem, errFile := os.ReadFile(c.redisCACert)
+		if err = errors.Join(err, errFile); err == nil && !roots.AppendCertsFromPEM(pem) {
+			err = errors.New("has no certificate in PEM")
+		}
+		if err != nil {
+			return fmt.Errorf("--redis-cacert %q: %w", c.redisCACert, err)
+		}
+		c.pool.tls.RootCAs = roots
+	}
+	if c.redisCert != "" {
+		cert, err := newCertificate(c.redisCert, c.redisKey, log)
+		if err != nil {
+			return fmt.Errorf("--redis-cert %q, --redis-key %q: %w", c.redisCert, c.redisKey, err)
+		}
+		c.pool.tls.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return cert.get(nil) }
+	}
+	return nil
 }
 
 // A logWriter passes lines on to a writer that may block or fail, without waiting for it: what does not
@@ -151,14 +183,39 @@ func newLogger(w io.Writer, cfg config) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, opts))
 }
 
+// address returns where to serve, as net.Listen has it.
+func (c *config) address() (network, address string) {
+	if path, ok := strings.CutPrefix(c.listenAddress, "unix://"); ok {
+		return "unix", path
+	}
+	return "tcp", net.JoinHostPort(c.listenAddress, strconv.Itoa(c.port))
+}
+
+// listen takes the place of a Unix socket that a process left behind; one that answers stays.
+func listen(network, address string) (net.Listener, error) {
+	l, err := net.Listen(network, address)
+	if network == "unix" && errors.Is(err, syscall.EADDRINUSE) {
+		c, dead := net.Dial(network, address)
+		if !errors.Is(dead, syscall.ECONNREFUSED) {
+			if dead == nil {
+				c.Close()
+			}
+			return nil, err
+		}
+		os.Remove(address)
+		return net.Listen(network, address)
+	}
+	return l, err
+}
+
 // check asks a running proxy for a sign of life. An error reply, such as that there are too many clients,
 // is one.
 func check(cfg config) error {
-	host := cfg.listenAddress
-	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
-		host = "localhost"
+	if ip := net.ParseIP(cfg.listenAddress); ip != nil && ip.IsUnspecified() {
+		cfg.listenAddress = "localhost"
 	}
-	c, err := net.DialTimeout("tcp", net.JoinHostPort(host, strconv.Itoa(cfg.port)), 2*time.Second)
+	network, address := cfg.address()
+	c, err := net.DialTimeout(network, address, 2*time.Second)
 	if err != nil {
 		return err
 	}
@@ -289,6 +346,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	}
 	go web.run() // ends with web.shutdown
 	go s.run()   // ends with s.stop
+	go p.try()   // ends with the attempt
 	<-ctx.Done()
 
 	log.Info("stopping")
@@ -362,6 +420,10 @@ type config struct {
 	port          int
 	redisURL      redisAddress // instead of host and port, where it was given
 	password      string
+	redisCACert   string
+	redisCert     string
+	redisKey      string
+	redisInsecure bool
 	tlsCert       string
 	tlsKey        string
 	adminAddress  string
@@ -382,26 +444,30 @@ type option struct {
 func (c *config) options() []option {
 	addr := &c.pool.redis
 	return []option{
-		{"listen-address", "127.0.0.1", "address to serve on", to(&c.listenAddress, parseHost)},
+		{"listen-address", "127.0.0.1", "address to serve on, or unix:///path for a socket", to(&c.listenAddress, parseListenAddress)},
 		{"port", "8080", "port to serve on; 0 picks a free one", to(&c.port, number(0, 65535))},
+		{"password", "", "password that clients must present; empty: anyone who can connect", to(&c.password, parseText)},
+		{"tls-cert", "", "file of a certificate in PEM: serve TLS only, both protocols", to(&c.tlsCert, parseText)},
+		{"tls-key", "", "file of its key in PEM", to(&c.tlsKey, parseText)},
 		{"redis-host", "127.0.0.1", "host of the backing Redis", to(&addr.host, parseHost)},
 		{"redis-port", "6379", "port of the backing Redis", to(&addr.port, number(1, 65535))},
 		{"redis-url", "", "URL redis://[[user]:pass@]host[:port][/db], rediss:// for TLS; instead of host and port", to(&c.redisURL, parseRedisURL)},
+		{"redis-cacert", "", "file in PEM: whom to trust for rediss:// beside the system's roots", to(&c.redisCACert, parseText)},
+		{"redis-cert", "", "file in PEM: client certificate for rediss://", to(&c.redisCert, parseText)},
+		{"redis-key", "", "file in PEM: key of the client certificate", to(&c.redisKey, parseText)},
+		{"redis-insecure", "false", "do not check the certificate of Redis", to(&c.redisInsecure, parseSwitch)},
 		{"redis-timeout", "1s", "longest time a request waits for Redis in all: queue, dial, reply", to(&c.pool.timeout, parseTime)},
+		{"redis-ttl", "false", "end an entry when its key expires in Redis: a PTTL beside each GET", to(&c.pool.keyTTL, parseSwitch)},
 		{"client-limit", "8", "most Redis connections in use at once; further misses wait their turn", to(&c.pool.limit, number(1, 1000))},
+		{"tracking", "false", "drop entries as soon as Redis says that they changed", to(&c.pool.tracking, parseSwitch)},
 		{"cache-size", "10000", "most keys in the cache", to(&c.cache.maxKeys, number(1, 1<<31-1))},
 		{"cache-bytes", "256MB", "most bytes of keys, values and bookkeeping in the cache", to(&c.cache.maxBytes, parseSize)},
 		{"cache-timeout", "30s", "TTL of every entry, a time from the moment it was fetched; 30, 1.5 (seconds) or 250ms", to(&c.cache.ttl, parseTime)},
 		{"stale-timeout", "0", "how long after its TTL an entry may still answer while Redis cannot, a time", to(&c.cache.stale, parseTimeOr0)},
 		{"absent-timeout", "0", "how long \"no such key\" is kept, at most --cache-timeout; 0: it is not", to(&c.cache.absent, parseTimeOr0)},
 		{"refresh-before", "0", "a hit in the last so much of an entry's life has it fetched anew; 0: none does", to(&c.cache.refresh, parseTimeOr0)},
-		{"redis-ttl", "false", "end an entry when its key expires in Redis: a PTTL beside each GET", to(&c.pool.keyTTL, parseSwitch)},
 		{"max-clients", "10000", "most client connections at once", to(&c.clients.maxClients, number(1, 1<<20))},
 		{"idle-timeout", "0", "time after which a silent client is closed; 0: never (HTTP keep-alive: 2 minutes)", to(&c.clients.idleTimeout, parseTimeOr0)},
-		{"tracking", "false", "drop entries as soon as Redis says that they changed", to(&c.pool.tracking, parseSwitch)},
-		{"password", "", "password that clients must present; empty: anyone who can connect", to(&c.password, parseText)},
-		{"tls-cert", "", "file of a certificate in PEM: serve TLS only, both protocols", to(&c.tlsCert, parseText)},
-		{"tls-key", "", "file of its key in PEM", to(&c.tlsKey, parseText)},
 		{"admin-address", "", "host:port for metrics, health and profiles; empty: none", to(&c.adminAddress, parseHostPort)},
 		{"log-level", "info", "level: debug, info, warn or error", to(&c.logLevel, parseLevel)},
 		{"log-format", "text", "format: text or json", to(&c.logFormat, choice("text", "json"))},
@@ -419,6 +485,9 @@ func (o option) variable() string {
 // assign sets the option from where, a flag or a variable. Its error is fit for users.
 func (o option) assign(where, val string) error {
 	err := o.set(val)
+	if service, ok := strings.CutSuffix(where, "_PORT"); ok && strings.HasPrefix(val, "tcp://") {
+		err = fmt.Errorf("%w (a Kubernetes Service named %s sets it)", err, strings.ToLower(strings.ReplaceAll(service, "_", "-")))
+	}
 	if err != nil && o.secret() {
 		return fmt.Errorf("%s: %w", where, err)
 	} else if err != nil {
@@ -435,6 +504,15 @@ func parseConfig(args, environ []string) (config, error) {
 	for _, kv := range environ {
 		name, val, _ := strings.Cut(kv, "=")
 		variables[name] = val
+	}
+	addresses := []string{"redis-host", "redis-port", "redis-url"}
+	platform := map[string]string{"port": "PORT", "redis-url": "REDIS_URL"} // where ours are unset
+	for _, name := range addresses {
+		if variables[option{name: name}.variable()] != "" || slices.ContainsFunc(args, func(arg string) bool {
+			return strings.HasPrefix(strings.TrimLeft(arg, "-"), name)
+		}) {
+			delete(platform, "redis-url")
+		}
 	}
 	var bad, badVariable error
 	fs := flag.NewFlagSet("redis_proxy", flag.ContinueOnError)
@@ -456,8 +534,12 @@ func parseConfig(args, environ []string) (config, error) {
 		if err := o.assign("default", o.def); err != nil {
 			panic(err)
 		}
-		if val := variables[o.variable()]; val != "" && badVariable == nil {
-			badVariable = o.assign(o.variable(), val)
+		variable := o.variable()
+		if variables[variable] == "" && platform[o.name] != "" {
+			variable = platform[o.name]
+		}
+		if val := variables[variable]; val != "" && badVariable == nil {
+			badVariable = o.assign(variable, val)
 		}
 		define(o)
 	}
@@ -481,8 +563,12 @@ func parseConfig(args, environ []string) (config, error) {
 
 // complete checks what concerns several options, and fills in what follows from others.
 func (c *config) complete() error {
-	if (c.tlsCert == "") != (c.tlsKey == "") {
-		return fmt.Errorf("--tls-cert or RP_TLS_CERT %q, --tls-key or RP_TLS_KEY %q: both must be given, or neither", c.tlsCert, c.tlsKey)
+	for _, pair := range [][4]string{{"tls-cert", c.tlsCert, "tls-key", c.tlsKey}, {"redis-cert", c.redisCert, "redis-key", c.redisKey}} {
+		cert, key := option{name: pair[0]}, option{name: pair[2]}
+		if (pair[1] == "") != (pair[3] == "") {
+			return fmt.Errorf("--%s or %s %q, --%s or %s %q: both must be given, or neither",
+				cert.name, cert.variable(), pair[1], key.name, key.variable(), pair[3])
+		}
 	}
 	if c.redisURL.host != "" {
 		c.pool.redis = c.redisURL
@@ -504,18 +590,41 @@ func unreadVariables(environ []string) (names []string) {
 	return names
 }
 
+// groups are the titles in the help, by the first option below each.
+var groups = map[string]string{"listen-address": "Serving", "redis-host": "Redis", "cache-size": "Cache", "max-clients": "Limits", "admin-address": "Operations"}
+
+// printHelp prints lines of 100 columns at most.
 func printHelp(w io.Writer) {
-	fmt.Fprint(w, "redis_proxy answers HTTP GET /key and Redis GET key from a cache in front of Redis.\n\n"+
-		"Each flag has an environment variable, which it overrides. --flag value and --flag=value both work.\n\n")
-	for _, o := range new(config).options() {
-		def := ""
-		if o.def != "" {
-			def = " (default " + o.def + ")"
+	fmt.Fprint(w, `redis_proxy answers HTTP GET /key and Redis GET key from a cache in front of Redis.
+
+Usage: redis_proxy [--flag value | --flag=value] ...
+Example: redis_proxy --redis-url redis://127.0.0.1:6379 --cache-timeout 1m --tracking
+
+A flag overrides its environment variable. A time is 30, 1.5 (seconds), 250ms or 2m.
+`)
+	row := func(name, variable, usage string) {
+		line := fmt.Sprintf("  --%-17s %-19s", name, variable)
+		for word := range strings.FieldsSeq(usage) {
+			if len(line)+1+len(word) > 100 {
+				fmt.Fprintln(w, line)
+				line = strings.Repeat(" ", 40)
+			}
+			line += " " + word
 		}
-		fmt.Fprintf(w, "  --%s, %s\n        %s%s\n", o.name, o.variable(), o.usage, def)
+		fmt.Fprintln(w, line)
 	}
-	fmt.Fprint(w, "  --check\n        ask the configured address for a PING; exit 0 if it answers, else 1\n"+
-		"  --version\n        print the version and exit\n  --help\n        print this and exit\n")
+	for _, o := range new(config).options() {
+		if title := groups[o.name]; title != "" {
+			fmt.Fprintf(w, "\n%s\n", title)
+		}
+		if o.def != "" {
+			o.usage += " (default " + o.def + ")"
+		}
+		row(o.name, o.variable(), o.usage)
+	}
+	row("check", "", "ask the configured address for a PING; exit 0 if it answers, else 1")
+	row("version", "", "print the version and exit")
+	row("help", "", "print this and exit")
 }
 
 // to returns a setter that stores in p what parse makes of its argument.
@@ -542,6 +651,16 @@ func parseSwitch(s string) (bool, error) {
 func parseHost(s string) (string, error) {
 	if !isHost(s) {
 		return "", errors.New("must be a host name or an IP address, without a port")
+	}
+	return s, nil
+}
+
+func parseListenAddress(s string) (string, error) {
+	if path, ok := strings.CutPrefix(s, "unix://"); ok && strings.HasPrefix(path, "/") {
+		return s, nil
+	}
+	if !isHost(s) {
+		return "", errors.New("must be a host name or an IP address, without a port, or unix:///path")
 	}
 	return s, nil
 }

@@ -272,10 +272,16 @@ func TestHelpListsEveryFlag(t *testing.T) {
 		t.Errorf("got %d options; want those that are documented", len(options))
 	}
 	for _, o := range options {
-		_, about, _ := strings.Cut(b.String(), "\n  --"+o.name+",")
+		_, about, _ := strings.Cut(b.String(), "\n  --"+o.name+" ")
 		about, _, _ = strings.Cut(about, "\n  --")
-		if !strings.Contains(about, o.variable()+"\n") || o.def != "" && !strings.Contains(about, "(default "+o.def+")") {
+		about = strings.Join(strings.Fields(about), " ")
+		if !strings.Contains(about, o.variable()+" ") || o.def != "" && !strings.Contains(about, "(default "+o.def+")") {
 			t.Errorf("help on --%s: got %q; want its variable, %s, and its default, %q", o.name, about, o.variable(), o.def)
+		}
+	}
+	for line := range strings.Lines(b.String()) {
+		if len(line) > 101 {
+			t.Errorf("got a line of %d columns; want 100 at most: %s", len(line)-1, line)
 		}
 	}
 	compare(t, "variable", option{name: "redis-url"}.variable(), "RP_REDIS_URL")

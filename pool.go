@@ -52,6 +52,7 @@ const (
 // poolSettings are what the flags say about Redis.
 type poolSettings struct {
 	redis    redisAddress
+	tls      *tls.Config   // for redis.tls; nil: the system's roots
 	timeout  time.Duration // how long a request waits for Redis in all
 	limit    int           // connections in use at once to each node
 	keyTTL   bool          // an entry ends when its key does
@@ -129,7 +130,12 @@ func (p *pool) dialer(ctx context.Context, addr string, patience time.Duration) 
 		}
 		if p.redis.tls {
 			host, _, _ := net.SplitHostPort(addr)
-			t := tls.Client(g.Conn, &tls.Config{ServerName: host})
+			conf := p.tls.Clone()
+			if conf == nil {
+				conf = new(tls.Config)
+			}
+			conf.ServerName = host
+			t := tls.Client(g.Conn, conf)
 			if err := t.HandshakeContext(ctx); err != nil {
 				c.Close()
 				return nil, err
@@ -191,6 +197,16 @@ func (p *pool) enqueue(fs []*flight) {
 	p.mu.Unlock()
 	for _, f := range refused {
 		p.cache.finish(f, value{}, errTimeout)
+	}
+}
+
+// try connects once, so that the log says what is wrong before the first request.
+func (p *pool) try() {
+	began := p.cache.now()
+	conn := p.node.conns.Get()
+	defer conn.Close()
+	if err := conn.Err(); err != nil {
+		p.node.health.failed(began, err)
 	}
 }
 

@@ -12,7 +12,6 @@ import (
 	"crypto/subtle"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"os"
@@ -470,14 +469,10 @@ type certificate struct {
 	failed time.Time // the last attempt to read them, if it failed
 }
 
-// tlsConfig serves with the certificate in two files.
-func tlsConfig(certFile, keyFile string, log *slog.Logger) (*tls.Config, error) {
+func newCertificate(certFile, keyFile string, log *slog.Logger) (*certificate, error) {
 	c := &certificate{certFile: certFile, keyFile: keyFile, log: log}
 	c.changed() // before load: a change in between is seen next time
-	if err := c.load(); err != nil {
-		return nil, fmt.Errorf("--tls-cert %q, --tls-key %q: %w", certFile, keyFile, err)
-	}
-	return &tls.Config{GetCertificate: c.get, MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1", "http/1.0"}}, nil
+	return c, c.load()
 }
 
 // get returns the certificate for a handshake.
