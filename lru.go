@@ -279,6 +279,21 @@ func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n,
 	return n, hits
 }
 
+// again replaces the answers to keys by what the cache holds now, all at one moment.
+func (c *cache) again(keys [][]byte, answers []answer) {
+	now := c.now()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i, key := range keys {
+		if e, live := c.lookUp(now, key); live {
+			answers[i].value, answers[i].err = e.value, nil
+			if e.absent() {
+				answers[i].err = errAbsent
+			}
+		}
+	}
+}
+
 // wait completes answers. It begins with the last: replies come in the order of the questions, so that a
 // request for many keys is woken once.
 func (c *cache) wait(since time.Duration, keys [][]byte, answers []answer) {

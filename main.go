@@ -328,7 +328,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	pw := newPassword(cfg.password)
 	var figures func() []figure
 	web := newWeb(webSettings{cfg.clients.idleTimeout, cfg.clients.writeTimeout}, c, pw, l.Addr(), log)
-	resp := newRESP(c, pw, func() []figure { return figures() })
+	resp := newRESP(c, pw, cfg.pool.redis.db, func() []figure { return figures() })
 	s := newServer(l, cfg.clients, log, [...]frontEnd{protoHTTP: web, protoRESP: resp})
 	figures = func() []figure {
 		return slices.Concat(processFigures(c.now(), l.Addr(), pw), s.figures(), c.figures(), keyFigures(&web.tally, &resp.tally),

@@ -70,7 +70,7 @@ func newParts(t testing.TB, flags ...string) *parts {
 	t.Cleanup(p.pool.close)
 	pw := newPassword(cfg.password)
 	p.web = newWeb(webSettings{0, cfg.clients.writeTimeout}, p.cache, pw, nil, log)
-	p.resp = newRESP(p.cache, pw, func() []figure {
+	p.resp = newRESP(p.cache, pw, cfg.pool.redis.db, func() []figure {
 		return slices.Concat(processFigures(p.now(), nil, pw), p.cache.figures(), keyFigures(&p.web.tally, &p.resp.tally), p.pool.figures())
 	})
 	return p
@@ -853,11 +853,11 @@ func TestRESPReplies(t *testing.T) {
 		"AUTH x\r\n": "-ERR AUTH <password> called without any password configured for the default user. " +
 			"Are you sure your configuration is correct?\r\n",
 		"AUTH default x\r\nAUTH a b c\r\n": "+OK\r\n-ERR syntax error\r\n", "AUTH u x\r\n": "-WRONGPASS invalid username-password pair or user is disabled.\r\n",
-		"SELECT 0\r\nSELECT 1\r\nSELECT -1\r\n":            "+OK\r\n-ERR DB index is out of range\r\n-ERR DB index is out of range\r\n",
-		"SELECT x\r\n":                                     "-ERR value is not an integer or out of range\r\n",
-		"SELECT 2147483648\r\n":                            "-ERR value is out of range, value must between -2147483648 and 2147483647\r\n",
-		"RESET\r\nCONFIG GET x\r\nRESET x\r\n":             "+RESET\r\n*0\r\n" + arity("reset"),
-		"COMMAND\r\nCOMMAND COUNT\r\nCOMMAND DOCS get\r\n": "*0\r\n:0\r\nMAP", "COMMAND FOO\r\n": "-ERR unknown subcommand 'FOO'. Try COMMAND HELP.\r\n",
+		"SELECT 0\r\nSELECT 1\r\nSELECT -1\r\n": "+OK\r\n-ERR DB index is out of range\r\n-ERR DB index is out of range\r\n",
+		"SELECT x\r\n":                          "-ERR value is not an integer or out of range\r\n",
+		"SELECT 2147483648\r\n":                 "-ERR value is out of range, value must between -2147483648 and 2147483647\r\n",
+		"RESET\r\nCONFIG GET x\r\nRESET x\r\n":  "+RESET\r\n*0\r\n" + arity("reset"),
+		"COMMAND DOCS get\r\n":                  "MAP", "COMMAND FOO\r\n": "-ERR unknown subcommand 'FOO'. Try COMMAND HELP.\r\n",
 		"COMMAND COUNT x\r\n": arity("command|count"), "CONFIG GET save\r\n": "MAP", "CONFIG\r\nCONFIG GET\r\n": arity("config") + arity("config|get"),
 		"CONFIG SET a b\r\n": "-ERR unknown subcommand 'SET'. Try CONFIG HELP.\r\n", "CLIENT ID\r\n": ":1\r\n",
 		"CLIENT\r\nCLIENT id x\r\n": arity("client") + arity("client|id"), "CLIENT foo\r\n": "-ERR unknown subcommand 'foo'. Try CLIENT HELP.\r\n",

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"net"
 	"slices"
@@ -291,6 +292,7 @@ func unescape(b byte) byte {
 type resp struct {
 	cache    *cache
 	password *password
+	db       int             // that SELECT may name beside 0
 	figures  func() []figure // for INFO
 	nextID   atomic.Int64
 	tally    tally
@@ -309,6 +311,8 @@ type client struct {
 	library  [2]string     // name and version
 	asked    time.Duration // since when it waits for Redis, on the cache's clock
 	late     bool          // Redis was too slow for what has been read: the rest does not wait as long again
+	multi    *transaction  // nil outside MULTI
+	held     []answer      // to the keys of a transaction, in their order
 	err      error         // ends the connection
 	*buffers               // while there is something to answer
 }
@@ -325,8 +329,8 @@ var spareBuffers = sync.Pool{New: func() any { return &buffers{out: make([]byte,
 // errQuit ends a connection because the client asked for it.
 var errQuit = errors.New("quit")
 
-func newRESP(c *cache, pw *password, figures func() []figure) *resp {
-	return &resp{cache: c, password: pw, figures: figures}
+func newRESP(c *cache, pw *password, db int, figures func() []figure) *resp {
+	return &resp{cache: c, password: pw, db: db, figures: figures}
 }
 
 // refuse answers a connection that is one too many.
@@ -354,12 +358,16 @@ func (c *client) answer() {
 	for c.err == nil {
 		var args [][]byte
 		var broken error
-		key, ok := c.in.readGet()
+		var key []byte
+		ok := false
+		if c.multi == nil {
+			key, ok = c.in.readGet()
+		}
 		if !ok {
 			if args, broken = c.in.read(); args == nil && broken == nil {
 				break
 			}
-			if ok = broken == nil && len(args) == 2 && c.authed && isGet(args[0]); ok {
+			if ok = broken == nil && len(args) == 2 && c.authed && c.multi == nil && isGet(args[0]); ok {
 				key = args[1]
 			}
 		}
@@ -406,7 +414,7 @@ func (c *client) give() {
 // get answers the GETs that have been gathered.
 func (c *client) get() {
 	for keys := c.keys; len(keys) > 0 && c.err == nil; {
-		c.begin()
+		c.startWaiting()
 		answers := c.ask(keys)
 		keys = keys[len(answers):]
 		c.writeAnswers(answers)
@@ -415,8 +423,8 @@ func (c *client) get() {
 	c.keys = c.keys[:0]
 }
 
-// begin has the client's time for Redis run from now on, unless it is used up.
-func (c *client) begin() {
+// startWaiting has the client's time for Redis run from now on, unless it is used up.
+func (c *client) startWaiting() {
 	if !c.late {
 		c.asked = c.resp.cache.now()
 	}
@@ -424,6 +432,11 @@ func (c *client) begin() {
 
 // ask returns the answers to keys, or to the first of them. They hold until the next call.
 func (c *client) ask(keys [][]byte) []answer {
+	if len(c.held) >= len(keys) && len(keys) > 0 {
+		answers := c.held[:len(keys)]
+		c.held = c.held[len(keys):]
+		return answers
+	}
 	c.answers = slices.Grow(c.answers[:0], len(keys))[:len(keys)]
 	n := c.resp.cache.get(&c.resp.tally, c.asked, keys, c.answers)
 	clear(c.answers[n:])
@@ -537,6 +550,7 @@ func (c *client) null() {
 // A command has Redis' arity: how many arguments, its name among them; at least so many if negative.
 type command struct {
 	arity int
+	keys  bool                           // all arguments are keys
 	run   func(c *client, args [][]byte) // nil for those that have only subcommands
 	sub   map[string]command
 }
@@ -545,29 +559,47 @@ type command struct {
 var commands map[string]command
 
 func init() {
-	emptyArray := func(c *client, _ [][]byte) { c.array(0) }
 	emptyMap := func(c *client, _ [][]byte) { c.mapping(0) }
+	disabled := func(c *client, _ [][]byte) { c.fail("ERR This instance has cluster support disabled") }
+	clusterCommands := make(map[string]command)
+	for name := range strings.FieldsSeq("addslots addslotsrange bumpepoch count-failure-reports countkeysinslot delslots delslotsrange failover " +
+		"flushslots forget getkeysinslot help info keyslot links meet myid nodes replicate replicas reset saveconfig set-config-epoch setslot " +
+		"shards slaves slots") {
+		clusterCommands[name] = command{arity: -2, run: disabled}
+	}
 	commands = map[string]command{
-		"get":    {arity: 2, run: (*client).mget},
-		"mget":   {arity: -2, run: (*client).mget},
-		"ping":   {arity: -1, run: (*client).ping},
-		"echo":   {arity: 2, run: func(c *client, args [][]byte) { c.bulk(string(args[1])) }},
-		"hello":  {arity: -1, run: (*client).hello},
-		"auth":   {arity: -2, run: (*client).auth},
-		"select": {arity: 2, run: (*client).selectDB},
-		"quit":   {arity: -1, run: func(c *client, _ [][]byte) { c.ok(); c.err = errQuit }},
-		"reset":  {arity: 1, run: (*client).reset},
-		"info":   {arity: -1, run: (*client).info},
+		"get":     {arity: 2, keys: true, run: (*client).readOne},
+		"mget":    {arity: -2, keys: true, run: (*client).mget},
+		"exists":  {arity: -2, keys: true, run: (*client).exists},
+		"multi":   {arity: 1, run: (*client).begin},
+		"exec":    {arity: 1, run: (*client).exec},
+		"discard": {arity: 1, run: (*client).discard},
+		"ping":    {arity: -1, run: (*client).ping},
+		"echo":    {arity: 2, run: func(c *client, args [][]byte) { c.bulk(string(args[1])) }},
+		"hello":   {arity: -1, run: (*client).hello},
+		"auth":    {arity: -2, run: (*client).auth},
+		"select":  {arity: 2, run: (*client).selectDB},
+		"quit":    {arity: -1, run: func(c *client, _ [][]byte) { c.ok(); c.err = errQuit }},
+		"reset":   {arity: 1, run: (*client).reset},
+		"info":    {arity: -1, run: (*client).info},
 		"config": {arity: -2, sub: map[string]command{
-			"get": {arity: -3, run: emptyMap},
+			"get":  {arity: -3, run: emptyMap},
+			"help": {arity: 2, run: help("CONFIG", "GET <pattern>", "Return parameters matching the glob-like <pattern> and their values.")},
 		}},
-		"command": {arity: -1, run: emptyArray, sub: map[string]command{
-			"count":   {arity: 2, run: func(c *client, _ [][]byte) { c.integer(0) }},
+		"command": {arity: -1, run: (*client).commandInfo, sub: map[string]command{
+			"count":   {arity: 2, run: func(c *client, _ [][]byte) { c.integer(int64(len(commands))) }},
 			"docs":    {arity: -2, run: emptyMap},
-			"info":    {arity: -2, run: emptyArray},
-			"list":    {arity: -2, run: emptyArray},
-			"getkeys": {arity: -3, run: emptyArray},
+			"info":    {arity: -2, run: (*client).commandInfo},
+			"list":    {arity: -2, run: (*client).commandList},
+			"getkeys": {arity: -4, run: (*client).commandKeys},
+			"help": {arity: 2, run: help("COMMAND", "(no subcommand)", "Return details about all Redis commands.",
+				"COUNT", "Return the total number of commands in this Redis server.",
+				"LIST", "Return a list of all commands in this Redis server.",
+				"INFO [<command-name> ...]", "Return details about multiple Redis commands.",
+				"GETKEYS <full-command>", "Return the keys from a full Redis command.")},
 		}},
+		"cluster":  {arity: -2, run: disabled, sub: clusterCommands},
+		"readonly": {arity: 1, run: disabled}, "readwrite": {arity: 1, run: disabled}, "asking": {arity: 1, run: disabled},
 		"client": {arity: -2, sub: map[string]command{
 			"id":       {arity: 2, run: func(c *client, _ [][]byte) { c.integer(c.id) }},
 			"getname":  {arity: 2, run: (*client).getName},
@@ -577,39 +609,231 @@ func init() {
 			"list":     {arity: -2, run: (*client).describe},
 			"no-evict": {arity: 3, run: (*client).onOff},
 			"no-touch": {arity: 3, run: (*client).onOff},
+			"help": {arity: 2, run: help("CLIENT", "GETNAME", "Return the name of the current connection.",
+				"ID", "Return the ID of the current connection.",
+				"INFO", "Return information about the current client connection.",
+				"LIST [options ...]", "Return information about client connections.",
+				"SETNAME <name>", "Assign the name <name> to the current connection.",
+				"NO-EVICT (ON|OFF)", "Protect current client connection from eviction.")},
 		}},
 	}
 }
 
-// execute answers one command.
+// help answers HELP of a command with what is known of its subcommands, a form and a line about each.
+func help(name string, lines ...string) func(*client, [][]byte) {
+	return func(c *client, _ [][]byte) {
+		c.array(len(lines) + 3)
+		c.status(name + " <subcommand> [<arg> [value] [opt] ...]. Subcommands are:")
+		for i, line := range append(lines, "HELP", "Prints this help.") {
+			c.status(strings.Repeat("    ", i%2) + line)
+		}
+	}
+}
+
+// commandInfo answers COMMAND and COMMAND INFO in the form of Redis 7: name, arity, flags, first and last
+// key, step, ACL categories, tips, key specifications, subcommands.
+func (c *client) commandInfo(args [][]byte) {
+	names := slices.Sorted(maps.Keys(commands))
+	if len(args) > 2 {
+		names = nil
+		for _, arg := range args[2:] {
+			names = append(names, lower(string(arg)))
+		}
+	}
+	c.array(len(names))
+	for _, name := range names {
+		cmd, ok := commands[name]
+		if !ok {
+			c.null()
+			continue
+		}
+		first, last, flags := int64(0), int64(0), []string(nil)
+		if cmd.keys {
+			first, last, flags = 1, 1, []string{"readonly", "fast"}
+		}
+		if cmd.keys && cmd.arity < 0 {
+			last = -1
+		}
+		c.array(10)
+		c.bulk(name)
+		c.integer(int64(cmd.arity))
+		c.array(len(flags))
+		for _, flag := range flags {
+			c.status(flag)
+		}
+		for _, n := range []int64{first, last, first} {
+			c.integer(n)
+		}
+		for range 4 {
+			c.array(0)
+		}
+	}
+}
+
+func (c *client) commandList(args [][]byte) {
+	if len(args) > 2 {
+		c.fail("ERR syntax error")
+		return
+	}
+	c.array(len(commands))
+	c.bulks(slices.Sorted(maps.Keys(commands))...)
+}
+
+// commandKeys answers COMMAND GETKEYS (db.c, getKeysSubcommandImpl).
+func (c *client) commandKeys(args [][]byte) {
+	switch cmd, ok := commands[lower(string(args[2]))]; {
+	case !ok:
+		c.fail("ERR Invalid command specified")
+	case !cmd.keys:
+		c.fail("ERR The command has no key arguments")
+	case cmd.arity > 0 && len(args)-2 != cmd.arity || len(args)-2 < -cmd.arity:
+		c.fail("ERR Invalid number of arguments specified for command")
+	default:
+		c.array(len(args) - 3)
+		for _, key := range args[3:] {
+			c.bulk(string(key))
+		}
+	}
+}
+
+// execute answers one command, or queues it in a transaction.
 func (c *client) execute(args [][]byte) {
-	name := lower(string(args[0]))
 	if guard := word(args[0]); guard == "post" || guard == "host:" {
 		c.err = errQuit // a browser that was made to speak to a Redis (networking.c, securityWarningCommand)
 		return
 	}
+	name, cmd, refusal := c.find(args)
+	switch {
+	case refusal != "" && c.multi != nil && name == "exec":
+		c.multi = nil
+		c.fail("EXECABORT Transaction discarded because of: " + strings.TrimPrefix(refusal, "ERR "))
+	case refusal != "":
+		c.fail(refusal)
+		if c.multi != nil {
+			c.multi.broken = true
+		}
+	case c.multi != nil && !slices.Contains([]string{"exec", "discard", "multi", "quit", "reset"}, name):
+		c.multi.add(cmd, args)
+		c.status("QUEUED")
+	default:
+		cmd.run(c, args)
+	}
+}
+
+// find returns a command that may run, and its name, or the error reply.
+func (c *client) find(args [][]byte) (name string, cmd command, refusal string) {
+	name = lower(string(args[0]))
 	cmd, ok := commands[name]
 	if !ok {
-		c.fail(unknownCommand(args))
-		return
+		return name, cmd, unknownCommand(args)
 	}
 	if cmd.sub != nil && len(args) > 1 {
 		sub := lower(string(args[1]))
 		if cmd, ok = cmd.sub[sub]; !ok {
-			c.fail(fmt.Sprintf("ERR unknown subcommand '%s'. Try %s HELP.", cString(args[1], 128), strings.ToUpper(name)))
-			return
+			return name, cmd, fmt.Sprintf("ERR unknown subcommand '%s'. Try %s HELP.", cString(args[1], 128), strings.ToUpper(name))
 		}
 		name += "|" + sub
 	}
-	if cmd.run == nil || cmd.arity > 0 && len(args) != cmd.arity || len(args) < -cmd.arity {
-		c.fail("ERR wrong number of arguments for '" + name + "' command")
+	switch {
+	case cmd.run == nil || cmd.arity > 0 && len(args) != cmd.arity || len(args) < -cmd.arity:
+		refusal = "ERR wrong number of arguments for '" + name + "' command"
+	case !c.authed && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name):
+		refusal = "NOAUTH Authentication required."
+	}
+	return name, cmd, refusal
+}
+
+// A transaction is what a client has queued since MULTI.
+type transaction struct {
+	run    []func(c *client)
+	keys   [][]byte // of all GET, MGET and EXISTS, in their order
+	broken bool     // a command was refused: EXEC discards the transaction
+}
+
+// add queues a copy of a command.
+func (t *transaction) add(cmd command, args [][]byte) {
+	own := make([][]byte, len(args))
+	for i, arg := range args {
+		own[i] = bytes.Clone(arg)
+	}
+	t.run = append(t.run, func(c *client) { cmd.run(c, own) })
+	if cmd.keys {
+		t.keys = append(t.keys, own[1:]...)
+	}
+}
+
+func (c *client) begin([][]byte) {
+	if c.multi != nil {
+		c.fail("ERR MULTI calls can not be nested")
 		return
 	}
-	if !c.authed && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name) {
-		c.fail("NOAUTH Authentication required.")
+	c.multi = new(transaction)
+	c.ok()
+}
+
+func (c *client) discard([][]byte) {
+	if c.multi == nil {
+		c.fail("ERR DISCARD without MULTI")
 		return
 	}
-	cmd.run(c, args)
+	c.multi = nil
+	c.ok()
+}
+
+// exec answers all that is queued, from one moment of the cache: first what it lacks is fetched, then all
+// keys are looked up at once. What is too large together for that is answered as it comes.
+func (c *client) exec([][]byte) {
+	t := c.multi
+	c.multi = nil
+	switch {
+	case t == nil:
+		c.fail("ERR EXEC without MULTI")
+		return
+	case t.broken:
+		c.fail("EXECABORT Transaction discarded because of previous errors.")
+		return
+	}
+	if len(t.keys) > 0 {
+		c.startWaiting()
+		if answers := c.ask(t.keys); len(answers) == len(t.keys) {
+			c.resp.cache.again(t.keys, answers)
+			c.held = slices.Clone(answers)
+		}
+	}
+	c.array(len(t.run))
+	for _, run := range t.run {
+		if c.err == nil {
+			run(c)
+		}
+	}
+	c.held = nil
+}
+
+// readOne answers a GET that is not one of a pipeline's.
+func (c *client) readOne(args [][]byte) {
+	c.startWaiting()
+	c.writeAnswers(c.ask(args[1:]))
+}
+
+// exists counts the keys that Redis has, of whatever type.
+func (c *client) exists(args [][]byte) {
+	n := int64(0)
+	c.startWaiting()
+	for keys := args[1:]; len(keys) > 0; {
+		answers := c.ask(keys)
+		keys = keys[len(answers):]
+		for i := range answers {
+			switch err := answers[i].err; {
+			case err == nil || errors.Is(err, errWrongType):
+				n++
+			case err != errAbsent:
+				c.late = c.late || err == errTimeout
+				c.fail(respError(err))
+				return
+			}
+		}
+	}
+	c.integer(n)
 }
 
 // unknownCommand has Redis' words: as much of the arguments as fits 128 bytes (server.c).
@@ -650,7 +874,7 @@ func (c *client) mget(args [][]byte) {
 	const answerSize = 256 // what an answer costs that has no value
 	var held []answer
 	size, begun := 0, false
-	c.begin()
+	c.startWaiting()
 	for keys := args[1:]; len(keys) > 0 && c.err == nil; {
 		answers := c.ask(keys[:min(len(keys), maxAhead)])
 		keys = keys[len(answers):]
@@ -677,7 +901,7 @@ func (c *client) mget(args [][]byte) {
 		}
 		c.writeAnswers(held)
 		held = held[:0]
-		c.begin() // the client took its time, not Redis
+		c.startWaiting() // the client took its time, not Redis
 	}
 }
 
@@ -778,7 +1002,7 @@ func (c *client) selectDB(args [][]byte) {
 		c.fail("ERR value is not an integer or out of range")
 	case n != int64(int32(n)):
 		c.fail("ERR value is out of range, value must between -2147483648 and 2147483647")
-	case n != 0:
+	case n != 0 && n != int64(c.resp.db):
 		c.fail("ERR DB index is out of range")
 	default:
 		c.ok()
@@ -786,7 +1010,7 @@ func (c *client) selectDB(args [][]byte) {
 }
 
 func (c *client) reset([][]byte) {
-	c.proto, c.name = 2, ""
+	c.proto, c.name, c.multi = 2, "", nil
 	c.permit(!c.resp.password.needed)
 	c.status("RESET")
 }
