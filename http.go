@@ -30,6 +30,8 @@ import (
 )
 
 const (
+	// maxAdmin bounds the connections to the admin listener.
+	maxAdmin = 64
 	headerTimeout  = 10 * time.Second
 	bodyTimeout    = time.Second
 	maxHeaderBytes = 128 << 10
@@ -452,8 +454,8 @@ func (c complaints) Write(p []byte) (int, error) {
 // errorLog returns what net/http logs to.
 func errorLog(l *slog.Logger) *log.Logger { return log.New(complaints{l}, "", 0) }
 
-// newAdmin serves metrics, health and profiles.
-func newAdmin(figures func() []figure, ready func() bool, log *slog.Logger) *http.Server {
+// newAdmin serves metrics, health and profiles, and drops keys that it is asked to forget.
+func newAdmin(figures func() []figure, ready func() bool, forget func([][]byte), log *slog.Logger) *http.Server {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/healthz", func(rw http.ResponseWriter, _ *http.Request) { io.WriteString(rw, "alive\n") })
 	mux.HandleFunc("/readyz", func(rw http.ResponseWriter, _ *http.Request) {
@@ -469,7 +471,31 @@ func newAdmin(figures func() []figure, ready func() bool, log *slog.Logger) *htt
 	})
 	mux.HandleFunc("/debug/pprof/cmdline", http.NotFound) // it would show secrets
 	mux.Handle("/debug/pprof/", http.DefaultServeMux)     // where package pprof puts its handlers
-	return &http.Server{Handler: mux, ReadHeaderTimeout: headerTimeout, ErrorLog: errorLog(log)}
+	var open atomic.Int64
+	return &http.Server{
+		ReadHeaderTimeout: headerTimeout, IdleTimeout: httpIdleTimeout, ErrorLog: errorLog(log),
+		ConnState: func(c net.Conn, state http.ConnState) {
+			switch {
+			case state == http.StateNew && open.Add(1) > maxAdmin:
+				c.Close()
+			case state == http.StateClosed:
+				open.Add(-1)
+			}
+		},
+		Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+			key, ok := strings.CutPrefix(r.URL.Path, "/cache/") // not by mux, which would clean the key
+			switch {
+			case !ok || r.Method != http.MethodDelete:
+				mux.ServeHTTP(rw, r)
+				return
+			case key == "":
+				forget(nil)
+			default:
+				forget([][]byte{[]byte(key)})
+			}
+			rw.WriteHeader(http.StatusNoContent)
+		}),
+	}
 }
 
 // writeMetrics writes the text format of Prometheus.

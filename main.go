@@ -305,7 +305,7 @@ func cgroupValues(v2, controller, v1 string) (values []string) {
 
 // fitDescriptors returns how many clients the process may have, as each costs a file descriptor.
 func fitDescriptors(cfg config, log *slog.Logger) int {
-	const others = 32 + maxRefusing // listeners, logs, clients of the admin listener
+	const others = 32 + maxRefusing + maxAdmin // listeners, logs, clients of the admin listener
 	wanted := cfg.clients.maxClients
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
@@ -340,7 +340,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 		"cache_timeout", cfg.cache.ttl.String(), "cores", cfg.cores)
 	if admin != nil {
 		log.Info("serving metrics, health and profiles", "address", admin.Addr().String())
-		a := newAdmin(figures, p.ready, log)
+		a := newAdmin(figures, p.ready, c.forget, log)
 		go a.Serve(admin) // ends with its Close
 		defer a.Close()
 	}
