@@ -31,7 +31,7 @@ import (
 
 const (
 	// maxAdmin bounds the connections to the admin listener.
-	maxAdmin = 64
+	maxAdmin       = 64
 	headerTimeout  = 10 * time.Second
 	bodyTimeout    = time.Second
 	maxHeaderBytes = 128 << 10
