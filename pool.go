@@ -28,10 +28,12 @@ import (
 )
 
 const (
-	// maxBatch bounds the GETs in one batch, and batchBytes the values that they bring, by the size that
-	// values had lately.
-	maxBatch   = 1 << 14
+	// batchBytes bounds the values that one batch brings, by the size that values had lately. The number of
+	// its GETs is bounded too, as that size is a guess: it grows from firstBatch to maxBatch while batches
+	// succeed.
 	batchBytes = 1 << 20
+	firstBatch = 256
+	maxBatch   = 1 << 12
 	// maxQueue bounds the flights that wait for a connection, and maxQueueBytes their keys. More of them
 	// end with errTimeout at once: they would not be carried out in time.
 	maxQueue      = 1 << 16
@@ -256,11 +258,12 @@ type node struct {
 	// The pool's lock guards the following.
 	queue  []*flight
 	coming bool      // a worker is about to take the queue
+	most   int       // GETs in one batch
 	broke  time.Time // when a connection last did; others that have been idle since before may be dead
 }
 
 func (p *pool) newNode(addr string) *node {
-	n := &node{pool: p, addr: addr, slots: make(chan struct{}, p.limit), health: health{log: p.log, now: p.cache.now}}
+	n := &node{pool: p, addr: addr, most: firstBatch, slots: make(chan struct{}, p.limit), health: health{log: p.log, now: p.cache.now}}
 	dial := p.dialer(context.Background(), addr, p.timeout+grace)
 	n.conns = &redis.Pool{
 		MaxIdle: p.limit,
@@ -313,8 +316,8 @@ func (n *node) work() {
 // the flights that no request waits for any more, and returns the others.
 func (n *node) take() (fs []*flight, any bool) {
 	p := n.pool
-	most := min(maxBatch, max(1, batchBytes/max(1, int(p.cache.typical.Load()))))
 	p.mu.Lock()
+	most := min(n.most, max(1, batchBytes/max(1, int(p.cache.typical.Load()))))
 	fs = slices.Clone(n.queue[:min(len(n.queue), most)])
 	n.queue = slices.Delete(n.queue, 0, len(fs))
 	for _, f := range fs {
@@ -360,19 +363,24 @@ func (n *node) batch() bool {
 			n.pool.cache.finish(f, value{}, failure)
 		}
 	}
-	n.pool.count(began, size, len(rest))
+	n.count(began, size, len(rest))
 	return true
 }
 
-// count adds a batch to the statistics.
-func (p *pool) count(began time.Duration, size, failed int) {
+// count adds a batch to the statistics, and decides how large the next may be.
+func (n *node) count(began time.Duration, size, failed int) {
+	p := n.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.batches++
 	p.flights += int64(size)
 	p.errors += int64(failed)
 	if failed > 0 {
+		n.most = firstBatch
 		return
+	}
+	if size >= n.most {
+		n.most = min(2*size, maxBatch)
 	}
 	p.latency.add(p.cache.now() - began)
 }

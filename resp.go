@@ -500,7 +500,9 @@ func (c *client) integer(n int64) { c.line(':', strconv.FormatInt(n, 10)) }
 func (c *client) array(n int)     { c.line('*', strconv.Itoa(n)) }
 
 // fail adds an error. Its text comes in part from the client, and must remain one line.
-func (c *client) fail(s string) { c.line('-', strings.NewReplacer("\r", " ", "\n", " ").Replace(s)) }
+func (c *client) fail(s string) { c.line('-', oneLine.Replace(s)) }
+
+var oneLine = strings.NewReplacer("\r", " ", "\n", " ")
 
 func (c *client) line(kind byte, s string) {
 	c.out = append(c.out, kind)
