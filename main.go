@@ -138,7 +138,7 @@ type logWriter struct {
 }
 
 func startLogWriter(out io.Writer, cfg config) *logWriter {
-	w := &logWriter{lines: make(chan []byte, 1000), done: make(chan struct{})}
+	w := &logWriter{lines: make(chan []byte, 256), done: make(chan struct{})}
 	go func() { // ends with close, or with the process where out blocks
 		defer close(w.done)
 		for line := <-w.lines; line != nil; line = <-w.lines {
