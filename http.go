@@ -10,6 +10,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -470,7 +471,8 @@ func newAdmin(figures func() []figure, ready func() bool, forget func([][]byte),
 		writeMetrics(rw, figures())
 	})
 	mux.HandleFunc("/debug/pprof/cmdline", http.NotFound) // it would show secrets
-	mux.Handle("/debug/pprof/", http.DefaultServeMux)     // where package pprof puts its handlers
+	mux.HandleFunc("GET /{$}", servePage)
+	mux.Handle("/debug/pprof/", http.DefaultServeMux) // where package pprof puts its handlers
 	var open atomic.Int64
 	return &http.Server{
 		ReadHeaderTimeout: headerTimeout, IdleTimeout: httpIdleTimeout, ErrorLog: errorLog(log),
@@ -506,30 +508,157 @@ func writeMetrics(out io.Writer, figures []figure) {
 			continue
 		}
 		name, _, _ := strings.Cut(f.metric, "{")
-		h, isHistogram := f.value.(histogram)
 		kind := "gauge"
-		if isHistogram {
+		if _, ok := f.value.(histogram); ok {
 			kind = "histogram"
 		} else if strings.HasSuffix(name, "_total") {
 			kind = "counter"
 		}
+		prefix := "redis_proxy_"
+		if strings.HasPrefix(name, "process_") { // a name that every exporter has
+			prefix = ""
+		}
 		if name != last {
-			fmt.Fprintf(out, "# HELP redis_proxy_%s %s\n# TYPE redis_proxy_%s %s\n", name, f.help, name, kind)
+			fmt.Fprintf(out, "# HELP %s%s %s\n# TYPE %s%s %s\n", prefix, name, f.help, prefix, name, kind)
 			last = name
 		}
-		if !isHistogram {
-			fmt.Fprintf(out, "redis_proxy_%s %d\n", f.metric, f.value)
-			continue
+		switch v := f.value.(type) {
+		case float64:
+			fmt.Fprintf(out, "%s%s %g\n", prefix, f.metric, v)
+		default:
+			fmt.Fprintf(out, "%s%s %d\n", prefix, f.metric, v)
+		case histogram:
+			writeHistogram(out, prefix+name, v)
 		}
-		count := int64(0)
-		for i, n := range h.counts {
-			count += n
-			bound := "+Inf"
-			if i < len(h.bounds) {
-				bound = strconv.FormatFloat(h.bounds[i].Seconds(), 'g', -1, 64)
-			}
-			fmt.Fprintf(out, "redis_proxy_%s_bucket{le=%q} %d\n", name, bound, count)
-		}
-		fmt.Fprintf(out, "redis_proxy_%s_sum %g\nredis_proxy_%s_count %d\n", name, h.sum.Seconds(), name, count)
 	}
 }
+
+// writeHistogram writes the lines of a histogram, whose buckets are cumulative.
+func writeHistogram(out io.Writer, name string, h histogram) {
+	count := int64(0)
+	for i, n := range h.counts {
+		count += n
+		bound := "+Inf"
+		if i < len(h.bounds) {
+			bound = strconv.FormatFloat(h.bounds[i].Seconds(), 'g', -1, 64)
+		}
+		fmt.Fprintf(out, "%s_bucket{le=%q} %d\n", name, bound, count)
+	}
+	fmt.Fprintf(out, "%s_sum %g\n%s_count %d\n", name, h.sum.Seconds(), name, count)
+}
+
+// servePage answers with the admin page. Its Content-Security-Policy allows what the page itself consists
+// of, by digest, and requests to the host that it came from.
+func servePage(rw http.ResponseWriter, _ *http.Request) {
+	h := rw.Header()
+	h.Set("Content-Security-Policy", pagePolicy)
+	h.Set("Content-Type", "text/html; charset=utf-8")
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Referrer-Policy", "no-referrer")
+	h.Set("Cache-Control", "no-cache")
+	io.WriteString(rw, adminPage)
+}
+
+var pagePolicy = "default-src 'none'; connect-src 'self'; img-src data:; style-src " + digestOf("style") +
+	"; script-src " + digestOf("script") + "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+// digestOf returns the digest of an element of the page, as a source in a Content-Security-Policy.
+func digestOf(element string) string {
+	_, after, _ := strings.Cut(adminPage, "<"+element+">")
+	text, _, _ := strings.Cut(after, "</"+element+">")
+	sum := sha256.Sum256([]byte(text))
+	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
+}
+
+// adminPage polls /metrics every two seconds and keeps five minutes of it. It names only the figures of the
+// four charts and of the state; every other figure gets a row by its name and type.
+const adminPage = `<!doctype html><html lang="en"><meta charset="utf-8"><title>redis_proxy</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>
+:root { color-scheme: light dark; --one: light-dark(#1f66d1, #6fabff); --two: light-dark(#b9540a, #f0a05a) }
+body { font: 14px/1.4 system-ui, sans-serif; max-width: 90rem; margin: auto; padding: 1rem } small { opacity: .7 }
+h1, figure { margin: 0 } a, b, path { color: var(--one) } b + b, path + path, output, .down { color: var(--two) }
+header, p, figcaption { display: flex; flex-wrap: wrap; gap: .3rem .8rem; align-items: baseline } p { gap: .4rem }
+main figure, p span { border: 1px solid #8885; border-radius: .5rem; padding: .2rem .6rem } b { white-space: nowrap }
+main, section { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--wide)), 1fr)) }
+main { --wide: 28rem; gap: .6rem } section { --wide: 21rem; gap: 0 2rem; margin: 1rem 0; overflow-wrap: anywhere }
+section figcaption { display: contents } section b { order: 1; text-align: right } svg { width: 100%; height: 7rem }
+section figure { display: grid; grid-template-columns: 1fr 5rem 5rem; gap: .7rem; border-bottom: 1px solid #8883 }
+figcaption span { flex: 1 } section small, b:empty { display: none } section svg { height: 1.6rem }
+path { fill: none; stroke: currentcolor; stroke-width: 1.5; stroke-linecap: round; vector-effect: non-scaling-stroke }
+</style><header><h1>redis_proxy</h1><span></span><output></output></header><p></p><main></main><section></section>
+<footer>Rates, means and p99 are over two seconds. <a href=metrics>metrics</a> <a href=readyz>readyz</a> <a
+href=debug/pprof/>profiles</a></footer><template><figure><figcaption><span></span><b></b><b></b></figcaption><svg
+viewBox="0 0 300 100" preserveAspectRatio=none><path/><path/></svg><small></small></figure></template><script>
+const $ = query => document.querySelector(query), samples = [], help = {}, type = {}, info = {}, charts = [
+	{ title: 'Requests', of: { '': 'all_total', 'hits ': 'hits_total' } }, { title: 'Hits', of: { '': 'hit_ratio' } },
+	{ title: 'Latency of Redis', of: { 'p99 ': 'upstream_seconds p99', 'mean ': 'upstream_seconds mean' } },
+	{ title: 'Memory', of: { 'process ': 'process_resident_memory_bytes', 'cache ': 'cache_bytes' } }]
+let failed = '' // when the first of the latest polls without an answer was
+function format(v, key) {
+	const to = (v, unit) => (v < 99.95 ? +v.toPrecision(3) : Math.round(v)).toLocaleString('en') + unit
+	const by = (v, steps, units) => { let i = 0; while (v >= steps[i]) v /= steps[i++]; return to(v, ' ' + units[i]) }
+	if (!Number.isFinite(v) || /tracking$/.test(key)) return ['off', 'down', 'live'][v] || '–'
+	if (/_time_seconds/.test(key)) return format(Date.now() / 1e3 - v, '_seconds') + ' ago'
+	if (/_ratio|_seconds_total/.test(key)) return to(v * 100, '%')
+	if (/_bytes/.test(key)) return by(v, [1024, 1024, 1024, 1024], ['B', 'KB', 'MB', 'GB', 'TB'])
+	if (/_total| count/.test(key) || !/_seconds/.test(key)) return to(v, /_total| count/.test(key) ? '/s' : '')
+	return v && v < 1 ? by(v * 1e6, [1e3], ['µs', 'ms']) : by(v, [60, 60, 24], ['s', 'min', 'h', 'days'])
+}
+function read(text) { // returns a sample: gauges, and how much counters and histograms rise a second
+	const last = samples.at(-1), raw = {}, now = {}, buckets = [[0, 0]], t = Date.now()
+	const rise = id => raw[id] >= last?.raw[id] ? (raw[id] - last.raw[id]) * 1e3 / (t - last.t) : NaN
+	for (const line of text.replaceAll('redis_proxy_', '').split('\n')) {
+		const [, kind, of, words] = /^# (HELP|TYPE) (\S+) (.*)/.exec(line) || []
+		const [, name, labels = '', value] = /^(\w+)({.*})? (\S+)/.exec(line) || [], id = name + labels
+		const [, family, part] = /(.*)_(bucket|sum|count)$/.exec(name) || []
+		raw[id] = +value
+		if (kind) (kind == 'HELP' ? help : type)[of] = words
+		else if (/info$/.test(name)) for (const [, label, v] of labels.matchAll(/(\w+)="(.*?)"/g)) info[label] = v
+		else if (type[name]) now[id] = type[name] == 'counter' ? rise(id) : raw[id]
+		else if (part == 'bucket') buckets.push([/le="(.*?)"/.exec(labels)[1], rise(id)])
+		else if (part == 'count') { // the last line of a histogram
+			const rate = rise(id), i = buckets.findIndex(b => b[1] > 0 && b[1] >= .99 * rate), key = family + labels
+			const [low, less] = buckets[i - 1] || [], [high, more] = buckets.splice(1)[i - 1] || []
+			now[key + ' p99'] = high == '+Inf' ? +low : +low + (high - low) * (.99 * rate - less) / (more - less)
+			Object.assign(now, { [key + ' mean']: rise(family + '_sum' + labels) / rate, [key + ' count']: rate })
+		}
+		if (name == 'requests_total') now.all_total = (now.all_total || 0) + rise(id)
+		if (/^requests_total.*"hit"/.test(id)) now.hits_total = (now.hits_total || 0) + rise(id)
+	}
+	return { t, raw, now: Object.assign(now, { hit_ratio: now.hits_total / now.all_total }) }
+}
+function show({ t, now }) {
+	const start = Math.min(samples[0].t, t - 3e4), ago = format((t - start) / 1e3, '_seconds')
+	const { address, redis, ...facts } = info, words = key => format(now[key], key)
+	for (const key in now) if (key + '_max' in now || /tracking|nodes|uptime/.test(key))
+		facts[key] = words(key) + (key + '_max' in now ? ' of ' + words(key + '_max') : '')
+	$('p').replaceChildren(...Object.entries(facts).map(([name, text]) => Object.assign(document.createElement('span'),
+		{ textContent: name.replace(/_seconds$|_bytes$/, '').replaceAll('_', ' ') + ': ' + text, className: text })))
+	$('header span').textContent = address + ' in front of Redis at ' + redis
+	$('output').textContent = failed && 'no answer since ' + failed
+	for (const c of charts) {
+		const keys = Object.values(c.of)
+		const f = c.f ??= $(c.at || 'main').appendChild($('template').content.firstChild.cloneNode(true))
+		const top = keys[0] == 'hit_ratio' ? 1 : Math.max(...samples.flatMap(s => keys.map(key => s.now[key] || 0)))
+		const x = s => 300 * (s.t - start) / (t - start), y = v => 98 - 96 * v / (top || 1)
+		keys.forEach((key, i) => {
+			const points = samples.map(s => s.now[key] >= 0 ? 'L' + x(s) + ' ' + y(s.now[key]) + 'h0' : 'G').join('')
+			f.querySelectorAll('path')[i].setAttribute('d', points.replace(/(^|G)L/g, 'M').replaceAll('G', ''))
+			f.querySelectorAll('b')[i].textContent = Object.keys(c.of)[i] + words(key)
+		})
+		f.querySelector('span').textContent = c.title
+		f.querySelector('small').textContent = '0 to ' + format(top, keys[0]) + ' in ' + ago
+		f.title = keys.map(key => help[/\w+/.exec(key)] || '').join('\n').trim()
+	}
+}
+(async function poll() {
+	const s = read(await fetch('metrics', { signal: AbortSignal.timeout(5000) }).then(r => r.text()).catch(() => ''))
+	failed = 'all_total' in s.now ? '' : failed || new Date().toLocaleTimeString()
+	samples.push(s)
+	while (samples[0].t < s.t - 3e5) samples.shift()
+	for (const key in s.now) if (!charts.some(c => Object.values(c.of).includes(key)))
+		charts.push({ at: 'section', title: key.replace(/[{,]\w+="/g, ' ').replace(/["}]/g, ''), of: { '': key } })
+	show(s)
+	setTimeout(poll, 2000)
+})()
+</script>`

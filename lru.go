@@ -450,6 +450,7 @@ func (c *cache) figures() []figure {
 		{"Memory", "maxmemory_policy", "", "", "allkeys-lru"},
 		{"Stats", "evicted_keys", "evictions_total", "Entries that made room for others.", c.evictions},
 		{"Stats", "expired_keys", "expirations_total", "Entries dropped after their TTL.", c.expirations},
+		{"", "", "cache_keys_max", "Most entries in the cache.", c.maxKeys},
 		{"Cache", "cache_keys", "cache_keys", "Entries in the cache, expired ones included.", keys},
 		{"Cache", "cache_bytes", "cache_bytes", "Bytes of keys, values and bookkeeping in the cache.", c.bytes},
 		{"Keyspace", "db0", "", "", "keys=" + strconv.Itoa(keys) + ",expires=" + strconv.Itoa(keys) + ",avg_ttl=0"},

@@ -331,7 +331,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	resp := newRESP(c, pw, cfg.pool.redis.db, func() []figure { return figures() })
 	s := newServer(l, cfg.clients, log, [...]frontEnd{protoHTTP: web, protoRESP: resp})
 	figures = func() []figure {
-		return slices.Concat(processFigures(c.now(), l.Addr(), pw), s.figures(), c.figures(), keyFigures(&web.tally, &resp.tally),
+		return slices.Concat(cfg.figures(l.Addr()), processFigures(c.started, pw), s.figures(), c.figures(), keyFigures(&web.tally, &resp.tally),
 			p.figures(), web.tally.figures("http"), resp.tally.figures("resp"))
 	}
 	log.Info("serving", "version", version, "address", l.Addr().String(), "protocols", "http resp", "redis", cfg.pool.redis.address(),
@@ -359,25 +359,47 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	log.Info("stopped", "uptime", c.now().Round(time.Millisecond).String())
 }
 
-// processFigures reports the process, in Redis' and Prometheus' names where they have one.
-func processFigures(uptime time.Duration, addr net.Addr, pw *password) []figure {
-	var mem runtime.MemStats
-	runtime.ReadMemStats(&mem)
+// figures reports what is served in front of what, in labels.
+func (c *config) figures(addr net.Addr) []figure {
 	port := 0
 	if tcp, ok := addr.(*net.TCPAddr); ok {
 		port = tcp.Port
 	}
+	build := fmt.Sprintf("build_info{version=%q,go_version=%q}", version, runtime.Version())
+	info := fmt.Sprintf("info{address=%q,redis=%q,cache_timeout=%q,stale_timeout=%q,absent_timeout=%q,refresh_before=%q,redis_ttl=\"%t\",tls=\"%t\",password=\"%t\"}",
+		addr, c.pool.redis.address(), c.cache.ttl, c.cache.stale, c.cache.absent, c.cache.refresh, c.pool.keyTTL, c.clients.tls != nil, c.password != "")
 	return []figure{
+		{"", "", build, "What the program was built from, in labels; always 1.", 1},
+		{"", "", info, "How the proxy is configured, in labels; always 1.", 1},
 		{"Server", "redis_version", "", "", redisVersion},
 		{"Server", "redis_mode", "", "", "standalone"},
 		{"Server", "redis_proxy_version", "", "", version},
+		{"Server", "tcp_port", "", "", port},
+	}
+}
+
+// processFigures reports the process, in Redis' and Prometheus' names where they have one.
+func processFigures(started time.Time, pw *password) []figure {
+	var mem runtime.MemStats
+	runtime.ReadMemStats(&mem)
+	var usage syscall.Rusage
+	syscall.Getrusage(syscall.RUSAGE_SELF, &usage)
+	cpu := time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+	resident := mem.Sys - mem.HeapReleased // where there is no /proc
+	if statm, err := os.ReadFile("/proc/self/statm"); err == nil {
+		fmt.Sscan(string(statm), new(uint64), &resident)
+		resident *= uint64(os.Getpagesize())
+	}
+	return []figure{
 		{"Server", "os", "", "", runtime.GOOS + " " + runtime.GOARCH},
 		{"Server", "gomaxprocs", "go_max_procs", "Cores that may serve.", runtime.GOMAXPROCS(0)},
 		{"Server", "process_id", "", "", os.Getpid()},
-		{"Server", "tcp_port", "", "", port},
-		{"Server", "uptime_in_seconds", "uptime_seconds", "Time since the start.", int64(uptime / time.Second)},
+		{"Server", "uptime_in_seconds", "uptime_seconds", "Time since the start.", int64(time.Since(started) / time.Second)},
+		{"", "", "process_start_time_seconds", "Start of the process, in Unix time.", started.Unix()},
+		{"", "", "process_cpu_seconds_total", "CPU time used, by user and system.", cpu.Seconds()},
 		{"Memory", "used_memory", "go_heap_bytes", "Memory of live and not yet collected objects.", mem.HeapAlloc},
-		{"Memory", "used_memory_rss", "go_memory_bytes", "Memory obtained from the system.", mem.Sys - mem.HeapReleased},
+		{"", "", "go_memory_bytes", "Memory obtained from the system.", mem.Sys - mem.HeapReleased},
+		{"Memory", "used_memory_rss", "process_resident_memory_bytes", "Memory that the system counts for the process.", resident},
 		{"Persistence", "loading", "", "", 0},
 		{"Stats", "acl_access_denied_auth", "passwords_denied_total", "Wrong passwords and users of clients.", pw.denied.Load()},
 		{"Replication", "role", "", "", "master"},

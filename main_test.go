@@ -71,7 +71,7 @@ func newParts(t testing.TB, flags ...string) *parts {
 	pw := newPassword(cfg.password)
 	p.web = newWeb(webSettings{0, cfg.clients.writeTimeout}, p.cache, pw, nil, log)
 	p.resp = newRESP(p.cache, pw, cfg.pool.redis.db, func() []figure {
-		return slices.Concat(processFigures(p.now(), nil, pw), p.cache.figures(), keyFigures(&p.web.tally, &p.resp.tally), p.pool.figures())
+		return slices.Concat(cfg.figures(new(net.TCPAddr)), processFigures(p.cache.started, pw), p.cache.figures(), keyFigures(&p.web.tally, &p.resp.tally), p.pool.figures())
 	})
 	return p
 }
