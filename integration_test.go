@@ -1030,7 +1030,7 @@ func TestIntegrationCommandLine(t *testing.T) {
 		code           int
 		stdout, stderr string
 	}{
-		{"help", nil, []string{"--help"}, 0, `--cache-timeout, RP_CACHE_TIMEOUT\n`, `^$`},
+		{"help", nil, []string{"--help"}, 0, `--cache-timeout +RP_CACHE_TIMEOUT `, `^$`},
 		{"version", nil, []string{"--version"}, 0, `^redis_proxy `, `^$`},
 		{"a bad value", nil, []string{"--port", "x"}, 2, `^$`, `^redis_proxy: --port "x": must be a whole number from 0 to 65535\n$`},
 		{"a bad variable", []string{"RP_CACHE_SIZE=0"}, nil, 2, `^$`, `^redis_proxy: RP_CACHE_SIZE "0": must be a whole number from 1 to \d+\n$`},
@@ -2294,7 +2294,7 @@ func TestIntegrationAdmin(t *testing.T) {
 		}
 	}
 	for _, line := range strings.Split(strings.TrimSpace(metrics), "\n") {
-		if !regexp.MustCompile(`^(# (HELP|TYPE) redis_proxy_[a-z_]+ .+|redis_proxy_[a-z_]+(\{[^}]*\})? [0-9.e+-]+)$`).MatchString(line) {
+		if !regexp.MustCompile(`^(# (HELP|TYPE) (redis_proxy|process)_[a-z_]+ .+|(redis_proxy|process)_[a-z_]+(\{[^}]*\})? [0-9.e+-]+)$`).MatchString(line) {
 			t.Errorf("/metrics: malformed line %q", line)
 		}
 	}
