@@ -83,6 +83,7 @@ type redisServer struct {
 	addr, port, dir string
 	args            []string
 	cmd             *exec.Cmd
+	ended           chan struct{} // closed when the process has ended
 }
 
 // startRedis starts a Redis for one test, which may do with it what it likes.
@@ -101,43 +102,69 @@ func launchRedis(dir, port string, args ...string) (*redisServer, error) {
 	return r, r.start()
 }
 
+// start returns when the server answers. An error shows what the server wrote.
 func (r *redisServer) start() error {
-	args := append([]string{"--port", r.port, "--bind", "127.0.0.1", "--dir", r.dir, "--save", "", "--appendonly", "no"}, r.args...)
-	r.cmd = exec.Command("redis-server", args...)
+	args := []string{"--port", r.port, "--bind", "127.0.0.1", "--dir", r.dir, "--save", "", "--appendonly", "no"}
+	r.cmd = exec.Command("redis-server", append(args, r.args...)...)
 	var out bytes.Buffer
-	r.cmd.Stdout = &out
+	r.cmd.Stdout, r.cmd.Stderr = &out, &out
 	if err := r.cmd.Start(); err != nil {
 		return err
 	}
-	for range 400 {
-		if c, err := redis.Dial("tcp", r.addr); err == nil {
-			_, err = c.Do("PING")
-			c.Close()
-			if err == nil || !errors.Is(err, io.EOF) {
+	r.ended = make(chan struct{})
+	go func() { // ends with the process
+		defer close(r.ended)
+		r.cmd.Wait()
+	}()
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); {
+		select {
+		case <-r.ended:
+			return fmt.Errorf("redis-server on %s: %v:\n%s", r.addr, r.cmd.ProcessState, out.String())
+		case <-time.After(5 * time.Millisecond):
+			if r.answers() {
 				return nil
 			}
 		}
-		time.Sleep(10 * time.Millisecond)
 	}
 	r.kill()
-	return fmt.Errorf("redis-server does not answer on %s: %s", r.addr, out.String())
+	return fmt.Errorf("redis-server on %s does not answer:\n%s", r.addr, out.String())
+}
+
+// answers reports whether this process, and no other on its port, answers.
+func (r *redisServer) answers() bool {
+	c, err := redis.Dial("tcp", r.addr)
+	if err != nil {
+		return false
+	}
+	defer c.Close()
+	info, err := redis.String(c.Do("INFO", "server"))
+	if _, refused := err.(redis.Error); refused { // it wants a password, or is loading
+		return true
+	}
+	return err == nil && strings.Contains(info, fmt.Sprintf("\nprocess_id:%d\r", r.cmd.Process.Pid))
 }
 
 func (r *redisServer) signal(s syscall.Signal) { r.cmd.Process.Signal(s) }
 
 func (r *redisServer) kill() {
 	r.cmd.Process.Kill()
-	r.cmd.Wait()
+	<-r.ended
 }
 
+// freePort returns a port on which nothing listens. It is not one of those that the system gives to
+// outgoing connections, which could take it before the caller does.
 func freePort() string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		panic(err)
+	for {
+		n, err := rand.Int(rand.Reader, big.NewInt(12000))
+		if err != nil {
+			panic(err)
+		}
+		port := fmt.Sprint(20000 + n.Int64())
+		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
+			l.Close()
+			return port
+		}
 	}
-	defer l.Close()
-	_, port, _ := net.SplitHostPort(l.Addr().String())
-	return port
 }
 
 // redisDo sends one command to a Redis, or to a proxy.
@@ -166,19 +193,32 @@ type testProxy struct {
 // startProxy runs a proxy in front of the Redis at redisAddr, with flags added.
 func startProxy(t testing.TB, redisAddr string, flags ...string) *testProxy {
 	t.Helper()
-	host, port, err := net.SplitHostPort(redisAddr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg, err := parseConfig(append([]string{"--redis-host", host, "--redis-port", port}, flags...), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return runProxy(t, cfg)
+	return runProxy(t, append(redisAt(t, redisAddr), flags...))
 }
 
-func runProxy(t testing.TB, cfg config) *testProxy {
+// redisAt returns the flags for the Redis at addr.
+func redisAt(t testing.TB, addr string) []string {
 	t.Helper()
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return []string{"--redis-host", host, "--redis-port", port}
+}
+
+// patience is the --redis-timeout of tests that are not about it: the machine may be slow.
+var patience = []string{"--redis-timeout", "20s"}
+
+// runProxy runs a proxy with these flags, and with the config changed for what is not a flag.
+func runProxy(t testing.TB, flags []string, change ...func(*config)) *testProxy {
+	t.Helper()
+	cfg, err := parseConfig(slices.Concat(patience, flags), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range change {
+		f(&cfg)
+	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -194,8 +234,7 @@ func runProxy(t testing.TB, cfg config) *testProxy {
 		select {
 		case <-p.done:
 		case <-time.After(2 * drainTimeout):
-			buf := make([]byte, 1<<20)
-			t.Errorf("the proxy does not stop:\n%s", buf[:runtime.Stack(buf, true)])
+			t.Errorf("the proxy does not stop:\n%s", stacks())
 		}
 	})
 	return p
@@ -418,7 +457,7 @@ func TestIntegrationOddKeys(t *testing.T) {
 
 func TestIntegrationHundredMegabytes(t *testing.T) {
 	addr := sharedRedis(t)
-	p := startProxy(t, addr, "--redis-timeout", "30s")
+	p := startProxy(t, addr)
 	val := make([]byte, 100<<20)
 	rand.Read(val)
 	redisDo(t, addr, "SET", t.Name(), val)
@@ -739,7 +778,7 @@ func TestIntegrationCommandsOfItsOwn(t *testing.T) {
 // One that asks for much in one go gets everything, in order, in few round trips to Redis.
 func TestIntegrationPipelines(t *testing.T) {
 	addr := sharedRedis(t)
-	p := startProxy(t, addr, "--redis-timeout", "20s")
+	p := startProxy(t, addr)
 	const n = 20000
 	up, err := redis.Dial("tcp", addr)
 	if err != nil {
@@ -771,7 +810,7 @@ func TestIntegrationPipelines(t *testing.T) {
 func TestIntegrationOneFetchForAllWhoAskMeanwhile(t *testing.T) {
 	addr := sharedRedis(t)
 	r := startRelay(t, addr)
-	p := startProxy(t, r.addr, "--redis-timeout", "20s")
+	p := startProxy(t, r.addr)
 	redisDo(t, addr, "SET", t.Name(), "value")
 	r.stall()
 	clients := make([]*rawClient, 50)
@@ -799,7 +838,7 @@ func TestIntegrationOneFetchForAllWhoAskMeanwhile(t *testing.T) {
 func TestIntegrationClientLimitBoundsConnections(t *testing.T) {
 	addr := sharedRedis(t)
 	r := startRelay(t, addr)
-	p := startProxy(t, r.addr, "--client-limit", "3", "--redis-timeout", "20s")
+	p := startProxy(t, r.addr, "--client-limit", "3")
 	r.stall()
 	for i := range 100 {
 		dial(t, p.addr).send(request("GET", fmt.Sprint(t.Name(), i)))
@@ -1010,7 +1049,8 @@ func program(t testing.TB, env []string, args ...string) *exec.Cmd {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(exe, args...)
-	cmd.Env = append(os.Environ(), append(env, "TEST_RUN_MAIN=1")...)
+	// The race detector would sleep for a second at the end of each process.
+	cmd.Env = append(os.Environ(), append(env, "TEST_RUN_MAIN=1", "GORACE=atexit_sleep_ms=0 "+os.Getenv("GORACE"))...)
 	return cmd
 }
 
@@ -1051,7 +1091,7 @@ func TestIntegrationCommandLine(t *testing.T) {
 // startProgram runs the program as a process, and returns the address that its log names.
 func startProgram(t testing.TB, env []string, args ...string) (*exec.Cmd, string, *lockedBuffer) {
 	t.Helper()
-	cmd, log := program(t, env, append(args, "--port", "0")...), new(lockedBuffer)
+	cmd, log := program(t, env, slices.Concat(patience, []string{"--port", "0"}, args)...), new(lockedBuffer)
 	cmd.Stderr = log
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -1466,13 +1506,7 @@ func TestIntegrationIdleTimeout(t *testing.T) {
 // A client that asks for much and takes nothing costs bounded memory for bounded time.
 func TestIntegrationClientThatDoesNotRead(t *testing.T) {
 	server := startRedis(t)
-	host, port, _ := net.SplitHostPort(server.addr)
-	cfg, err := parseConfig([]string{"--redis-host", host, "--redis-port", port}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg.writeTimeout = 2 * time.Second
-	p := runProxy(t, cfg)
+	p := runProxy(t, redisAt(t, server.addr), func(cfg *config) { cfg.writeTimeout = 2 * time.Second })
 	redisDo(t, server.addr, "SET", "k", make([]byte, 1<<20))
 	exchange(t, p.addr, request("GET", "k"))
 	var before, after runtime.MemStats
@@ -1515,13 +1549,7 @@ func TestIntegrationClientThatDoesNotRead(t *testing.T) {
 // A client that reads slowly, but does read, is served to the end.
 func TestIntegrationSlowReaderIsServed(t *testing.T) {
 	server := startRedis(t)
-	host, port, _ := net.SplitHostPort(server.addr)
-	cfg, err := parseConfig([]string{"--redis-host", host, "--redis-port", port}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg.writeTimeout = 300 * time.Millisecond
-	p := runProxy(t, cfg)
+	p := runProxy(t, redisAt(t, server.addr), func(cfg *config) { cfg.writeTimeout = 300 * time.Millisecond })
 	val := strings.Repeat("0123456789abcdef", 1<<20)
 	redisDo(t, server.addr, "SET", "k", val)
 	for _, row := range []struct{ name, send, want string }{
@@ -1956,11 +1984,7 @@ func TestIntegrationTrackingRefused(t *testing.T) {
 	redisDo(t, server.addr, "ACL", "SETUSER", "tracker", "on", ">secret", "+get", "~*", "+client|id", "+client|tracking", "+subscribe", "+ping", "&__redis__:invalidate")
 	redisDo(t, server.addr, "SET", "k", "value")
 	for user, state := range map[string]string{"reader": "down", "tracker": "live"} {
-		cfg, err := parseConfig([]string{"--tracking", "--redis-url", "redis://" + user + ":secret@" + server.addr}, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		p := runProxy(t, cfg)
+		p := runProxy(t, []string{"--tracking", "--redis-url", "redis://" + user + ":secret@" + server.addr})
 		eventually(t, "the tracker's outcome in the log", func() bool { return strings.Contains(p.log.String(), "tracking is "+state) })
 		if got := p.stat(t, "tracking"); got != state {
 			t.Errorf("%s: INFO: got tracking:%s; want %s", user, got, state)
@@ -2110,15 +2134,13 @@ func TestIntegrationTLS(t *testing.T) {
 	dir := t.TempDir()
 	cert, key := certificate(t, dir, "first")
 	log := new(lockedBuffer)
-	host, port, _ := net.SplitHostPort(addr)
-	cfg, err := parseConfig([]string{"--redis-host", host, "--redis-port", port, "--tls-cert", cert, "--tls-key", key}, nil)
+	serveTLS, err := tlsConfig(cert, key, slog.New(slog.NewTextHandler(log, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if cfg.tls, err = tlsConfig(cert, key, slog.New(slog.NewTextHandler(log, nil))); err != nil {
-		t.Fatal(err)
-	}
-	p := runProxy(t, cfg)
+	flags := append(redisAt(t, addr), "--tls-cert", cert, "--tls-key", key)
+	secured := func(cfg *config) { cfg.tls = serveTLS }
+	p := runProxy(t, flags, secured)
 	roots := x509.NewCertPool()
 	pemBytes, _ := os.ReadFile(cert)
 	roots.AppendCertsFromPEM(pemBytes)
@@ -2163,7 +2185,7 @@ func TestIntegrationTLS(t *testing.T) {
 	}
 	secure(&tls.Config{RootCAs: roots, NextProtos: []string{"http/1.0"}}).send("GET /" + t.Name() + " HTTP/1.0\r\n\r\n").expect("HTTP/1.0 200 OK\r\n")
 	// A half-sent handshake and a handshake without a request delay nobody, and not the stop of a proxy.
-	stopped := runProxy(t, cfg)
+	stopped := runProxy(t, flags, secured)
 	for _, addr := range []string{p.addr, stopped.addr} {
 		dial(t, addr).send("\x16\x03\x01")
 		for _, alpn := range []string{"h2", "http/1.1", ""} {
@@ -2178,8 +2200,7 @@ func TestIntegrationTLS(t *testing.T) {
 		}
 	}
 	// One too many that has chosen HTTP/2 and says nothing is not kept.
-	cfg.maxClients = 1
-	full := runProxy(t, cfg)
+	full := runProxy(t, append(flags, "--max-clients", "1"), secured)
 	served, err := tls.Dial("tcp", full.addr, &tls.Config{RootCAs: roots})
 	if err != nil {
 		t.Fatal(err)
@@ -2255,16 +2276,12 @@ func TestIntegrationTLSUpstream(t *testing.T) {
 
 func TestIntegrationAdmin(t *testing.T) {
 	server := startRedis(t)
-	host, port, _ := net.SplitHostPort(server.addr)
-	cfg, err := parseConfig([]string{"--redis-host", host, "--redis-port", port, "--redis-timeout", "300ms"}, nil)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if cfg.admin, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
-		t.Fatal(err)
-	}
-	admin := "http://" + cfg.admin.Addr().String()
-	p := runProxy(t, cfg)
+	admin := "http://" + l.Addr().String()
+	p := runProxy(t, redisAt(t, server.addr), func(cfg *config) { cfg.admin = l })
 	redisDo(t, server.addr, "SET", "k", "value")
 	for range 3 {
 		exchange(t, p.addr, request("GET", "k"))
@@ -2371,7 +2388,7 @@ func FuzzSameBytesAsRedis(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	p := startProxy(f, addr, "--redis-timeout", "20s")
+	p := startProxy(f, addr)
 	for _, send := range sameBytes("key", "list", "absent") {
 		if len(send) <= limit {
 			f.Add([]byte(send))
@@ -2637,7 +2654,7 @@ func BenchmarkIntegrationHit(b *testing.B) {
 func BenchmarkIntegrationMiss(b *testing.B) {
 	addr, n := sharedRedis(b), 100_000
 	key := setKeys(b, addr, n)
-	p := startProxy(b, addr, "--cache-size", "1", "--redis-timeout", "20s")
+	p := startProxy(b, addr, "--cache-size", "1")
 	l := respLoad(key, n)
 	for _, pipeline := range []int{1, 16} {
 		b.Run(fmt.Sprintf("pipeline=%d/proxy", pipeline), func(b *testing.B) { l.run(b, p.addr, pipeline) })
@@ -2656,7 +2673,7 @@ func BenchmarkIntegrationLatency(b *testing.B) {
 	key := setKeys(b, addr, hot+cold)
 	host, port, _ := net.SplitHostPort(addr)
 	_, proxy, _ := startProgram(b, nil, "--redis-host", host, "--redis-port", port, "--cache-size", fmt.Sprint(entries),
-		"--cache-bytes", "1GB", "--cache-timeout", "1h", "--redis-timeout", "20s")
+		"--cache-bytes", "1GB", "--cache-timeout", "1h")
 	hits, misses := respLoad(key, hot), respLoad(func(i int) string { return key(hot + i) }, cold)
 	misses.askAll(b, proxy)
 	hits.askAll(b, proxy)
@@ -2760,12 +2777,7 @@ func TestIntegrationUnreadHTTPAnswersAreGivenUp(t *testing.T) {
 		}
 		return bulk("small")
 	})
-	cfg, err := parseConfig(append(flags, "--redis-timeout", "10s"), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg.writeTimeout = 300 * time.Millisecond
-	p := runProxy(t, cfg)
+	p := runProxy(t, flags, func(cfg *config) { cfg.writeTimeout = 300 * time.Millisecond })
 	exchange(t, p.addr, "GET big\r\n")
 	kept := func(key string) string {
 		return "GET /" + key + " HTTP/1.1\r\nHost: h\r\nConnection: keep-alive\r\n\r\n"
@@ -2790,12 +2802,9 @@ func stacks() string {
 func TestIntegrationStopDoesNotWaitForRedis(t *testing.T) {
 	hang := make(chan struct{})
 	defer close(hang)
-	cfg, err := parseConfig(append(playRedis(t, func(int, []string) string { <-hang; return "" }), "--redis-timeout", "1m", "--tracking"), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg.redis.password = "AUTH is not answered"
-	p := runProxy(t, cfg)
+	flags := playRedis(t, func(int, []string) string { <-hang; return "" })
+	p := runProxy(t, append(flags, "--redis-timeout", "1m", "--tracking"),
+		func(cfg *config) { cfg.redis.password = "AUTH is not answered" })
 	dial(t, p.addr).send("GET a\r\n")
 	eventually(t, "the fetch", func() bool { return p.stat(t, "upstream_connections_used") == "1" })
 	p.stop()
@@ -2816,11 +2825,7 @@ func TestIntegrationOwnRefusalIsMarked(t *testing.T) {
 		"redis://:secret@" + server.addr + "/99":      "Redis cannot be read",
 		"redis://nobody:secret@" + server.addr + "/0": "Redis cannot be read",
 	} {
-		cfg, err := parseConfig([]string{"--redis-url", url}, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		p := runProxy(t, cfg)
+		p := runProxy(t, []string{"--redis-url", url})
 		for range 2 {
 			if got := exchange(t, p.addr, "GET a\r\n"); !strings.HasPrefix(got, "-ERR upstream refused: ") {
 				t.Errorf("%s: got %q; want it marked", url, got)
@@ -2845,7 +2850,7 @@ func TestIntegrationMemoryHoldsWithManyLargeValues(t *testing.T) {
 	for i := range clients * each {
 		c.Do("SET", fmt.Sprint("k", i), strings.Repeat("v", size))
 	}
-	_, proxy, _ := startProgram(t, nil, "--redis-port", server.port, "--cache-bytes", "16MB", "--redis-timeout", "30s")
+	_, proxy, _ := startProgram(t, nil, "--redis-port", server.port, "--cache-bytes", "16MB")
 	most, info := 0, dial(t, proxy)
 	settle := func() {
 		info.SetDeadline(time.Now().Add(time.Minute))
