@@ -695,7 +695,7 @@ func TestIntegrationSameBytesAsRedis(t *testing.T) {
 	redisDo(t, addr, "SET", key, "value")
 	redisDo(t, addr, "DEL", list)
 	redisDo(t, addr, "RPUSH", list, "x")
-	for _, send := range sameBytes(key, list, "nokey"+t.Name()) {
+	for _, send := range sameBytes(key, list, "nokey"+t.Name(), isRedis70(t, addr)) {
 		want, got := normalise(exchange(t, addr, send)), normalise(exchange(t, p.addr, send))
 		if got != want {
 			t.Errorf("after %.200q:\n got %.300q\nwant %.300q", send, got, want)
@@ -704,48 +704,179 @@ func TestIntegrationSameBytesAsRedis(t *testing.T) {
 }
 
 // sameBytes are what both answer with the same bytes where key holds a string, list a list and absent
-// nothing.
-func sameBytes(key, list, absent string) []string {
+// nothing. Redis 7.0 does so for more than its successors.
+func sameBytes(key, list, absent string, is70 bool) (all []string) {
 	long := strings.Repeat("long", 100)
-	return []string{
-		request("GET", key), request("get", key), request("gEt", list), request("GET", absent),
-		request("MGET", key, list, absent, key), request("GET"), request("GET", "a", "b"), request("MGET"),
-		request("PING"), request("PING", "hello"), request("ping", "a", "b"), request("ECHO", "x\r\ny"), request("ECHO"),
-		request("SELECT", "0"), request("SELECT", "17"), request("SELECT", "x"), request("SELECT", "-1"), request("SELECT", "99999999999"), request("SELECT"),
-		request("QUIT") + request("PING"), request("QUIT", "x"), request("RESET"), request("RESET", "x"),
-		request("AUTH", "secret"), request("AUTH", "default", "x"), request("AUTH", "nobody", "x"), request("AUTH", "a", "b", "c"), request("AUTH"),
-		request("HELLO", "x"), request("HELLO", "4"), request("HELLO", "1"), request("HELLO", "3", "foo"), request("HELLO", "3", "AUTH", "nobody", "x"),
-		request("HELLO", "3", "SETNAME", "a b"), request("HELLO", "3", "AUTH", "default"), request("HELLO", ""),
-		request("HELLO", "3") + request("GET", absent) + request("PING") + request("MGET", absent),
-		request("HELLO", "3", "AUTH", "default", "x", "SETNAME", "me") + request("CLIENT", "GETNAME"), request("HELLO"), request("HELLO", "2"),
-		request("POST\x00x"), request("HOST:\x00"), request("HELLO", "3", "AUTH\x00", "default", "x"), request("CLIENT", "NO-EVICT", "on\x00x"),
-		request("HELLO", "3", "SETNAME", "a", "foo") + request("CLIENT", "GETNAME"), request("HELLO", "3", "SETNAME", "a", "SETNAME", "b c") + request("CLIENT", "GETNAME"),
-		request("HELLO", "3") + request("RESET") + request("GET", absent),
-		request("CLIENT"), request("CLIENT", "NONSENSE"), request("CLIENT", "non\r\nsense", "x"), request("CLIENT", "ID", "x"), request("CLIENT", "GETNAME"),
-		request("CLIENT", "SETNAME", "me") + request("CLIENT", "GETNAME"), request("CLIENT", "SETNAME", "a b"), request("CLIENT", "SETNAME"), request("CLIENT", "SETNAME", ""),
-		request("CLIENT", "NO-EVICT", "on"), request("CLIENT", "NO-EVICT", "x"), request("CLIENT", "NO-EVICT"), request("CLIENT", "INFO", "x"),
-		request("CONFIG"), request("CONFIG", "GET"), request("CONFIG", "GET", "nothing-of-the-kind"), request("CONFIG", "NONSENSE"),
-		request("COMMAND", "NONSENSE"), request("COMMAND", "COUNT", "x"), request("COMMAND", "GETKEYS"),
-		request("FOO"), request("FOO", "bar", "baz"), request("FOO", long, "x"), request(long, "x"), request("FOO", "a\r\nb", "c\x00d"), request("fo\x00o", "x"),
-		request("FOO", strings.Repeat("x", 100), strings.Repeat("y", 100), "z"), request(""), request("", "x"),
-		request("POST", "x") + request("PING"), request("Host:", "x") + request("PING"),
-		"PING\r\n", "PING\n", "ping hello\r\n", "GET " + key + "\r\n", "  PING  \r\n", "\tPING\r\n", "\r\n", "\n", "   \r\n", "\r\nPING\r\n",
-		"PING \"a b\"\r\n", "PING 'a b'\r\n", "PING \"a\\x41\\n\\\"\"\r\n", "PING 'a\\'b\\n'\r\n", "PING \"a\"b\r\n", "PING \"a\r\n", "PING 'a\r\n", "PING 'a'b\r\n",
-		"PING a\"b c\"\r\n", "PING a\\x41\r\n", "PING \"\\x4\"\r\n", "PING \"\\\r\n", "PING \"\"\r\n", "PING \x00\r\n", "PING a\vb\r\n",
-		"*0\r\n", "*-1\r\n", "*-10\r\n", "*0\r\nPING\r\n", "*\r\n", "*x\r\n", "*01\r\n", "*+1\r\n", "* 1\r\n", "*1 \r\n", "*-0\r\n", "*2147483648\r\n", "*99999999999999999999\r\n", "*1\rx$4\rxPINGxx",
-		"*1\r\n$4\r\nPING", "*1\r\n$4\nPING\r\n", "*1\n$4\r\nPING\r\n", "*1\r\n$4\r\nPINGxx*1\r\n$4\r\nPING\r\n",
-		"*1\r\n$-1\r\n", "*1\r\n$-2\r\n", "*1\r\n$x\r\n", "*1\r\n$\r\n", "*1\r\n$04\r\nPING\r\n", "*1\r\n$+4\r\n", "*1\r\n$536870913\r\n", "*1\r\n$ 4\r\nPING\r\n",
-		"*1\r\nPING\r\n", "*1\r\n:4\r\n", "*1\r\n\x00\r\n", "*1\r\n\r\n", "*1\r\n\nx\r\n", "*2\r\n$4\r\nPING\r\n*1\r\n",
-		request("PING") + "*x\r\n" + request("PING"), "PING\r\n" + request("PING") + "PING\r\n",
-		strings.Repeat("x", 65537), "*" + strings.Repeat("1", 65537), "*1\r\n$" + strings.Repeat("1", 65537), "PING " + strings.Repeat("x", 65000) + "\r\n",
-		strings.Repeat(request("GET", key)+request("PING"), 1000), strings.Repeat("\r\n", 5000) + "PING\r\n",
+	if is70 {
+		all = []string{ // later, HELLO does nothing before all of it is right
+			request("HELLO", "3", "SETNAME", "a", "foo") + request("CLIENT", "GETNAME"),
+			request("HELLO", "3", "SETNAME", "a", "SETNAME", "b c") + request("CLIENT", "GETNAME"),
+			"*1\r\n\x00\r\n",
+		}
 	}
+	return append(all,
+		request("GET", key),
+		request("get", key),
+		request("gEt", list),
+		request("GET", absent),
+		request("MGET", key, list, absent, key),
+		request("GET"),
+		request("GET", "a", "b"),
+		request("MGET"),
+		request("PING"),
+		request("PING", "hello"),
+		request("ping", "a", "b"),
+		request("ECHO", "x\r\ny"),
+		request("ECHO"),
+		request("SELECT", "0"),
+		request("SELECT", "17"),
+		request("SELECT", "x"),
+		request("SELECT", "-1"),
+		request("SELECT", "99999999999"),
+		request("SELECT"),
+		request("QUIT")+request("PING"),
+		request("QUIT", "x"),
+		request("RESET"),
+		request("RESET", "x"),
+		request("AUTH", "secret"),
+		request("AUTH", "default", "x"),
+		request("AUTH", "nobody", "x"),
+		request("AUTH", "a", "b", "c"),
+		request("AUTH"),
+		request("HELLO", "x"),
+		request("HELLO", "4"),
+		request("HELLO", "1"),
+		request("HELLO", "3", "foo"),
+		request("HELLO", "3", "AUTH", "nobody", "x"),
+		request("HELLO", "3", "SETNAME", "a b"),
+		request("HELLO", "3", "AUTH", "default"),
+		request("HELLO", ""),
+		request("HELLO", "3")+request("GET", absent)+request("PING")+request("MGET", absent),
+		request("HELLO", "3", "AUTH", "default", "x", "SETNAME", "me")+request("CLIENT", "GETNAME"),
+		request("HELLO"),
+		request("HELLO", "2"),
+		request("POST\x00x"),
+		request("HOST:\x00"),
+		request("HELLO", "3", "AUTH\x00", "default", "x"),
+		request("CLIENT", "NO-EVICT", "on\x00x"),
+		request("HELLO", "3")+request("RESET")+request("GET", absent),
+		request("CLIENT"),
+		request("CLIENT", "NONSENSE"),
+		request("CLIENT", "non\r\nsense", "x"),
+		request("CLIENT", "ID", "x"),
+		request("CLIENT", "GETNAME"),
+		request("CLIENT", "SETNAME", "me")+request("CLIENT", "GETNAME"),
+		request("CLIENT", "SETNAME", "a b"),
+		request("CLIENT", "SETNAME"),
+		request("CLIENT", "SETNAME", ""),
+		request("CLIENT", "NO-EVICT", "on"),
+		request("CLIENT", "NO-EVICT", "x"),
+		request("CLIENT", "NO-EVICT"),
+		request("CLIENT", "INFO", "x"),
+		request("CONFIG"),
+		request("CONFIG", "GET"),
+		request("CONFIG", "GET", "nothing-of-the-kind"),
+		request("CONFIG", "NONSENSE"),
+		request("COMMAND", "NONSENSE"),
+		request("COMMAND", "COUNT", "x"),
+		request("COMMAND", "GETKEYS"),
+		request("FOO"),
+		request("FOO", "bar", "baz"),
+		request("FOO", long, "x"),
+		request(long, "x"),
+		request("FOO", "a\r\nb", "c\x00d"),
+		request("fo\x00o", "x"),
+		request("FOO", strings.Repeat("x", 100), strings.Repeat("y", 100), "z"),
+		request(""),
+		request("", "x"),
+		request("POST", "x")+request("PING"),
+		request("Host:", "x")+request("PING"),
+		"PING\r\n",
+		"PING\n",
+		"ping hello\r\n",
+		"GET "+key+"\r\n",
+		"  PING  \r\n",
+		"\tPING\r\n",
+		"\r\n",
+		"\n",
+		"   \r\n",
+		"\r\nPING\r\n",
+		"PING \"a b\"\r\n",
+		"PING 'a b'\r\n",
+		"PING \"a\\x41\\n\\\"\"\r\n",
+		"PING 'a\\'b\\n'\r\n",
+		"PING \"a\"b\r\n",
+		"PING \"a\r\n",
+		"PING 'a\r\n",
+		"PING 'a'b\r\n",
+		"PING a\"b c\"\r\n",
+		"PING a\\x41\r\n",
+		"PING \"\\x4\"\r\n",
+		"PING \"\\\r\n",
+		"PING \"\"\r\n",
+		"PING \x00\r\n",
+		"PING a\vb\r\n",
+		"*0\r\n",
+		"*-1\r\n",
+		"*-10\r\n",
+		"*0\r\nPING\r\n",
+		"*\r\n",
+		"*x\r\n",
+		"*01\r\n",
+		"*+1\r\n",
+		"* 1\r\n",
+		"*1 \r\n",
+		"*-0\r\n",
+		"*2147483648\r\n",
+		"*99999999999999999999\r\n",
+		"*1\rx$4\rxPINGxx",
+		"*1\r\n$4\r\nPING",
+		"*1\r\n$4\nPING\r\n",
+		"*1\n$4\r\nPING\r\n",
+		"*1\r\n$4\r\nPINGxx*1\r\n$4\r\nPING\r\n",
+		"*1\r\n$-1\r\n",
+		"*1\r\n$-2\r\n",
+		"*1\r\n$x\r\n",
+		"*1\r\n$\r\n",
+		"*1\r\n$04\r\nPING\r\n",
+		"*1\r\n$+4\r\n",
+		"*1\r\n$536870913\r\n",
+		"*1\r\n$ 4\r\nPING\r\n",
+		"*1\r\nPING\r\n",
+		"*1\r\n:4\r\n",
+		"*1\r\n\r\n",
+		"*1\r\n\nx\r\n",
+		"*2\r\n$4\r\nPING\r\n*1\r\n",
+		request("PING")+"*x\r\n"+request("PING"),
+		"PING\r\n"+request("PING")+"PING\r\n",
+		strings.Repeat("x", 65537),
+		"*"+strings.Repeat("1", 65537),
+		"*1\r\n$"+strings.Repeat("1", 65537),
+		"PING "+strings.Repeat("x", 65000)+"\r\n",
+		strings.Repeat(request("GET", key)+request("PING"), 1000),
+		strings.Repeat("\r\n", 5000)+"PING\r\n",
+	)
 }
 
-// normalise hides what must differ between two servers.
+// isRedis70 reports whether the Redis at addr is of the version whose bytes the proxy's are.
+func isRedis70(t testing.TB, addr string) bool {
+	t.Helper()
+	info, _ := redis.String(redisDo(t, addr, "INFO", "server"), nil)
+	return strings.Contains(info, "\nredis_version:7.0.")
+}
+
+// normalise hides what differs between two servers, and between versions of Redis, and may.
 func normalise(reply string) string {
-	reply = regexp.MustCompile(`\$2\r\nid\r\n:\d+`).ReplaceAllString(reply, "$$2\r\nid\r\n:0")
-	return regexp.MustCompile(`\$7\r\nversion\r\n\$\d+\r\n[0-9.]+`).ReplaceAllString(reply, "$$7\r\nversion\r\n7")
+	for _, row := range []struct{ differs, same string }{
+		{`\$2\r\nid\r\n:\d+`, "$$2\r\nid\r\n:0"},
+		{`\$7\r\nversion\r\n\$\d+\r\n[0-9.]+`, "$$7\r\nversion\r\n$$1\r\n7"},
+		{`\$6\r\nserver\r\n\$6\r\nvalkey`, "$$6\r\nserver\r\n$$5\r\nredis"},
+		{`(\$7\r\nmodules\r\n)\*1\r\n[*%]\d+\r\n\$4\r\nname\r\n(.*\r\n){5}\$4\r\npath\r\n(.*\r\n){2}\$4\r\nargs\r\n`, "$1"},
+		{`otherwise the HELLO <proto> AUTH <user>`, "otherwise the HELLO AUTH <user>"},
+	} {
+		reply = regexp.MustCompile(row.differs).ReplaceAllString(reply, row.same)
+	}
+	return reply
 }
 
 // What only the proxy answers in its way.
@@ -2046,20 +2177,59 @@ func TestIntegrationPassword(t *testing.T) {
 	addr := sharedRedis(t)
 	redisDo(t, addr, "SET", t.Name(), "value")
 	p := startProxy(t, addr, "--password", "open sesame")
-	server := startRedis(t, "--requirepass", "open sesame")
-	for _, send := range []string{
-		request("GET", "k"), request("MGET", "k"), request("PING"), request("ECHO", "x"), request("SELECT", "0"), request("CLIENT", "ID"),
-		request("CLIENT", "GETNAME"), request("CONFIG", "GET", "x"), request("COMMAND"), request("INFO"), request("GET"), request("NONSENSE", "x"),
-		request("QUIT"), request("RESET"), request("HELLO"), request("HELLO", "3"), request("HELLO", "4"), request("HELLO", "3", "SETNAME", "me"),
-		request("AUTH"), request("AUTH", "wrong"), request("AUTH", ""), request("AUTH", "default", "wrong"), request("AUTH", "nobody", "open sesame"),
-		request("AUTH", "a", "b", "c"), request("HELLO", "3", "AUTH", "default", "wrong"), request("HELLO", "3", "AUTH", "default"),
-		request("AUTH", "open sesame") + request("PING"), request("AUTH", "default", "open sesame") + request("PING"),
-		request("AUTH", "open sesame") + request("AUTH", "wrong") + request("PING"), request("AUTH", "open sesame") + request("RESET") + request("PING"),
-		request("HELLO", "3", "AUTH", "default", "open sesame") + request("GET", "nokey"), request("HELLO", "3", "AUTH", "default", "open sesame", "foo") + request("PING"),
-		request("HELLO", "3", "SETNAME", "me") + request("AUTH", "open sesame") + request("CLIENT", "GETNAME"), request("HELLO", "2", "AUTH", "default", "open sesame"),
-		"*11\r\n", "*10\r\n", "*1\r\n$16385\r\n", "*1\r\n$16384\r\n", "PING\r\n", "GET k\r\n",
-		request("AUTH", "open sesame") + "*11\r\n", request("AUTH", "open sesame") + "*1\r\n$16385\r\n", request("AUTH", strings.Repeat("x", 16385)),
-	} {
+	server := startRedis(t)
+	is70 := isRedis70(t, server.addr)
+	redisDo(t, server.addr, "CONFIG", "SET", "requirepass", "open sesame")
+	sends := []string{
+		request("GET", "k"),
+		request("MGET", "k"),
+		request("PING"),
+		request("ECHO", "x"),
+		request("SELECT", "0"),
+		request("CLIENT", "ID"),
+		request("CLIENT", "GETNAME"),
+		request("CONFIG", "GET", "x"),
+		request("COMMAND"),
+		request("INFO"),
+		request("GET"),
+		request("NONSENSE", "x"),
+		request("QUIT"),
+		request("RESET"),
+		request("HELLO"),
+		request("HELLO", "3"),
+		request("HELLO", "4"),
+		request("HELLO", "3", "SETNAME", "me"),
+		request("AUTH"),
+		request("AUTH", "wrong"),
+		request("AUTH", ""),
+		request("AUTH", "default", "wrong"),
+		request("AUTH", "nobody", "open sesame"),
+		request("AUTH", "a", "b", "c"),
+		request("HELLO", "3", "AUTH", "default", "wrong"),
+		request("HELLO", "3", "AUTH", "default"),
+		request("AUTH", "open sesame") + request("PING"),
+		request("AUTH", "default", "open sesame") + request("PING"),
+		request("AUTH", "open sesame") + request("RESET") + request("PING"),
+		request("HELLO", "3", "AUTH", "default", "open sesame") + request("GET", "nokey"),
+		request("HELLO", "2", "AUTH", "default", "open sesame"),
+		"*11\r\n",
+		"*10\r\n",
+		"*1\r\n$16385\r\n",
+		"*1\r\n$16384\r\n",
+		"PING\r\n",
+		"GET k\r\n",
+		request("AUTH", "open sesame") + "*11\r\n",
+		request("AUTH", "open sesame") + "*1\r\n$16385\r\n",
+		request("AUTH", strings.Repeat("x", 16385)),
+	}
+	if is70 { // later, HELLO does nothing before all of it is right
+		sends = append(sends,
+			request("AUTH", "open sesame")+request("AUTH", "wrong")+request("PING"),
+			request("HELLO", "3", "AUTH", "default", "open sesame", "foo")+request("PING"),
+			request("HELLO", "3", "SETNAME", "me")+request("AUTH", "open sesame")+request("CLIENT", "GETNAME"),
+		)
+	}
+	for _, send := range sends {
 		if got, want := normalise(exchange(t, p.addr, send)), normalise(exchange(t, server.addr, send)); got != want {
 			t.Errorf("after %.100q:\n got %.300q\nwant %.300q", send, got, want)
 		}
@@ -2389,13 +2559,14 @@ func FuzzSameBytesAsRedis(f *testing.F) {
 		f.Fatal(err)
 	}
 	p := startProxy(f, addr)
-	for _, send := range sameBytes("key", "list", "absent") {
+	is70 := isRedis70(f, addr)
+	for _, send := range sameBytes("key", "list", "absent", is70) {
 		if len(send) <= limit {
 			f.Add([]byte(send))
 		}
 	}
 	f.Fuzz(func(t *testing.T, send []byte) {
-		if len(send) > limit || !sameBytesDue(t, send, names) {
+		if len(send) > limit || !sameBytesDue(t, send, names, is70) {
 			return
 		}
 		var want, got string
@@ -2417,12 +2588,15 @@ func startBareRedis(t testing.TB) string {
 	redisDo(t, server.addr, "SET", "key", "value")
 	redisDo(t, server.addr, "RPUSH", "list", "x")
 	redisDo(t, server.addr, "SAVE") // for the next start
-	names, err := redis.Strings(redisDo(t, server.addr, "COMMAND", "LIST"), nil)
+	all, err := redis.Values(redisDo(t, server.addr, "COMMAND"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range names {
-		if _, ok := commands[name]; !ok && !strings.Contains(name, "|") {
+	for _, about := range all {
+		about := about.([]any)
+		name, flags := string(about[0].([]byte)), fmt.Sprint(about[2])
+		// Those of a module are not known yet where Redis reads what to rename.
+		if _, ok := commands[name]; !ok && !strings.Contains(flags, "module") {
 			server.args = append(server.args, "--rename-command", name, "")
 		}
 	}
@@ -2433,9 +2607,9 @@ func startBareRedis(t testing.TB) string {
 	return server.addr
 }
 
-// sameBytesDue tells whether the proxy has no answer of its own to anything of this. Names are those of
-// the commands and subcommands of Redis.
-func sameBytesDue(t *testing.T, send []byte, names []string) bool {
+// sameBytesDue reports whether the proxy has no answer of its own to anything of this. Names are those of
+// the commands and subcommands of Redis, which is 7.0 or later.
+func sameBytesDue(t *testing.T, send []byte, names []string, is70 bool) bool {
 	t.Helper()
 	if proto, ok := protocolOf(send); ok && proto == protoHTTP {
 		return false
@@ -2445,6 +2619,9 @@ func sameBytesDue(t *testing.T, send []byte, names []string) bool {
 			return false // Redis may wait for more where the proxy has a lower limit
 		}
 	}
+	if !is70 && (bytes.ContainsRune(send, 0) || regexp.MustCompile(`(^|\n)\s+\n.`).Match(send)) {
+		return false // see sameBytes; and Valkey takes what follows on an empty line for an inline command
+	}
 	all, _ := requests(t, bytes.NewReader(send))
 	for i, args := range all {
 		// Redis compares names up to a zero byte, but only where it looks for them by a hash of all of it.
@@ -2453,8 +2630,11 @@ func sameBytesDue(t *testing.T, send []byte, names []string) bool {
 			return i == 0 // else Redis forgets what it has not yet written
 		}
 		cmd, ok := commands[name]
-		if ok && zero {
+		if ok && zero || !ok && slices.Contains(names, name) {
 			return false
+		}
+		if !is70 && (name == "hello" && len(args) > 2 || name == "auth" && i > 0) {
+			return false // see sameBytes; and no reply says that AUTH failed where another is still to be written
 		}
 		if ok && cmd.sub != nil && len(args) > 1 {
 			sub, _, zero := strings.Cut(strings.ToLower(args[1]), "\x00")
