@@ -1321,7 +1321,7 @@ func TestIntegrationProcess(t *testing.T) {
 func TestIntegrationSecondSignalEndsAtOnce(t *testing.T) {
 	addr := sharedRedis(t)
 	r := startRelay(t, addr)
-	cmd, proxy, log := startProgram(t, nil, "--redis-port", r.addr[strings.LastIndex(r.addr, ":")+1:], "--redis-timeout", "8s")
+	cmd, proxy, log := startProgram(t, nil, append(redisAt(t, r.addr), "--redis-timeout", "8s")...)
 	r.stall()
 	dial(t, proxy).send(request("GET", t.Name()))
 	eventually(t, "the fetch", func() bool { return r.most.Load() > 0 })
@@ -1392,7 +1392,11 @@ func TestIntegrationFaults(t *testing.T) {
 		t.Run(fault.name, func(t *testing.T) {
 			server := startRedis(t)
 			r := startRelay(t, server.addr)
-			p := startProxy(t, r.addr, "--redis-timeout", "400ms", "--cache-timeout", "1h")
+			timeout := "20s"
+			if fault.resp == timedOut {
+				timeout = "300ms"
+			}
+			p := startProxy(t, r.addr, "--redis-timeout", timeout, "--cache-timeout", "1h")
 			set := func() {
 				for _, k := range []string{"warm", "cold-resp", "cold-http", "after-resp", "after-http"} {
 					redisDo(t, server.addr, "SET", k, "value")
@@ -1404,34 +1408,19 @@ func TestIntegrationFaults(t *testing.T) {
 			goroutines, files := runtime.NumGoroutine(), openFiles(t)
 
 			fault.begin(r, server)
-			for range 5 {
-				begin := time.Now()
-				if got := exchange(t, p.addr, request("GET", "cold-resp")); got != fault.resp {
-					t.Errorf("a miss over RESP: got %q; want %q", got, fault.resp)
+			for range 2 {
+				began := time.Now()
+				expectAnswers(t, p, "cold", fault.resp, fault.status)
+				if took := time.Since(began); took > 5*time.Second {
+					t.Errorf("two misses took %v; want %s each at most", took, timeout)
 				}
-				if resp, body := httpDo(t, "GET", "http://"+p.addr+"/cold-http"); resp.StatusCode != fault.status {
-					t.Errorf("a miss over HTTP: got %d %q; want %d", resp.StatusCode, body, fault.status)
-				}
-				if took := time.Since(begin); took > 5*time.Second {
-					t.Errorf("two misses took %v; want less than 400ms each and a little", took)
-				}
-				if got := exchange(t, p.addr, request("GET", "warm")); got != bulk("value") {
-					t.Errorf("a hit over RESP: got %q", got)
-				}
-				if resp, _ := httpDo(t, "GET", "http://"+p.addr+"/warm"); resp.StatusCode != 200 {
-					t.Errorf("a hit over HTTP: got %d", resp.StatusCode)
-				}
+				expectAnswers(t, p, "warm", bulk("value"), 200)
 			}
 			fault.end(r, server)
 			if fault.name == "killed" {
 				set()
 			}
-			if got := exchange(t, p.addr, request("GET", "after-resp")); got != bulk("value") {
-				t.Errorf("the first request afterwards: got %q", got)
-			}
-			if resp, body := httpDo(t, "GET", "http://"+p.addr+"/after-http"); resp.StatusCode != 200 {
-				t.Errorf("the first request afterwards, over HTTP: got %d %q", resp.StatusCode, body)
-			}
+			expectAnswers(t, p, "after", bulk("value"), 200)
 			// Idle connections to Redis stay open, each with two goroutines and two descriptors of the relay.
 			const idle = 8 * 3
 			eventually(t, "no goroutine left", func() bool { return runtime.NumGoroutine() <= goroutines+idle })
@@ -1441,6 +1430,21 @@ func TestIntegrationFaults(t *testing.T) {
 				t.Errorf("%d lines in the log about one fault; want 1:\n%s", got, p.log)
 			}
 		})
+	}
+}
+
+// expectAnswers asks for a key over both protocols: each has one of its own unless it is the warm one.
+func expectAnswers(t *testing.T, p *testProxy, key, resp string, status int) {
+	t.Helper()
+	overRESP, overHTTP := key+"-resp", key+"-http"
+	if key == "warm" {
+		overRESP, overHTTP = key, key
+	}
+	if got := exchange(t, p.addr, request("GET", overRESP)); got != resp {
+		t.Errorf("%s: got %q; want %q", overRESP, got, resp)
+	}
+	if got, body := httpDo(t, "GET", "http://"+p.addr+"/"+overHTTP); got.StatusCode != status {
+		t.Errorf("%s: got %d %q; want %d", overHTTP, got.StatusCode, body, status)
 	}
 }
 
@@ -1967,7 +1971,7 @@ func TestIntegrationEverythingAtOnce(t *testing.T) {
 func TestIntegrationStopUnderLoad(t *testing.T) {
 	addr := sharedRedis(t)
 	redisDo(t, addr, "SET", t.Name(), "value")
-	cmd, proxy, log := startProgram(t, nil, "--redis-port", addr[strings.LastIndex(addr, ":")+1:], "--redis-host", addr[:strings.LastIndex(addr, ":")])
+	cmd, proxy, log := startProgram(t, nil, redisAt(t, addr)...)
 	var signalled atomic.Pointer[time.Time]
 	var clients sync.WaitGroup
 	var answered atomic.Int64
@@ -2499,121 +2503,121 @@ func certificate(t testing.TB, dir, name string) (cert, key string) {
 
 func TestIntegrationTLS(t *testing.T) {
 	addr := sharedRedis(t)
-	redisDo(t, addr, "SET", t.Name(), "value")
+	key := t.Name()
+	redisDo(t, addr, "SET", key, "value")
 	dir := t.TempDir()
-	cert, key := certificate(t, dir, "first")
-	log := new(lockedBuffer)
-	serveTLS, err := tlsConfig(cert, key, slog.New(slog.NewTextHandler(log, nil)))
+	certFile, keyFile := certificate(t, dir, "first")
+	flags := append(redisAt(t, addr), "--tls-cert", certFile, "--tls-key", keyFile)
+	_, proxy, log := startProgram(t, nil, flags...)
+	first, err := os.ReadFile(certFile)
 	if err != nil {
 		t.Fatal(err)
 	}
-	flags := append(redisAt(t, addr), "--tls-cert", cert, "--tls-key", key)
-	secured := func(cfg *config) { cfg.tls = serveTLS }
-	p := runProxy(t, flags, secured)
 	roots := x509.NewCertPool()
-	pemBytes, _ := os.ReadFile(cert)
-	roots.AppendCertsFromPEM(pemBytes)
+	roots.AppendCertsFromPEM(first)
+	trusting := func(protocols ...string) *tls.Config { return &tls.Config{RootCAs: roots, NextProtos: protocols} }
 
-	secure := func(config *tls.Config) *rawClient {
-		t.Helper()
-		c, err := tls.Dial("tcp", p.addr, config)
-		if err != nil {
-			t.Fatal(err)
+	t.Run("every protocol", func(t *testing.T) {
+		for _, row := range []struct {
+			name       string
+			config     *tls.Config
+			send, want string
+		}{
+			{"RESP", trusting(), request("GET", key) + "PING\r\n", bulk("value") + "+PONG\r\n"},
+			{"TLS 1.2", &tls.Config{RootCAs: roots, MaxVersion: tls.VersionTLS12}, "GET " + key + "\r\n", bulk("value")},
+			{"HTTP/1.1", trusting(), plainRequest(key), "HTTP/1.1 200 OK\r\n"},
+			{"HTTP/1.0", trusting("http/1.0"), "GET /" + key + " HTTP/1.0\r\n\r\n", "HTTP/1.0 200 OK\r\n"},
+		} {
+			t.Run(row.name, func(t *testing.T) { dialTLS(t, proxy, row.config).send(row.send).expect(row.want) })
 		}
-		t.Cleanup(func() { c.Close() })
-		c.SetDeadline(time.Now().Add(30 * time.Second))
-		return &rawClient{t, c, bufio.NewReader(c)}
-	}
-	secure(&tls.Config{RootCAs: roots}).send(request("GET", t.Name())).expect(bulk("value")).send("PING\r\n").expect("+PONG\r\n")
-	secure(&tls.Config{RootCAs: roots, MaxVersion: tls.VersionTLS12}).send("GET " + t.Name() + "\r\n").expect(bulk("value"))
-	secure(&tls.Config{RootCAs: roots}).send("GET /" + t.Name() + " HTTP/1.1\r\nHost: h\r\n\r\n").expect("HTTP/1.1 200 OK\r\n")
-	for proto, transport := range map[string]*http.Transport{
-		"HTTP/1.1": {TLSClientConfig: &tls.Config{RootCAs: roots}},
-		"HTTP/2.0": {TLSClientConfig: &tls.Config{RootCAs: roots}, ForceAttemptHTTP2: true},
-	} {
-		resp, err := (&http.Client{Transport: transport}).Get("https://" + p.addr + "/" + t.Name())
-		if err != nil {
-			t.Fatal(err)
-		}
-		body, _ := io.ReadAll(resp.Body)
-		resp.Body.Close()
-		transport.CloseIdleConnections()
-		if resp.Proto != proto || string(body) != "value" {
-			t.Errorf("got %s %q; want %s, the value", resp.Proto, body, proto)
-		}
-	}
-	// Plaintext and old versions are refused without a byte.
-	for _, send := range []string{request("PING"), "PING\r\n", "GET / HTTP/1.1\r\nHost: h\r\n\r\n", "\x15\x03"} {
-		if got := exchange(t, p.addr, send); got != "" {
-			t.Errorf("after plaintext %q: got %q; want nothing", send, got)
-		}
-	}
-	if c, err := tls.Dial("tcp", p.addr, &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11}); err == nil {
-		c.Close()
-		t.Error("TLS 1.1 was accepted")
-	}
-	secure(&tls.Config{RootCAs: roots, NextProtos: []string{"http/1.0"}}).send("GET /" + t.Name() + " HTTP/1.0\r\n\r\n").expect("HTTP/1.0 200 OK\r\n")
-	// A half-sent handshake and a handshake without a request delay nobody, and not the stop of a proxy.
-	stopped := runProxy(t, flags, secured)
-	for _, addr := range []string{p.addr, stopped.addr} {
-		dial(t, addr).send("\x16\x03\x01")
-		for _, alpn := range []string{"h2", "http/1.1", ""} {
-			c, err := tls.Dial("tcp", addr, &tls.Config{RootCAs: roots, NextProtos: slices.DeleteFunc([]string{alpn}, func(s string) bool { return s == "" })})
+	})
+	t.Run("HTTP clients", func(t *testing.T) {
+		for proto, transport := range map[string]*http.Transport{
+			"HTTP/1.1": {TLSClientConfig: trusting()},
+			"HTTP/2.0": {TLSClientConfig: trusting(), ForceAttemptHTTP2: true},
+		} {
+			resp, err := (&http.Client{Transport: transport}).Get("https://" + proxy + "/" + key)
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer c.Close()
-			if alpn == "http/1.1" {
-				io.WriteString(c, "GET /x HTTP/1.1\r\nHo")
+			body, _ := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			transport.CloseIdleConnections()
+			if resp.Proto != proto || string(body) != "value" {
+				t.Errorf("got %s %q; want %s, the value", resp.Proto, body, proto)
 			}
 		}
-	}
-	// One too many that has chosen HTTP/2 and says nothing is not kept.
-	full := runProxy(t, append(flags, "--max-clients", "1"), secured)
-	served, err := tls.Dial("tcp", full.addr, &tls.Config{RootCAs: roots})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer served.Close()
-	refused, err := tls.Dial("tcp", full.addr, &tls.Config{RootCAs: roots, NextProtos: []string{"h2"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	refused.SetDeadline(time.Now().Add(5 * time.Second))
-	if _, err := refused.Read(make([]byte, 1)); err != io.EOF {
-		t.Errorf("one too many with HTTP/2: got %v; want it closed", err)
-	}
-	began := time.Now()
-	stopped.stop()
-	<-stopped.done
-	if took := time.Since(began); took > 4*time.Second {
-		t.Errorf("stopping with silent clients took %v", took)
-	}
-	// A certificate that was renewed on disk is served to the next who connects.
-	time.Sleep(10 * time.Millisecond) // for another time of change
-	certificate(t, dir, "second")
-	eventually(t, "the renewed certificate", func() bool {
-		c, err := tls.Dial("tcp", p.addr, &tls.Config{InsecureSkipVerify: true})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-		return c.ConnectionState().PeerCertificates[0].Subject.CommonName == "second"
 	})
-	os.WriteFile(cert, []byte("no certificate"), 0o600)
-	secure(&tls.Config{InsecureSkipVerify: true}).send("PING\r\n").expect("+PONG\r\n")
-	if log := log.String(); strings.Count(log, "the certificate was renewed") != 1 || strings.Count(log, "the certificate was not renewed") == 0 {
-		t.Errorf("the log does not tell of the renewals:\n%s", log)
-	}
-	if err := check(config{listenAddress: "127.0.0.1", port: portOf(p.addr), tlsCert: cert}); err != nil {
-		t.Errorf("--check over TLS: %v", err)
-	}
+	t.Run("plaintext and old versions are refused", func(t *testing.T) {
+		for _, send := range []string{request("PING"), "PING\r\n", "GET / HTTP/1.1\r\nHost: h\r\n\r\n", "\x15\x03"} {
+			if got := exchange(t, proxy, send); got != "" {
+				t.Errorf("after plaintext %q: got %q; want nothing", send, got)
+			}
+		}
+		old := &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11}
+		if c, err := tls.Dial("tcp", proxy, old); err == nil {
+			c.Close()
+			t.Error("TLS 1.1 was accepted")
+		}
+	})
+	t.Run("silent clients hold up no stop", func(t *testing.T) {
+		cmd, stopped, _ := startProgram(t, nil, flags...)
+		dial(t, stopped).send("\x16\x03\x01")
+		dialTLS(t, stopped, trusting())
+		dialTLS(t, stopped, trusting("h2"))
+		dialTLS(t, stopped, trusting("http/1.1")).send("GET /x HTTP/1.1\r\nHo")
+		began := time.Now()
+		cmd.Process.Signal(syscall.SIGTERM)
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("after SIGTERM: %v; want exit code 0", err)
+		}
+		if took := time.Since(began); took > 4*time.Second { // net/http would take 5 for half a header
+			t.Errorf("stopping took %v", took)
+		}
+	})
+	t.Run("one too many with HTTP/2 is closed", func(t *testing.T) {
+		_, full, _ := startProgram(t, nil, append(flags, "--max-clients", "1")...)
+		dialTLS(t, full, trusting())
+		dialTLS(t, full, trusting("h2")).expectClosed()
+	})
+	t.Run("a renewed certificate is served", func(t *testing.T) {
+		time.Sleep(10 * time.Millisecond) // for another time of change
+		certificate(t, dir, "second")
+		anyone := &tls.Config{InsecureSkipVerify: true}
+		eventually(t, "the renewed certificate", func() bool {
+			c := dialTLS(t, proxy, anyone)
+			defer c.Close()
+			return c.Conn.(*tls.Conn).ConnectionState().PeerCertificates[0].Subject.CommonName == "second"
+		})
+		os.WriteFile(certFile, []byte("no certificate"), 0o600)
+		eventually(t, "a warning about a certificate that is none", func() bool {
+			dialTLS(t, proxy, anyone).send("PING\r\n").expect("+PONG\r\n").Close()
+			return strings.Contains(log.String(), "the certificate was not renewed")
+		})
+		if got := strings.Count(log.String(), "the certificate was renewed"); got != 1 {
+			t.Errorf("%d lines in the log about one renewal; want 1:\n%s", got, log)
+		}
+	})
+	t.Run("--check", func(t *testing.T) {
+		cmd := program(t, nil, "--check", "--port", portOf(proxy), "--tls-cert", certFile, "--tls-key", keyFile)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("got %v: %s", err, out)
+		}
+	})
 }
 
-func portOf(addr string) (port int) {
-	fmt.Sscan(addr[strings.LastIndex(addr, ":")+1:], &port)
-	return port
+func dialTLS(t testing.TB, addr string, config *tls.Config) *rawClient {
+	t.Helper()
+	c, err := tls.Dial("tcp", addr, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(60 * time.Second))
+	return &rawClient{t, c, bufio.NewReader(c)}
 }
+
+func portOf(addr string) string { return addr[strings.LastIndex(addr, ":")+1:] }
 
 // The backing Redis speaks TLS: its certificate is checked.
 func TestIntegrationTLSUpstream(t *testing.T) {
@@ -2645,71 +2649,84 @@ func TestIntegrationTLSUpstream(t *testing.T) {
 
 func TestIntegrationAdmin(t *testing.T) {
 	server := startRedis(t)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	_, proxy, log := startProgram(t, nil, append(redisAt(t, server.addr), "--admin-address", "127.0.0.1:0")...)
+	var admin string
+	eventually(t, "the admin listener's address in the log", func() bool {
+		m := regexp.MustCompile(`serving metrics[^\n]* address=([0-9.:]+)`).FindStringSubmatch(log.String())
+		if m != nil {
+			admin = "http://" + m[1]
+		}
+		return m != nil
+	})
+	expect := func(t *testing.T, when, path string, want int) {
+		t.Helper()
+		if resp, _ := httpDo(t, "GET", admin+path); resp.StatusCode != want {
+			t.Errorf("%s%s: got %d; want %d", path, when, resp.StatusCode, want)
+		}
 	}
-	admin := "http://" + l.Addr().String()
-	p := runProxy(t, redisAt(t, server.addr), func(cfg *config) { cfg.admin = l })
 	redisDo(t, server.addr, "SET", "k", "value")
 	for range 3 {
-		exchange(t, p.addr, request("GET", "k"))
+		exchange(t, proxy, request("GET", "k"))
 	}
-	httpDo(t, "GET", "http://"+p.addr+"/absent")
-	_, metrics := httpDo(t, "GET", admin+"/metrics")
-	for _, want := range []string{
-		`redis_proxy_requests_total{protocol="resp",result="hit"} 2`, `redis_proxy_requests_total{protocol="resp",result="miss"} 1`,
-		`redis_proxy_requests_total{protocol="http",result="absent"} 1`, `redis_proxy_cache_keys 1`, `redis_proxy_upstream_fetches_total 2`,
-		`redis_proxy_upstream_seconds_bucket{le="+Inf"} 2`, `redis_proxy_upstream_seconds_count 2`, `redis_proxy_tracking 0`,
-	} {
-		if !strings.Contains(metrics, "\n"+want+"\n") {
-			t.Errorf("/metrics has no %s", want)
+	httpDo(t, "GET", "http://"+proxy+"/absent")
+
+	t.Run("metrics", func(t *testing.T) { // first, while nothing else has been asked for
+		_, metrics := httpDo(t, "GET", admin+"/metrics")
+		for _, want := range []string{
+			`redis_proxy_requests_total{protocol="resp",result="hit"} 2`,
+			`redis_proxy_requests_total{protocol="resp",result="miss"} 1`,
+			`redis_proxy_requests_total{protocol="http",result="absent"} 1`,
+			`redis_proxy_cache_keys 1`,
+			`redis_proxy_upstream_fetches_total 2`,
+			`redis_proxy_upstream_seconds_bucket{le="+Inf"} 2`,
+			`redis_proxy_upstream_seconds_count 2`,
+			`redis_proxy_tracking 0`,
+		} {
+			if !strings.Contains(metrics, "\n"+want+"\n") {
+				t.Errorf("/metrics has no %s", want)
+			}
 		}
-	}
-	for _, line := range strings.Split(strings.TrimSpace(metrics), "\n") {
-		if !regexp.MustCompile(`^(# (HELP|TYPE) redis_proxy_[a-z_]+ .+|redis_proxy_[a-z_]+(\{[^}]*\})? [0-9.e+-]+)$`).MatchString(line) {
-			t.Errorf("/metrics: malformed line %q", line)
+		wellFormed := regexp.MustCompile(`^(# (HELP|TYPE) redis_proxy_[a-z_]+ .+|redis_proxy_[a-z_]+(\{[^}]*\})? [0-9.e+-]+)$`)
+		for _, line := range strings.Split(strings.TrimSpace(metrics), "\n") {
+			if !wellFormed.MatchString(line) {
+				t.Errorf("/metrics: malformed line %q", line)
+			}
 		}
-	}
-	if promtool, err := exec.LookPath("promtool"); err == nil {
-		cmd := exec.Command(promtool, "check", "metrics")
-		cmd.Stdin = strings.NewReader(metrics)
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("promtool: %v\n%s", err, out)
+		if promtool, err := exec.LookPath("promtool"); err == nil {
+			cmd := exec.Command(promtool, "check", "metrics")
+			cmd.Stdin = strings.NewReader(metrics)
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Errorf("promtool: %v\n%s", err, out)
+			}
 		}
-	}
-	status := func(path string) int { resp, _ := httpDo(t, "GET", admin+path); return resp.StatusCode }
-	for path, want := range map[string]int{"/healthz": 200, "/readyz": 200, "/debug/pprof/": 200, "/debug/pprof/goroutine": 200, "/k": 404} {
-		if got := status(path); got != want {
-			t.Errorf("%s: got %d; want %d", path, got, want)
+	})
+	t.Run("paths", func(t *testing.T) {
+		expect(t, "", "/healthz", 200)
+		expect(t, "", "/readyz", 200)
+		expect(t, "", "/debug/pprof/", 200)
+		expect(t, "", "/debug/pprof/goroutine", 200)
+		expect(t, "", "/k", 404)
+	})
+	t.Run("permissions", func(t *testing.T) {
+		redisDo(t, server.addr, "ACL", "SETUSER", "default", "resetkeys", "~k")
+		expect(t, " for a user of some keys", "/readyz", 200)
+		redisDo(t, server.addr, "ACL", "SETUSER", "default", "allkeys", "-get")
+		expect(t, " for a user who may not GET", "/readyz", 503)
+	})
+	t.Run("outage", func(t *testing.T) {
+		server.kill()
+		expect(t, " without Redis", "/readyz", 503)
+		expect(t, " without Redis", "/healthz", 200)
+		if err := server.start(); err != nil {
+			t.Fatal(err)
 		}
-	}
-	redisDo(t, server.addr, "ACL", "SETUSER", "default", "resetkeys", "~k")
-	if got := status("/readyz"); got != 200 {
-		t.Errorf("/readyz for a user of some keys: got %d; want 200", got)
-	}
-	redisDo(t, server.addr, "ACL", "SETUSER", "default", "allkeys", "-get")
-	if got := status("/readyz"); got != 503 {
-		t.Errorf("/readyz for a user who may not GET: got %d; want 503", got)
-	}
-	server.kill()
-	if got := status("/readyz"); got != 503 {
-		t.Errorf("/readyz without Redis: got %d; want 503", got)
-	}
-	if got := status("/healthz"); got != 200 {
-		t.Errorf("/healthz without Redis: got %d; want 200", got)
-	}
-	if err := server.start(); err != nil {
-		t.Fatal(err)
-	}
-	if got := status("/readyz"); got != 200 {
-		t.Errorf("/readyz with Redis back: got %d; want 200", got)
-	}
+		expect(t, " with Redis back", "/readyz", 200)
+	})
 }
 
 func TestIntegrationCheck(t *testing.T) {
 	_, proxy, _ := startProgram(t, []string{"RP_PASSWORD=secret"})
-	port := fmt.Sprint(portOf(proxy))
+	port := portOf(proxy)
 	for _, row := range []struct {
 		args []string
 		code int
@@ -3208,8 +3225,8 @@ func TestIntegrationStopDoesNotWaitForRedis(t *testing.T) {
 	hang := make(chan struct{})
 	defer close(hang)
 	flags := playRedis(t, func(int, []string) string { <-hang; return "" })
-	p := runProxy(t, append(flags, "--redis-timeout", "1m", "--tracking"),
-		func(cfg *config) { cfg.redis.password = "AUTH is not answered" })
+	url := "redis://:never-answered@" + net.JoinHostPort(flags[1], flags[3])
+	p := runProxy(t, []string{"--redis-url", url, "--redis-timeout", "1m", "--tracking"})
 	dial(t, p.addr).send("GET a\r\n")
 	eventually(t, "the fetch", func() bool { return p.stat(t, "upstream_connections_used") == "1" })
 	p.stop()
