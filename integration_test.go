@@ -182,6 +182,13 @@ func redisDo(t testing.TB, addr string, cmd string, args ...any) any {
 	return reply
 }
 
+// isRedis70 reports whether the Redis at addr is of the version whose bytes the proxy's are.
+func isRedis70(t testing.TB, addr string) bool {
+	t.Helper()
+	info, _ := redis.String(redisDo(t, addr, "INFO", "server"), nil)
+	return strings.Contains(info, "\nredis_version:7.0.")
+}
+
 // A testProxy is the whole program but for its process, on a free port.
 type testProxy struct {
 	addr string
@@ -240,6 +247,17 @@ func runProxy(t testing.TB, flags []string, change ...func(*config)) *testProxy 
 	return p
 }
 
+// stat reads one figure of INFO.
+func (p *testProxy) stat(t testing.TB, name string) string {
+	t.Helper()
+	info, _ := redis.String(redisDo(t, p.addr, "INFO"), nil)
+	m := regexp.MustCompile(`(?m)^` + name + `:(.*)\r$`).FindStringSubmatch(info)
+	if m == nil {
+		t.Fatalf("INFO has no %s:\n%s", name, info)
+	}
+	return m[1]
+}
+
 // A lockedBuffer is a log that may be read while it is written.
 type lockedBuffer struct {
 	mu sync.Mutex // guards the following
@@ -258,16 +276,40 @@ func (b *lockedBuffer) String() string {
 	return b.b.String()
 }
 
-// stat reads one figure of INFO.
-func (p *testProxy) stat(t testing.TB, name string) string {
+// program runs the program as a process of its own.
+func program(t testing.TB, env []string, args ...string) *exec.Cmd {
 	t.Helper()
-	info, _ := redis.String(redisDo(t, p.addr, "INFO"), nil)
-	m := regexp.MustCompile(`(?m)^` + name + `:(.*)\r$`).FindStringSubmatch(info)
-	if m == nil {
-		t.Fatalf("INFO has no %s:\n%s", name, info)
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
 	}
-	return m[1]
+	cmd := exec.Command(exe, args...)
+	// The race detector would sleep for a second at the end of each process.
+	cmd.Env = append(os.Environ(), append(env, "TEST_RUN_MAIN=1", "GORACE=atexit_sleep_ms=0 "+os.Getenv("GORACE"))...)
+	return cmd
 }
+
+// startProgram runs the program as a process, and returns the address that its log names.
+func startProgram(t testing.TB, env []string, args ...string) (*exec.Cmd, string, *lockedBuffer) {
+	t.Helper()
+	cmd, log := program(t, env, slices.Concat(patience, []string{"--port", "0"}, args)...), new(lockedBuffer)
+	cmd.Stderr = log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	var addr string
+	eventually(t, "the program serves", func() bool {
+		m := regexp.MustCompile(`serving.*?address[=":]+([0-9.:]+)`).FindStringSubmatch(log.String())
+		if m != nil {
+			addr = m[1]
+		}
+		return m != nil
+	})
+	return cmd, addr, log
+}
+
+func portOf(addr string) string { return addr[strings.LastIndex(addr, ":")+1:] }
 
 // eventually waits until a condition holds.
 func eventually(t testing.TB, what string, cond func() bool) {
@@ -277,6 +319,19 @@ func eventually(t testing.TB, what string, cond func() bool) {
 			t.Fatalf("never came true: %s", what)
 		}
 	}
+}
+
+func stacks() string {
+	buf := make([]byte, 4<<20)
+	return string(buf[:runtime.Stack(buf, true)])
+}
+
+// soak is the long form of a campaign where RP_SOAK asks for it, else the short one.
+func soak(short, long int) int {
+	if os.Getenv("RP_SOAK") != "" {
+		return long
+	}
+	return short
 }
 
 // A rawClient sends and expects bytes.
@@ -291,6 +346,17 @@ func (c *rawClient) Read(p []byte) (int, error) { return c.Reader.Read(p) }
 func dial(t testing.TB, addr string) *rawClient {
 	t.Helper()
 	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(60 * time.Second))
+	return &rawClient{t, c, bufio.NewReader(c)}
+}
+
+func dialTLS(t testing.TB, addr string, config *tls.Config) *rawClient {
+	t.Helper()
+	c, err := tls.Dial("tcp", addr, config)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -339,8 +405,19 @@ func (c *rawClient) response() (*http.Response, string) {
 	return resp, string(body)
 }
 
-// plainRequest is a GET over HTTP without anything that needs a closer look.
-func plainRequest(key string) string { return "GET /" + key + " HTTP/1.1\r\nHost: h\r\n\r\n" }
+// infoField reads one figure of INFO over a connection that is there.
+func infoField(t testing.TB, c *rawClient, name string) string {
+	t.Helper()
+	c.send("INFO\r\n")
+	var n int
+	line, _ := c.ReadString('\n')
+	fmt.Sscanf(line, "$%d", &n)
+	text := make([]byte, n+2)
+	io.ReadFull(c.Reader, text)
+	_, after, _ := strings.Cut(string(text), "\n"+name+":")
+	value, _, _ := strings.Cut(after, "\r")
+	return value
+}
 
 // exchange sends bytes on a connection of their own, ends sending, and returns all that comes back.
 func exchange(t testing.TB, addr, send string) string {
@@ -390,6 +467,387 @@ func request(args ...string) string {
 	}
 	return s
 }
+
+// plainRequest is a GET over HTTP without anything that needs a closer look.
+func plainRequest(key string) string { return "GET /" + key + " HTTP/1.1\r\nHost: h\r\n\r\n" }
+
+// sameContent returns how many bytes of want r begins with, in whole pieces.
+func sameContent(r io.Reader, want []byte) (n int) {
+	buf := make([]byte, 1<<20)
+	for part := range slices.Chunk(want, len(buf)) {
+		if _, err := io.ReadFull(r, buf[:len(part)]); err != nil || !bytes.Equal(buf[:len(part)], part) {
+			break
+		}
+		n += len(part)
+	}
+	return n
+}
+
+// A relay stands between the proxy and Redis, and can cut, stall and refuse.
+type relay struct {
+	t    testing.TB
+	addr string
+	to   string
+	most atomic.Int64 // connections at once, at most
+
+	mu      sync.Mutex // guards the following
+	l       net.Listener
+	conns   map[net.Conn]net.Conn
+	stalled chan struct{} // nil or open while nothing passes
+	filter  filter
+	wg      sync.WaitGroup
+}
+
+// A filter sees what passes, from Redis (down) or to it, and whether it is on the connection of a
+// tracker. It returns what shall pass, or nil to cut the connection.
+type filter func(down, tracker bool, chunk []byte) []byte
+
+func (r *relay) setFilter(f filter) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.filter = f
+}
+
+func startRelay(t testing.TB, to string) *relay {
+	t.Helper()
+	r := &relay{t: t, addr: "127.0.0.1:" + freePort(), to: to, conns: make(map[net.Conn]net.Conn)}
+	r.accept()
+	t.Cleanup(func() {
+		r.resume()
+		r.refuse()
+		r.wg.Wait()
+	})
+	return r
+}
+
+// accept listens, again after refuse.
+func (r *relay) accept() {
+	r.t.Helper()
+	l, err := net.Listen("tcp", r.addr)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.mu.Lock()
+	r.l = l
+	r.mu.Unlock()
+	r.wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			up, err := net.Dial("tcp", r.to)
+			if err != nil {
+				c.Close()
+				continue
+			}
+			r.mu.Lock()
+			r.conns[c] = up
+			r.most.Store(max(r.most.Load(), int64(len(r.conns))))
+			r.mu.Unlock()
+			var tracker atomic.Bool
+			r.wg.Go(func() { r.copy(&tracker, false, up, c); r.drop(c) })
+			r.wg.Go(func() { r.copy(&tracker, true, c, up); r.drop(c) })
+		}
+	})
+}
+
+func (r *relay) copy(tracker *atomic.Bool, down bool, to, from net.Conn) {
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := from.Read(buf)
+		r.mu.Lock()
+		stalled, filter := r.stalled, r.filter
+		r.mu.Unlock()
+		if stalled != nil {
+			<-stalled
+		}
+		chunk := buf[:n]
+		if !down && bytes.Contains(chunk, []byte("TRACKING")) {
+			tracker.Store(true)
+		}
+		if filter != nil {
+			if chunk = filter(down, tracker.Load(), chunk); chunk == nil {
+				return
+			}
+		}
+		if _, e := to.Write(chunk); e != nil || err != nil {
+			return
+		}
+	}
+}
+
+func (r *relay) drop(c net.Conn) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if up := r.conns[c]; up != nil {
+		c.Close()
+		up.Close()
+		delete(r.conns, c)
+	}
+}
+
+// stall lets nothing pass, in neither direction, until resume.
+func (r *relay) stall() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stalled == nil {
+		r.stalled = make(chan struct{})
+	}
+}
+
+func (r *relay) resume() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stalled != nil {
+		close(r.stalled)
+		r.stalled = nil
+	}
+}
+
+// cut closes all connections.
+func (r *relay) cut() {
+	r.mu.Lock()
+	conns := slices.Collect(maps.Keys(r.conns))
+	r.mu.Unlock()
+	for _, c := range conns {
+		r.drop(c)
+	}
+}
+
+// refuse closes all connections and takes no more until accept.
+func (r *relay) refuse() {
+	r.mu.Lock()
+	r.l.Close()
+	r.mu.Unlock()
+	r.cut()
+}
+
+// The listener
+
+// Whatever arrives in how many pieces, the first line decides, and nothing of it is lost.
+func TestIntegrationDetection(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr)
+	redisDo(t, addr, "SET", t.Name(), "value")
+	silent := dial(t, p.addr)
+	for _, row := range []struct{ name, send, want string }{
+		{"RESP", request("GET", t.Name()), bulk("value")},
+		{"inline", "GET " + t.Name() + "\r\n", bulk("value")},
+		{"inline that looks like HTTP", "GET /" + t.Name() + "\r\n", "$-1\r\n"},
+		{"HTTP", "GET /" + t.Name() + " HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n", "HTTP/1.1 200 OK\r\n"},
+		{"garbage", "\x16\x03\x01\x02\r\n", "-ERR unknown command '\x16\x03\x01\x02', with args beginning with: \r\n"},
+		{"an empty line first", "\r\nPING\r\n", "+PONG\r\n"},
+	} {
+		dial(t, p.addr).send(row.send).expect(row.want)
+		slow := dial(t, p.addr)
+		slow.Conn.(*net.TCPConn).SetNoDelay(true)
+		for i := range row.send {
+			slow.send(row.send[i : i+1])
+			runtime.Gosched()
+		}
+		slow.expect(row.want)
+	}
+	if got := exchange(t, p.addr, strings.Repeat("x", 70000)); got != "-ERR Protocol error: too big inline request\r\n" {
+		t.Errorf("a line without end: got %.100q", got)
+	}
+	silent.send("PING\r\n").expect("+PONG\r\n")
+}
+
+func TestIntegrationMaxClients(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr, "--max-clients", "3")
+	var served []*rawClient
+	for range 3 {
+		served = append(served, dial(t, p.addr).send(request("PING")).expect("+PONG\r\n"))
+	}
+	dial(t, p.addr).send(request("PING")).expect("-ERR max number of clients reached\r\n").expectClosed()
+	if got := exchange(t, p.addr, "GET / HTTP/1.1\r\nHost: h\r\n\r\n"); !regexp.MustCompile(`^HTTP/1.1 503 (?s:.*)\r\nRetry-After: 1\r\n(?s:.*)\r\n\r\ntoo many clients\n$`).MatchString(got) {
+		t.Errorf("over HTTP: got %q", got)
+	}
+	dial(t, p.addr).send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").expectClosed()
+	// A flood, most of it silent, disturbs nobody who is served.
+	var flood []net.Conn
+	for range 500 {
+		if c, err := net.Dial("tcp", p.addr); err == nil {
+			flood = append(flood, c)
+		}
+	}
+	for range 100 {
+		served[0].send(request("PING")).expect("+PONG\r\n")
+	}
+	for _, c := range flood {
+		c.Close()
+	}
+	served[1].Close()
+	eventually(t, "a free place", func() bool { return exchange(t, p.addr, "PING\r\n") == "+PONG\r\n" })
+	eventually(t, "502 refused clients", func() bool {
+		var refused int
+		fmt.Sscan(infoField(t, served[0], "rejected_connections"), &refused)
+		return refused >= 502
+	})
+}
+
+func TestIntegrationIdleTimeout(t *testing.T) {
+	t.Parallel()
+	const idle = 400 * time.Millisecond
+	p := startProxy(t, sharedRedis(t), "--idle-timeout", idle.String())
+	began := time.Now()
+	silent := dial(t, p.addr)
+	resp := dial(t, p.addr).send("PING\r\n").expect("+PONG\r\n")
+	web := dial(t, p.addr).send("GET /x HTTP/1.1\r\nHost: h\r\n\r\n").expect("HTTP/1.1 404 Not Found\r\n")
+	// A client that speaks often enough stays.
+	busy := dial(t, p.addr)
+	for range 15 {
+		busy.send("PING\r\n").expect("+PONG\r\n")
+		time.Sleep(idle / 10)
+	}
+	silent.expectClosed()
+	resp.expectClosed()
+	if _, err := io.ReadAll(web); err != nil {
+		t.Errorf("HTTP: %v; want the connection closed", err)
+	}
+	if took := time.Since(began); took < idle || took > 5*time.Second {
+		t.Errorf("closed after %v; want about %v", took, idle)
+	}
+}
+
+// Many clients at once, most of them idle, some of them slow, get their answers.
+func TestIntegrationManyClients(t *testing.T) {
+	addr := sharedRedis(t)
+	var limit syscall.Rlimit
+	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
+	n := min(soak(1000, 9000), int(limit.Cur)/2-200)
+	p := startProxy(t, addr)
+	redisDo(t, addr, "SET", t.Name(), "value")
+	ask := func(c *rawClient, i int) {
+		if i%2 == 0 {
+			c.send(request("GET", t.Name())).expect(bulk("value"))
+		} else if resp, body := c.send(plainRequest(t.Name())).response(); resp.StatusCode != 200 || body != "value" {
+			t.Fatalf("client %d: got %d %q; want the value", i, resp.StatusCode, body)
+		}
+	}
+	slow := make([]*rawClient, 30)
+	for i := range slow {
+		slow[i] = dial(t, p.addr).send([]string{"", "*2\r\n$3\r\nGE", "GET /x HT"}[i%3])
+	}
+	clients := make([]*rawClient, n)
+	for i := range clients {
+		clients[i] = dial(t, p.addr)
+		ask(clients[i], i)
+	}
+	if got := p.stat(t, "connected_clients"); got != fmt.Sprint(n+len(slow)+1) {
+		t.Errorf("clients: got %s; want %d", got, n+len(slow)+1)
+	}
+	for i, c := range clients {
+		ask(c, i)
+	}
+}
+
+// A client that asks for much and takes nothing costs bounded memory for bounded time.
+func TestIntegrationClientThatDoesNotRead(t *testing.T) {
+	const stuck = 500 * time.Millisecond
+	server := startRedis(t)
+	p := runProxy(t, redisAt(t, server.addr), func(cfg *config) { cfg.writeTimeout = stuck })
+	redisDo(t, server.addr, "SET", "k", make([]byte, 1<<20))
+	exchange(t, p.addr, request("GET", "k"))
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	greedy := dial(t, p.addr)
+	began := time.Now()
+	var sent atomic.Int64
+	gone := make(chan struct{})
+	go func() {
+		defer close(gone)
+		batch := strings.Repeat(request("GET", "k"), 1000)
+		for range 1000 {
+			if _, err := io.WriteString(greedy.Conn, batch); err != nil {
+				return
+			}
+			sent.Add(1000)
+		}
+	}()
+	other, most := dial(t, p.addr), uint64(0)
+	for dropped := false; !dropped; {
+		select {
+		case <-gone:
+			dropped = true
+		case <-time.After(50 * time.Millisecond):
+			other.send(request("PING")).expect("+PONG\r\n")
+			runtime.ReadMemStats(&after)
+			most = max(most, after.HeapInuse)
+		}
+	}
+	if took := time.Since(began); took < stuck || took > 20*time.Second {
+		t.Errorf("dropped after %v; want %v, and up to a third longer", took, stuck)
+	}
+	if grown := int64(most) - int64(before.HeapInuse); grown > 32<<20 {
+		t.Errorf("memory grew by %d MB", grown>>20)
+	}
+	t.Logf("%d GETs were sent, memory grew by %d KB", sent.Load(), (int64(most)-int64(before.HeapInuse))>>10)
+}
+
+// A client that reads slowly, but does read, is served to the end.
+func TestIntegrationSlowReaderIsServed(t *testing.T) {
+	t.Parallel()
+	const stuck = time.Second
+	val := strings.Repeat("0123456789abcdef", 2<<20)
+	flags := playRedis(t, func(int, []string) string { return bulk(val) })
+	p := runProxy(t, flags, func(cfg *config) { cfg.writeTimeout = stuck })
+	web := dial(t, p.addr).send("GET /k HTTP/1.0\r\n\r\n").expect("HTTP/1.0 200 OK\r\n")
+	for line := ""; line != "\r\n"; {
+		line, _ = web.ReadString('\n')
+	}
+	resp := dial(t, p.addr).send(request("GET", "k")).expect(fmt.Sprintf("$%d\r\n", len(val)))
+	const parts = 20 // twice the time after which a client that reads nothing is given up
+	var readers sync.WaitGroup
+	for name, c := range map[string]*rawClient{"RESP": resp, "HTTP": web} {
+		readers.Go(func() {
+			for part := range slices.Chunk([]byte(val), len(val)/parts+1) {
+				time.Sleep(2 * stuck / parts)
+				if sameContent(c, part) != len(part) {
+					t.Errorf("over %s: not the whole value", name)
+					return
+				}
+			}
+		})
+	}
+	readers.Wait()
+}
+
+// A frontEnd that panics ends its connection, and nothing else.
+func TestIntegrationPanicEndsItsConnection(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := new(lockedBuffer)
+	s := newServer(l, config{maxClients: 10, writeTimeout: time.Second}, slog.New(slog.NewTextHandler(log, nil)),
+		[len(protocols)]frontEnd{protoHTTP: panicker{}, protoRESP: echo{}})
+	go s.run()
+	other := dial(t, l.Addr().String()).send("*\r\n").expect("*\r\n")
+	dial(t, l.Addr().String()).send("GET / HTTP/1.1\r\n").expectClosed()
+	other.send("still here").expect("still here")
+	if !strings.Contains(log.String(), "panicker") {
+		t.Errorf("the log has no stack:\n%s", log)
+	}
+	other.Close()
+	s.stop()
+	s.wait(context.Background())
+}
+
+type panicker struct{}
+
+func (panicker) serve(net.Conn)    { panic("on purpose") }
+func (panicker) refuse(c net.Conn) {}
+
+type echo struct{}
+
+func (echo) serve(c net.Conn)  { io.Copy(c, c); c.Close() }
+func (echo) refuse(c net.Conn) {}
+
+// Both protocols
 
 // values are what a value can look like, by a name for it.
 var values = map[string]string{
@@ -474,60 +932,6 @@ func TestIntegrationOddKeys(t *testing.T) {
 	}
 }
 
-func TestIntegrationHundredMegabytes(t *testing.T) {
-	addr := sharedRedis(t)
-	p := startProxy(t, addr)
-	val := make([]byte, 100<<20)
-	for part := range slices.Chunk(val, 1<<20) {
-		rand.Read(part[:1<<10])
-	}
-	redisDo(t, addr, "SET", t.Name(), val)
-	t.Cleanup(func() { redisDo(t, addr, "DEL", t.Name()) })
-	c := dial(t, p.addr).send(request("GET", t.Name())).expect(fmt.Sprintf("$%d\r\n", len(val)))
-	if same := sameContent(c, val); same != len(val) {
-		t.Errorf("over RESP: got %d bytes and then others; want %d", same, len(val))
-	}
-	resp, err := httpClient.Get("http://" + p.addr + "/" + t.Name())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	if same := sameContent(resp.Body, val); same != len(val) || resp.ContentLength != int64(len(val)) {
-		t.Errorf("over HTTP: got %d bytes and then others, length %d; want %d", same, resp.ContentLength, len(val))
-	}
-	if got := p.stat(t, "upstream_fetches"); got != "1" {
-		t.Errorf("fetches: got %s; want 1", got)
-	}
-}
-
-// sameContent returns how many bytes of want r begins with, in whole pieces.
-func sameContent(r io.Reader, want []byte) (n int) {
-	buf := make([]byte, 1<<20)
-	for part := range slices.Chunk(want, len(buf)) {
-		if _, err := io.ReadFull(r, buf[:len(part)]); err != nil || !bytes.Equal(buf[:len(part)], part) {
-			break
-		}
-		n += len(part)
-	}
-	return n
-}
-
-func TestIntegrationValueOverTheByteLimitIsServedNotKept(t *testing.T) {
-	addr := sharedRedis(t)
-	p := startProxy(t, addr, "--cache-bytes", "1KB")
-	val := strings.Repeat("v", 2000)
-	redisDo(t, addr, "SET", t.Name(), val)
-	for range 2 {
-		resp, body := httpDo(t, "GET", "http://"+p.addr+"/"+t.Name())
-		if body != val || resp.Header.Get("Cache-Status") != "redis_proxy; fwd=miss" {
-			t.Errorf("got %d bytes, %q; want %d, not stored", len(body), resp.Header.Get("Cache-Status"), len(val))
-		}
-	}
-	if got := p.stat(t, "cache_keys"); got != "0" {
-		t.Errorf("keys: got %s; want 0", got)
-	}
-}
-
 // Absent, empty, of another type and expired are four things, over both protocols.
 func TestIntegrationAbsentEmptyAndWrongType(t *testing.T) {
 	addr := sharedRedis(t)
@@ -568,21 +972,137 @@ func TestIntegrationAbsentEmptyAndWrongType(t *testing.T) {
 	}
 }
 
-func TestIntegrationCacheAnswersUntilTheTTL(t *testing.T) {
+func TestIntegrationHundredMegabytes(t *testing.T) {
 	addr := sharedRedis(t)
-	p := startProxy(t, addr, "--cache-timeout", "300ms")
-	redisDo(t, addr, "SET", t.Name(), "old")
-	asked := time.Now()
-	exchange(t, p.addr, request("GET", t.Name()))
-	redisDo(t, addr, "SET", t.Name(), "new")
-	if got := exchange(t, p.addr, request("GET", t.Name())); got != bulk("old") && time.Since(asked) < 300*time.Millisecond {
-		t.Errorf("within the TTL: got %q; want %q", got, bulk("old"))
+	p := startProxy(t, addr)
+	val := make([]byte, 100<<20)
+	for part := range slices.Chunk(val, 1<<20) {
+		rand.Read(part[:1<<10])
 	}
-	eventually(t, "the new value", func() bool { return exchange(t, p.addr, request("GET", t.Name())) == bulk("new") })
-	if waited := time.Since(asked); waited < 300*time.Millisecond {
-		t.Errorf("the new value came after %v; want the old until the TTL", waited)
+	redisDo(t, addr, "SET", t.Name(), val)
+	t.Cleanup(func() { redisDo(t, addr, "DEL", t.Name()) })
+	c := dial(t, p.addr).send(request("GET", t.Name())).expect(fmt.Sprintf("$%d\r\n", len(val)))
+	if same := sameContent(c, val); same != len(val) {
+		t.Errorf("over RESP: got %d bytes and then others; want %d", same, len(val))
+	}
+	resp, err := httpClient.Get("http://" + p.addr + "/" + t.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if same := sameContent(resp.Body, val); same != len(val) || resp.ContentLength != int64(len(val)) {
+		t.Errorf("over HTTP: got %d bytes and then others, length %d; want %d", same, resp.ContentLength, len(val))
+	}
+	if got := p.stat(t, "upstream_fetches"); got != "1" {
+		t.Errorf("fetches: got %s; want 1", got)
 	}
 }
+
+// What a client that has not authenticated can reach, over both protocols: nothing.
+func TestIntegrationPassword(t *testing.T) {
+	addr := sharedRedis(t)
+	redisDo(t, addr, "SET", t.Name(), "value")
+	p := startProxy(t, addr, "--password", "open sesame")
+	server := startRedis(t)
+	is70 := isRedis70(t, server.addr)
+	redisDo(t, server.addr, "CONFIG", "SET", "requirepass", "open sesame")
+	sends := []string{
+		request("GET", "k"),
+		request("MGET", "k"),
+		request("PING"),
+		request("ECHO", "x"),
+		request("SELECT", "0"),
+		request("CLIENT", "ID"),
+		request("CLIENT", "GETNAME"),
+		request("CONFIG", "GET", "x"),
+		request("COMMAND"),
+		request("INFO"),
+		request("GET"),
+		request("NONSENSE", "x"),
+		request("QUIT"),
+		request("RESET"),
+		request("HELLO"),
+		request("HELLO", "3"),
+		request("HELLO", "4"),
+		request("HELLO", "3", "SETNAME", "me"),
+		request("AUTH"),
+		request("AUTH", "wrong"),
+		request("AUTH", ""),
+		request("AUTH", "default", "wrong"),
+		request("AUTH", "nobody", "open sesame"),
+		request("AUTH", "a", "b", "c"),
+		request("HELLO", "3", "AUTH", "default", "wrong"),
+		request("HELLO", "3", "AUTH", "default"),
+		request("AUTH", "open sesame") + request("PING"),
+		request("AUTH", "default", "open sesame") + request("PING"),
+		request("AUTH", "open sesame") + request("RESET") + request("PING"),
+		request("HELLO", "3", "AUTH", "default", "open sesame") + request("GET", "nokey"),
+		request("HELLO", "2", "AUTH", "default", "open sesame"),
+		"*11\r\n",
+		"*10\r\n",
+		"*1\r\n$16385\r\n",
+		"*1\r\n$16384\r\n",
+		"PING\r\n",
+		"GET k\r\n",
+		request("AUTH", "open sesame") + "*11\r\n",
+		request("AUTH", "open sesame") + "*1\r\n$16385\r\n",
+		request("AUTH", strings.Repeat("x", 16385)),
+	}
+	if is70 { // later, HELLO does nothing before all of it is right
+		sends = append(sends,
+			request("AUTH", "open sesame")+request("AUTH", "wrong")+request("PING"),
+			request("HELLO", "3", "AUTH", "default", "open sesame", "foo")+request("PING"),
+			request("HELLO", "3", "SETNAME", "me")+request("AUTH", "open sesame")+request("CLIENT", "GETNAME"),
+		)
+	}
+	for _, send := range sends {
+		if got, want := normalise(exchange(t, p.addr, send)), normalise(exchange(t, server.addr, send)); got != want {
+			t.Errorf("after %.100q:\n got %.300q\nwant %.300q", send, got, want)
+		}
+	}
+	url := "http://" + p.addr + "/" + t.Name()
+	for _, row := range []struct {
+		name, authorization string
+		status              int
+	}{
+		{"nothing", "", 401},
+		{"Bearer", "Bearer open sesame", 200},
+		{"bearer", "bearer open sesame", 200},
+		{"a wrong token", "Bearer open", 401},
+		{"no token", "Bearer", 401},
+		{"an empty token", "Bearer ", 401},
+		{"Basic", "Basic YW55Ym9keTpvcGVuIHNlc2FtZQ==", 200},
+		{"Basic without a user", "Basic Om9wZW4gc2VzYW1l", 200},
+		{"a wrong password", "Basic YW55Ym9keTp3cm9uZw==", 401},
+		{"another scheme", "Digest open sesame", 401},
+	} {
+		for _, method := range []string{"GET", "HEAD", "POST", "OPTIONS"} {
+			var header []string
+			if row.authorization != "" {
+				header = []string{"Authorization", row.authorization}
+			}
+			want := row.status
+			if want == 200 && method != "GET" && method != "HEAD" {
+				want = 405
+			}
+			resp, body := httpDo(t, method, url, header...)
+			if resp.StatusCode != want || want == 401 && (len(resp.Header.Values("WWW-Authenticate")) != 2 || strings.Contains(body, "value")) {
+				t.Errorf("%s with %s: got %d %v; want %d", method, row.name, resp.StatusCode, resp.Header, want)
+			}
+		}
+	}
+	for range 2 { // by now the value is cached
+		resp, body := dial(t, p.addr).send(plainRequest(t.Name())).response()
+		if resp.StatusCode != 401 || strings.Contains(body, "value") {
+			t.Errorf("a plain GET of a cached key without a password: got %d %q; want 401", resp.StatusCode, body)
+		}
+	}
+	if strings.Contains(p.log.String(), "sesame") {
+		t.Errorf("the log shows the password:\n%s", p.log)
+	}
+}
+
+// HTTP
 
 func TestIntegrationHTTPProtocols(t *testing.T) {
 	addr := sharedRedis(t)
@@ -618,6 +1138,68 @@ func TestIntegrationHTTPProtocols(t *testing.T) {
 	defer resp.Body.Close()
 	if body, _ := io.ReadAll(resp.Body); resp.ProtoMajor != 2 || string(body) != "value" {
 		t.Errorf("HTTP/2 with prior knowledge: got %s, %q; want HTTP/2.0, the value", resp.Proto, body)
+	}
+}
+
+func TestIntegrationConditionalRequestsAndRanges(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr)
+	url := "http://" + p.addr + "/" + t.Name()
+	redisDo(t, addr, "SET", t.Name(), "0123456789")
+	first, _ := httpDo(t, "GET", url)
+	tag := first.Header.Get("ETag")
+	replica, _ := httpDo(t, "GET", "http://"+startProxy(t, addr).addr+"/"+t.Name())
+	if got := replica.Header.Get("ETag"); got != tag || !regexp.MustCompile(`^"[0-9a-f]{32}"$`).MatchString(tag) {
+		t.Errorf("ETag: got %q and %q; want the same strong tag", tag, got)
+	}
+	for _, row := range []struct {
+		name   string
+		header []string
+		status int
+		body   string
+	}{
+		{"the tag", []string{"If-None-Match", tag}, 304, ""},
+		{"any tag", []string{"If-None-Match", "*"}, 304, ""},
+		{"another tag", []string{"If-None-Match", `"other"`}, 200, "0123456789"},
+		{"a range", []string{"Range", "bytes=2-4"}, 206, "234"},
+		{"a suffix", []string{"Range", "bytes=-3"}, 206, "789"},
+		{"past the end", []string{"Range", "bytes=10-"}, 416, "invalid range: failed to overlap\n"},
+		{"If-Range that holds", []string{"Range", "bytes=0-0", "If-Range", tag}, 206, "0"},
+		{"If-Range that does not", []string{"Range", "bytes=0-0", "If-Range", `"other"`}, 200, "0123456789"},
+	} {
+		resp, body := httpDo(t, "GET", url, row.header...)
+		if resp.StatusCode != row.status || body != row.body {
+			t.Errorf("%s: got %d %q; want %d %q", row.name, resp.StatusCode, body, row.status, row.body)
+		}
+		if got := resp.Header.Get("Cache-Control"); (got == "no-store") != (row.status == 416) {
+			t.Errorf("%s: Cache-Control: got %q", row.name, got)
+		}
+	}
+}
+
+// Both ways of answering over HTTP tell how long ago Redis was asked.
+func TestIntegrationAge(t *testing.T) {
+	t.Parallel()
+	p := runProxy(t, append(playRedis(t, func(int, []string) string {
+		time.Sleep(1050 * time.Millisecond)
+		return bulk("value")
+	}), "--cache-timeout", "1h"))
+	asked := time.Now()
+	exchange(t, p.addr, request("GET", "k"))
+	for _, row := range []struct{ name, send string }{
+		{"a plain GET", plainRequest("k")},
+		{"HTTP/1.0", "GET /k HTTP/1.0\r\n\r\n"},
+	} {
+		resp, _ := dial(t, p.addr).send(row.send).response()
+		var age, ttl int
+		fmt.Sscan(resp.Header.Get("Age"), &age)
+		fmt.Sscanf(resp.Header.Get("Cache-Status"), "redis_proxy; hit; ttl=%d", &ttl)
+		if most := int(time.Since(asked) / time.Second); age < 1 || age > most {
+			t.Errorf("%s: Age: got %d; want 1 to %d", row.name, age, most)
+		}
+		if age+ttl != 3599 { // both are rounded down
+			t.Errorf("%s: got Age %d, ttl %d; want 3599 together", row.name, age, ttl)
+		}
 	}
 }
 
@@ -660,69 +1242,200 @@ func TestIntegrationLargeUploadIsRefusedInWords(t *testing.T) {
 	}
 }
 
-func TestIntegrationConditionalRequestsAndRanges(t *testing.T) {
-	addr := sharedRedis(t)
-	p := startProxy(t, addr)
-	url := "http://" + p.addr + "/" + t.Name()
-	redisDo(t, addr, "SET", t.Name(), "0123456789")
-	first, _ := httpDo(t, "GET", url)
-	tag := first.Header.Get("ETag")
-	replica, _ := httpDo(t, "GET", "http://"+startProxy(t, addr).addr+"/"+t.Name())
-	if got := replica.Header.Get("ETag"); got != tag || !regexp.MustCompile(`^"[0-9a-f]{32}"$`).MatchString(tag) {
-		t.Errorf("ETag: got %q and %q; want the same strong tag", tag, got)
-	}
-	for _, row := range []struct {
-		name   string
-		header []string
-		status int
-		body   string
-	}{
-		{"the tag", []string{"If-None-Match", tag}, 304, ""},
-		{"any tag", []string{"If-None-Match", "*"}, 304, ""},
-		{"another tag", []string{"If-None-Match", `"other"`}, 200, "0123456789"},
-		{"a range", []string{"Range", "bytes=2-4"}, 206, "234"},
-		{"a suffix", []string{"Range", "bytes=-3"}, 206, "789"},
-		{"past the end", []string{"Range", "bytes=10-"}, 416, "invalid range: failed to overlap\n"},
-		{"If-Range that holds", []string{"Range", "bytes=0-0", "If-Range", tag}, 206, "0"},
-		{"If-Range that does not", []string{"Range", "bytes=0-0", "If-Range", `"other"`}, 200, "0123456789"},
-	} {
-		resp, body := httpDo(t, "GET", url, row.header...)
-		if resp.StatusCode != row.status || body != row.body {
-			t.Errorf("%s: got %d %q; want %d %q", row.name, resp.StatusCode, body, row.status, row.body)
+// A client of net/http that takes nothing is given up like any other, over HTTP/1 and over HTTP/2, where it
+// need only open no window.
+func TestIntegrationUnreadHTTPAnswersAreGivenUp(t *testing.T) {
+	flags := playRedis(t, func(_ int, args []string) string {
+		if args[1] == "big" {
+			return bulk(strings.Repeat("x", 32<<20))
 		}
-		if got := resp.Header.Get("Cache-Control"); (got == "no-store") != (row.status == 416) {
-			t.Errorf("%s: Cache-Control: got %q", row.name, got)
+		return bulk("small")
+	})
+	p := runProxy(t, flags, func(cfg *config) { cfg.writeTimeout = 300 * time.Millisecond })
+	exchange(t, p.addr, "GET big\r\n")
+	kept := func(key string) string {
+		return "GET /" + key + " HTTP/1.1\r\nHost: h\r\nConnection: keep-alive\r\n\r\n"
+	}
+	h2 := "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x04\x00\x00\x00\x00" // INITIAL_WINDOW_SIZE 0
+	for id := 1; id < 40; id += 2 {
+		h2 += "\x00\x00\x0b\x01\x05\x00\x00\x00" + string(rune(id)) + "\x82\x86\x41\x01a\x04\x04/big"
+	}
+	for name, send := range map[string]string{"HTTP/1.1": kept("big"), "HTTP/1.1 after an answer": kept("small") + kept("big"), "HTTP/2": h2} {
+		dial(t, p.addr).send(send)
+		eventually(t, "the answer is begun: "+name, func() bool { return strings.Contains(stacks(), "http.ServeContent(") })
+		eventually(t, "the answer is given up: "+name, func() bool { return !strings.Contains(stacks(), "http.ServeContent(") })
+	}
+}
+
+// RESP
+
+// What only the proxy answers in its way.
+func TestIntegrationCommandsOfItsOwn(t *testing.T) {
+	p := startProxy(t, sharedRedis(t))
+	for _, row := range []struct{ name, send, want string }{
+		{"COMMAND", request("COMMAND"), `^\*0\r\n$`},
+		{"COMMAND DOCS", request("COMMAND", "DOCS"), `^\*0\r\n$`},
+		{"CONFIG GET", request("CONFIG", "GET", "save"), `^\*0\r\n$`},
+		{"CLIENT ID", request("CLIENT", "ID"), `^:\d+\r\n$`},
+		{"CLIENT SETINFO", request("CLIENT", "SETINFO", "LIB-NAME", "x") + request("CLIENT", "INFO"), `^\+OK\r\n\$\d+\r\nid=\d+ addr=127.* lib-name=x lib-ver=\n\r\n$`},
+		{"CLIENT SETINFO of something else", request("CLIENT", "SETINFO", "FOO", "x"), `^-ERR Unrecognized option 'FOO'\r\n$`},
+		{"CLIENT LIST", request("CLIENT", "SETNAME", "me") + request("CLIENT", "LIST"), `^\+OK\r\n\$\d+\r\n(?s:.*) name=me (?s:.*)\n\r\n$`},
+		{"CLIENT TRACKING", request("CLIENT", "TRACKING", "ON"), `^-ERR unknown subcommand 'TRACKING'. Try CLIENT HELP.\r\n$`},
+		{"SET", request("SET", "a", "b"), `^-ERR unknown command 'SET', with args beginning with: 'a' 'b' \r\n$`},
+		{"INFO", request("INFO"), `^\$\d+\r\n# Server\r\nredis_version:7(?s:.*)\r\nloading:0\r\n`},
+		{"INFO of a section", request("INFO", "Keyspace"), `^\$\d+\r\n# Keyspace\r\ndb0:keys=\d+,expires=\d+,avg_ttl=0\r\n\r\n$`},
+		{"INFO in RESP3", request("HELLO", "3") + request("INFO", "keyspace"), `\r\n=\d+\r\ntxt:# Keyspace\r\n`},
+		{"too large an argument", "*1\r\n$1048577\r\n", `^-ERR Protocol error: invalid bulk length\r\n$`},
+		{"too many arguments", "*1000000\r\n", `^-ERR Protocol error: invalid multibulk length\r\n$`},
+		{"arguments too large together", "*3\r\n$4\r\nMGET\r\n" + bulk(strings.Repeat("x", 600000)) + "$600000\r\n", `^-ERR Protocol error: invalid bulk length\r\n$`},
+		{"a large key", request("GET", strings.Repeat("x", 1<<20-100)), `^\$-1\r\n$`},
+	} {
+		if got := exchange(t, p.addr, row.send); !regexp.MustCompile(row.want).MatchString(got) {
+			t.Errorf("%s: got %.300q; want %s", row.name, got, row.want)
 		}
 	}
 }
 
-// Whatever arrives in how many pieces, the first line decides, and nothing of it is lost.
-func TestIntegrationDetection(t *testing.T) {
+// One that asks for much in one go gets everything, in order, in few round trips to Redis.
+func TestIntegrationPipelines(t *testing.T) {
 	addr := sharedRedis(t)
 	p := startProxy(t, addr)
-	redisDo(t, addr, "SET", t.Name(), "value")
-	silent := dial(t, p.addr)
-	for _, row := range []struct{ name, send, want string }{
-		{"RESP", request("GET", t.Name()), bulk("value")},
-		{"inline", "GET " + t.Name() + "\r\n", bulk("value")},
-		{"inline that looks like HTTP", "GET /" + t.Name() + "\r\n", "$-1\r\n"},
-		{"HTTP", "GET /" + t.Name() + " HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n", "HTTP/1.1 200 OK\r\n"},
-		{"garbage", "\x16\x03\x01\x02\r\n", "-ERR unknown command '\x16\x03\x01\x02', with args beginning with: \r\n"},
-		{"an empty line first", "\r\nPING\r\n", "+PONG\r\n"},
-	} {
-		dial(t, p.addr).send(row.send).expect(row.want)
-		slow := dial(t, p.addr)
-		slow.Conn.(*net.TCPConn).SetNoDelay(true)
-		for i := range row.send {
-			slow.send(row.send[i : i+1])
-			runtime.Gosched()
+	const n = 20000
+	up, err := redis.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer up.Close()
+	var send, want strings.Builder
+	for i := range n {
+		key := fmt.Sprintf("%s:%d", t.Name(), i)
+		up.Send("SET", key, i, "EX", 60)
+		send.WriteString(request("GET", key))
+		want.WriteString(bulk(fmt.Sprint(i)))
+	}
+	if _, err := up.Do(""); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if got := exchange(t, p.addr, send.String()); got != want.String() {
+			t.Fatalf("got %d bytes; want %d, the same", len(got), want.Len())
 		}
-		slow.expect(row.want)
 	}
-	if got := exchange(t, p.addr, strings.Repeat("x", 70000)); got != "-ERR Protocol error: too big inline request\r\n" {
-		t.Errorf("a line without end: got %.100q", got)
+	var batches int
+	fmt.Sscan(p.stat(t, "upstream_batches"), &batches)
+	if batches > n/20 {
+		t.Errorf("%d misses travelled in %d batches; want them together", n, batches)
 	}
-	silent.send("PING\r\n").expect("+PONG\r\n")
+}
+
+// However many keys one MGET has, and whatever else a client has sent together, it waits no longer than for
+// a GET, although each reply of Redis would be in time for the one after it.
+func TestIntegrationWhatIsSentTogetherWaitsOnce(t *testing.T) {
+	t.Parallel()
+	const timeout = 300 * time.Millisecond
+	end := make(chan struct{})
+	defer close(end)
+	flags := playRedis(t, func(_ int, args []string) string {
+		if args[1] != "quick" {
+			select {
+			case <-end:
+			case <-time.After(2 * timeout):
+			}
+		}
+		return bulk("value")
+	})
+	p := runProxy(t, append(flags, "--redis-timeout", timeout.String()))
+	exchange(t, p.addr, request("GET", "quick")) // values are small: all of a pipeline is asked for at once
+	large := []string{"MGET"}
+	for i := range 2000 {
+		large = append(large, fmt.Sprint("large", i))
+	}
+	var gets, mgets string
+	for i := range 10 {
+		gets += request("GET", fmt.Sprint("get", i))
+		mgets += request("MGET", fmt.Sprint("mget", i))
+	}
+	for _, row := range []struct {
+		name, send string
+		replies    int
+	}{
+		{"GETs", gets, 10},
+		{"MGETs", mgets, 10},
+		{"an MGET of many keys", request(large...), 1},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			began := time.Now()
+			c := dial(t, p.addr).send(row.send)
+			c.SetDeadline(began.Add(8 * timeout)) // Redis takes longer for all of it
+			want := strings.Repeat("-ERR upstream timed out\r\n", row.replies)
+			got := make([]byte, len(want))
+			n, err := io.ReadFull(c.Reader, got)
+			if took := time.Since(began); string(got[:n]) != want || took < timeout {
+				t.Errorf("after %v (%v): got %q; want %q after %v, as for one key", took, err, got[:n], want, timeout)
+			}
+		})
+	}
+}
+
+// What clients ask for at once and do not read does not pile up: neither the replies of a pipeline nor the
+// elements of an MGET.
+func TestIntegrationMemoryHoldsWithManyLargeValues(t *testing.T) {
+	const clients, each, size, limit = 16, 30, 512 << 10, 2*(16<<20) + 64<<20
+	server := startRedis(t)
+	c, err := redis.Dial("tcp", server.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for i := range clients * each {
+		c.Do("SET", fmt.Sprint("k", i), strings.Repeat("v", size))
+	}
+	_, proxy, _ := startProgram(t, nil, "--redis-port", server.port, "--cache-bytes", "16MB")
+	most, info := 0, dial(t, proxy)
+	settle := func() {
+		info.SetDeadline(time.Now().Add(time.Minute))
+		for quiet, last := 0, ""; quiet < 20; quiet++ { // no fetch for 20 looks
+			var rss int
+			fmt.Sscan(infoField(t, info, "used_memory_rss"), &rss)
+			most = max(most, rss)
+			if fetches := infoField(t, info, "upstream_fetches"); fetches != last {
+				quiet, last = 0, fetches
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+	}
+	for range soak(1, 20) {
+		for _, mget := range []bool{false, true} {
+			all := make([]*rawClient, clients)
+			for n := range all {
+				var keys []string
+				send := ""
+				for i := range each {
+					keys = append(keys, fmt.Sprint("k", n*each+i))
+					send += request("GET", keys[i])
+				}
+				if mget {
+					send = request(append([]string{"MGET"}, keys...)...)
+				}
+				all[n] = dial(t, proxy).send(send)
+			}
+			settle()
+			for _, c := range all {
+				want := int64(each * len(bulk(strings.Repeat("v", size))))
+				if mget {
+					want += int64(len(fmt.Sprintf("*%d\r\n", each)))
+				}
+				if n, err := io.CopyN(io.Discard, c, want); err != nil {
+					t.Fatalf("got %d bytes of %d: %v", n, want, err)
+				}
+				c.Close()
+			}
+		}
+	}
+	t.Logf("peak %d MB", most>>20)
+	if most > limit {
+		t.Errorf("peak %d MB; want %d at most", most>>20, limit>>20)
+	}
 }
 
 // What both know is answered with the same bytes.
@@ -896,13 +1609,6 @@ func sameBytes(key, list, absent string, is70 bool) (all []string) {
 	)
 }
 
-// isRedis70 reports whether the Redis at addr is of the version whose bytes the proxy's are.
-func isRedis70(t testing.TB, addr string) bool {
-	t.Helper()
-	info, _ := redis.String(redisDo(t, addr, "INFO", "server"), nil)
-	return strings.Contains(info, "\nredis_version:7.0.")
-}
-
 // normalise hides what differs between two servers, and between versions of Redis, and may.
 func normalise(reply string) string {
 	for _, row := range []struct{ differs, same string }{
@@ -917,64 +1623,341 @@ func normalise(reply string) string {
 	return reply
 }
 
-// What only the proxy answers in its way.
-func TestIntegrationCommandsOfItsOwn(t *testing.T) {
-	p := startProxy(t, sharedRedis(t))
-	for _, row := range []struct{ name, send, want string }{
-		{"COMMAND", request("COMMAND"), `^\*0\r\n$`},
-		{"COMMAND DOCS", request("COMMAND", "DOCS"), `^\*0\r\n$`},
-		{"CONFIG GET", request("CONFIG", "GET", "save"), `^\*0\r\n$`},
-		{"CLIENT ID", request("CLIENT", "ID"), `^:\d+\r\n$`},
-		{"CLIENT SETINFO", request("CLIENT", "SETINFO", "LIB-NAME", "x") + request("CLIENT", "INFO"), `^\+OK\r\n\$\d+\r\nid=\d+ addr=127.* lib-name=x lib-ver=\n\r\n$`},
-		{"CLIENT SETINFO of something else", request("CLIENT", "SETINFO", "FOO", "x"), `^-ERR Unrecognized option 'FOO'\r\n$`},
-		{"CLIENT LIST", request("CLIENT", "SETNAME", "me") + request("CLIENT", "LIST"), `^\+OK\r\n\$\d+\r\n(?s:.*) name=me (?s:.*)\n\r\n$`},
-		{"CLIENT TRACKING", request("CLIENT", "TRACKING", "ON"), `^-ERR unknown subcommand 'TRACKING'. Try CLIENT HELP.\r\n$`},
-		{"SET", request("SET", "a", "b"), `^-ERR unknown command 'SET', with args beginning with: 'a' 'b' \r\n$`},
-		{"INFO", request("INFO"), `^\$\d+\r\n# Server\r\nredis_version:7(?s:.*)\r\nloading:0\r\n`},
-		{"INFO of a section", request("INFO", "Keyspace"), `^\$\d+\r\n# Keyspace\r\ndb0:keys=\d+,expires=\d+,avg_ttl=0\r\n\r\n$`},
-		{"INFO in RESP3", request("HELLO", "3") + request("INFO", "keyspace"), `\r\n=\d+\r\ntxt:# Keyspace\r\n`},
-		{"too large an argument", "*1\r\n$1048577\r\n", `^-ERR Protocol error: invalid bulk length\r\n$`},
-		{"too many arguments", "*1000000\r\n", `^-ERR Protocol error: invalid multibulk length\r\n$`},
-		{"arguments too large together", "*3\r\n$4\r\nMGET\r\n" + bulk(strings.Repeat("x", 600000)) + "$600000\r\n", `^-ERR Protocol error: invalid bulk length\r\n$`},
-		{"a large key", request("GET", strings.Repeat("x", 1<<20-100)), `^\$-1\r\n$`},
-	} {
-		if got := exchange(t, p.addr, row.send); !regexp.MustCompile(row.want).MatchString(got) {
-			t.Errorf("%s: got %.300q; want %s", row.name, got, row.want)
+// FuzzSameBytesAsRedis sends to a Redis and to the proxy what both must answer with the same bytes.
+func FuzzSameBytesAsRedis(f *testing.F) {
+	const limit = 4 << 10 // so little is read in one go by both, and minimised soon
+	const variable = "TEST_BARE_REDIS"
+	addr := os.Getenv(variable)
+	if addr == "" {
+		addr = startBareRedis(f)
+		f.Setenv(variable, addr) // for the processes that fuzz, which may end without cleaning up
+	}
+	names, err := redis.Strings(redisDo(f, addr, "COMMAND", "LIST"), nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	p := startProxy(f, addr)
+	is70 := isRedis70(f, addr)
+	for _, send := range sameBytes("key", "list", "absent", is70) {
+		if len(send) <= limit {
+			f.Add([]byte(send))
 		}
 	}
+	f.Fuzz(func(t *testing.T, send []byte) {
+		if len(send) > limit || !sameBytesDue(t, send, names, is70) {
+			return
+		}
+		var want, got string
+		for range 3 { // a difference that is due to time does not come again
+			want, got = normalise(exchange(t, addr, string(send))), normalise(exchange(t, p.addr, string(send)))
+			if got == want {
+				return
+			}
+		}
+		t.Errorf("after %q:\n got %.300q\nwant %.300q", send, got, want)
+	})
 }
 
-// One that asks for much in one go gets everything, in order, in few round trips to Redis.
-func TestIntegrationPipelines(t *testing.T) {
-	addr := sharedRedis(t)
-	p := startProxy(t, addr)
-	const n = 20000
-	up, err := redis.Dial("tcp", addr)
+// startBareRedis starts a Redis without the databases and the commands that the proxy does not have: what
+// it says to them is comparable, and whatever is sent cannot harm it.
+func startBareRedis(t testing.TB) string {
+	t.Helper()
+	server := startRedis(t, "--databases", "1")
+	redisDo(t, server.addr, "SET", "key", "value")
+	redisDo(t, server.addr, "RPUSH", "list", "x")
+	redisDo(t, server.addr, "SAVE") // for the next start
+	all, err := redis.Values(redisDo(t, server.addr, "COMMAND"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer up.Close()
-	var send, want strings.Builder
-	for i := range n {
-		key := fmt.Sprintf("%s:%d", t.Name(), i)
-		up.Send("SET", key, i, "EX", 60)
-		send.WriteString(request("GET", key))
-		want.WriteString(bulk(fmt.Sprint(i)))
-	}
-	if _, err := up.Do(""); err != nil {
-		t.Fatal(err)
-	}
-	for range 2 {
-		if got := exchange(t, p.addr, send.String()); got != want.String() {
-			t.Fatalf("got %d bytes; want %d, the same", len(got), want.Len())
+	for _, about := range all {
+		about := about.([]any)
+		name, flags := string(about[0].([]byte)), fmt.Sprint(about[2])
+		// Those of a module are not known yet where Redis reads what to rename.
+		if _, ok := commands[name]; !ok && !strings.Contains(flags, "module") {
+			server.args = append(server.args, "--rename-command", name, "")
 		}
 	}
-	var batches int
-	fmt.Sscan(p.stat(t, "upstream_batches"), &batches)
-	if batches > n/20 {
-		t.Errorf("%d misses travelled in %d batches; want them together", n, batches)
+	server.kill()
+	if err := server.start(); err != nil {
+		t.Fatal(err)
+	}
+	return server.addr
+}
+
+// sameBytesDue reports whether the proxy has no answer of its own to anything of this. Names are those of
+// the commands and subcommands of Redis, which is 7.0 or later.
+func sameBytesDue(t *testing.T, send []byte, names []string, is70 bool) bool {
+	t.Helper()
+	if proto, ok := protocolOf(send); ok && proto == protoHTTP {
+		return false
+	}
+	for _, header := range regexp.MustCompile(`[*$]\d+`).FindAll(send, -1) {
+		if n, ok := parseInt(header[1:]); ok && n > maxRequest/10 && n < 1<<31 {
+			return false // Redis may wait for more where the proxy has a lower limit
+		}
+	}
+	if !is70 && (bytes.ContainsRune(send, 0) || regexp.MustCompile(`(^|\n)\s+\n.`).Match(send)) {
+		return false // see sameBytes; and Valkey takes what follows on an empty line for an inline command
+	}
+	all, _ := requests(t, bytes.NewReader(send))
+	for i, args := range all {
+		// Redis compares names up to a zero byte, but only where it looks for them by a hash of all of it.
+		name, _, zero := strings.Cut(strings.ToLower(args[0]), "\x00")
+		if name == "post" || name == "host:" {
+			return i == 0 // else Redis forgets what it has not yet written
+		}
+		cmd, ok := commands[name]
+		if ok && zero || !ok && slices.Contains(names, name) {
+			return false
+		}
+		if !is70 && (name == "hello" && len(args) > 2 || name == "auth" && i > 0) {
+			return false // see sameBytes; and no reply says that AUTH failed where another is still to be written
+		}
+		if ok && cmd.sub != nil && len(args) > 1 {
+			sub, _, zero := strings.Cut(strings.ToLower(args[1]), "\x00")
+			name += "|" + sub
+			cmd, ok = cmd.sub[sub]
+			if ok != slices.Contains(names, name) || ok && zero {
+				return false
+			}
+		}
+		fits := cmd.run != nil && (len(args) == cmd.arity || len(args) >= -cmd.arity && cmd.arity < 0)
+		if ok && fits && slices.Contains(ownAnswers, name) {
+			return false
+		}
+	}
+	return true
+}
+
+// ownAnswers are the commands that both know and the proxy answers in its way.
+var ownAnswers = []string{
+	"info", "config|get", "command", "command|count", "command|docs", "command|info", "command|list", "command|getkeys",
+	"client|id", "client|info", "client|list",
+}
+
+// The cache
+
+func TestIntegrationCacheAnswersUntilTheTTL(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr, "--cache-timeout", "300ms")
+	redisDo(t, addr, "SET", t.Name(), "old")
+	asked := time.Now()
+	exchange(t, p.addr, request("GET", t.Name()))
+	redisDo(t, addr, "SET", t.Name(), "new")
+	if got := exchange(t, p.addr, request("GET", t.Name())); got != bulk("old") && time.Since(asked) < 300*time.Millisecond {
+		t.Errorf("within the TTL: got %q; want %q", got, bulk("old"))
+	}
+	eventually(t, "the new value", func() bool { return exchange(t, p.addr, request("GET", t.Name())) == bulk("new") })
+	if waited := time.Since(asked); waited < 300*time.Millisecond {
+		t.Errorf("the new value came after %v; want the old until the TTL", waited)
 	}
 }
+
+// An entry's life, and the time in which others may join its fetch, begin with the question: the answer may
+// be on its way for long.
+func TestIntegrationTTLBeginsWithTheQuestion(t *testing.T) {
+	t.Parallel()
+	const ttl = 200 * time.Millisecond
+	// slowRedis holds back the reply to the first GET until answer is called.
+	slowRedis := func(t *testing.T) (p *testProxy, gets func() int64, answer func()) {
+		var n atomic.Int64
+		answered := make(chan struct{})
+		flags := playRedis(t, func(int, []string) string {
+			if n.Add(1) == 1 {
+				<-answered
+			}
+			return bulk("value")
+		})
+		answer = sync.OnceFunc(func() { close(answered) })
+		p = runProxy(t, append(flags, "--cache-timeout", ttl.String()))
+		t.Cleanup(answer)
+		return p, n.Load, answer
+	}
+	t.Run("entry", func(t *testing.T) {
+		p, gets, answer := slowRedis(t)
+		c := dial(t, p.addr).send(request("GET", "k"))
+		eventually(t, "the first GET", func() bool { return gets() == 1 })
+		time.Sleep(ttl)
+		answer()
+		c.expect(bulk("value"))
+		c.send(request("GET", "k")).expect(bulk("value"))
+		if got := gets(); got != 2 {
+			t.Errorf("an answer that was on its way for a TTL is answered with again: got %d GETs; want 2", got)
+		}
+	})
+	t.Run("joining", func(t *testing.T) {
+		p, gets, answer := slowRedis(t)
+		early := dial(t, p.addr).send(request("GET", "k"))
+		eventually(t, "the first GET", func() bool { return gets() == 1 })
+		time.Sleep(ttl)
+		dial(t, p.addr).send(request("GET", "k"))
+		eventually(t, "a GET of its own for who asks a TTL after the first", func() bool { return gets() == 2 })
+		answer()
+		early.expect(bulk("value"))
+	})
+}
+
+func TestIntegrationValueOverTheByteLimitIsServedNotKept(t *testing.T) {
+	addr := sharedRedis(t)
+	p := startProxy(t, addr, "--cache-bytes", "1KB")
+	val := strings.Repeat("v", 2000)
+	redisDo(t, addr, "SET", t.Name(), val)
+	for range 2 {
+		resp, body := httpDo(t, "GET", "http://"+p.addr+"/"+t.Name())
+		if body != val || resp.Header.Get("Cache-Status") != "redis_proxy; fwd=miss" {
+			t.Errorf("got %d bytes, %q; want %d, not stored", len(body), resp.Header.Get("Cache-Status"), len(val))
+		}
+	}
+	if got := p.stat(t, "cache_keys"); got != "0" {
+		t.Errorf("keys: got %s; want 0", got)
+	}
+}
+
+func TestIntegrationStaleAnswersWhileRedisCannot(t *testing.T) {
+	const ttl, stale = 50 * time.Millisecond, 300 * time.Millisecond
+	server := startRedis(t)
+	r := startRelay(t, server.addr)
+	p := startProxy(t, r.addr, "--cache-timeout", ttl.String(), "--stale-timeout", "1h")
+	short := startProxy(t, r.addr, "--cache-timeout", ttl.String(), "--stale-timeout", stale.String())
+	redisDo(t, server.addr, "SET", "k", "value")
+	url := "http://" + p.addr + "/k"
+	httpDo(t, "GET", url)
+	began := time.Now()
+	exchange(t, short.addr, request("GET", "k"))
+	r.refuse()
+	eventually(t, "a stale answer, marked", func() bool {
+		resp, body := httpDo(t, "GET", url)
+		if resp.StatusCode != 200 || body != "value" {
+			t.Fatalf("got %d %q; want the old value", resp.StatusCode, body)
+		}
+		return strings.HasPrefix(resp.Header.Get("Cache-Status"), "redis_proxy; fwd=stale; ttl=")
+	})
+	if got := exchange(t, p.addr, request("GET", "k")); got != bulk("value") {
+		t.Errorf("over RESP: got %q; want the old value", got)
+	}
+	if p.stat(t, "cache_stale") == "0" {
+		t.Error("stale answers are not counted")
+	}
+	eventually(t, "stale for too long", func() bool {
+		return exchange(t, short.addr, request("GET", "k")) == "-ERR upstream unavailable\r\n"
+	})
+	if age := time.Since(began); age < ttl+stale {
+		t.Errorf("the stale answer was gone after %v; want %v", age, ttl+stale)
+	}
+	r.accept()
+	if resp, _ := httpDo(t, "GET", url); resp.Header.Get("Cache-Status") != "redis_proxy; fwd=stale; stored" {
+		t.Errorf("afterwards: got Cache-Status %q; want a value of Redis", resp.Header.Get("Cache-Status"))
+	}
+}
+
+// What Redis answers, be it that there is no such key, goes before a stale value, and ends it.
+func TestIntegrationStaleEndsWithAnAnswerOfRedis(t *testing.T) {
+	for _, row := range []struct{ name, reply string }{
+		{"no such key", "$-1\r\n"},
+		{"another type", "-WRONGTYPE Operation against a key holding the wrong kind of value\r\n"},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			var reply atomic.Value
+			flags := playRedis(t, func(int, []string) string { return reply.Load().(string) })
+			p := runProxy(t, append(flags, "--cache-timeout", "1ms", "--stale-timeout", "1h"))
+			for _, step := range []struct{ name, reply, want string }{
+				{"at first", bulk("old"), bulk("old")},
+				{"in an outage", hungUp, bulk("old")},
+				{"when Redis answers otherwise", row.reply, row.reply},
+				{"in an outage after that answer", hungUp, "-ERR upstream unavailable\r\n"},
+			} {
+				reply.Store(step.reply)
+				time.Sleep(2 * time.Millisecond) // past the TTL
+				if got := exchange(t, p.addr, request("GET", "k")); got != step.want {
+					t.Fatalf("%s: got %q; want %q", step.name, got, step.want)
+				}
+			}
+		})
+	}
+}
+
+// Everything at once, checked against what was written when: a value seen was written for its key, and
+// was the latest less than TTL ago when the read began.
+func TestIntegrationEverythingAtOnce(t *testing.T) {
+	server := startRedis(t)
+	r := startRelay(t, server.addr)
+	const keys, ttl = 40, 100 * time.Millisecond
+	p := startProxy(t, r.addr, "--cache-timeout", ttl.String(), "--cache-size", "30", "--client-limit", "4")
+	var mu sync.Mutex                    // guards written
+	written := make([][]time.Time, keys) // when each version of a key was acknowledged
+	ctx, stop := context.WithTimeout(context.Background(), time.Duration(soak(2, 60))*time.Second)
+	defer stop()
+	var wg sync.WaitGroup
+	for w := range 4 {
+		up, err := redis.Dial("tcp", server.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wg.Go(func() {
+			defer up.Close()
+			for n := w; ctx.Err() == nil; n += 4 {
+				k := n % keys
+				mu.Lock()
+				version := len(written[k])
+				mu.Unlock()
+				if _, err := up.Do("SET", fmt.Sprint("k", k), fmt.Sprintf("%d:%d", k, version)); err != nil {
+					t.Errorf("SET: %v", err)
+					return
+				}
+				mu.Lock()
+				written[k] = append(written[k], time.Now())
+				mu.Unlock()
+			}
+		})
+	}
+	var reads, failed atomic.Int64
+	for g := range 16 {
+		c := dial(t, p.addr)
+		wg.Go(func() {
+			for n := g; ctx.Err() == nil; n++ {
+				k := n * 7 % keys
+				began := time.Now()
+				io.WriteString(c.Conn, request("GET", fmt.Sprint("k", k)))
+				line, err := c.ReadString('\n')
+				if err != nil {
+					t.Errorf("reading: %v", err)
+					return
+				}
+				if line[0] != '$' || line == "$-1\r\n" {
+					failed.Add(1)
+					continue
+				}
+				val, _ := c.ReadString('\n')
+				var key, version int
+				fmt.Sscanf(val, "%d:%d", &key, &version)
+				mu.Lock()
+				history := written[k]
+				mu.Unlock()
+				if key != k || version > len(history) {
+					t.Errorf("key %d has %q, which was never written for it", k, val)
+					return
+				}
+				if version+1 < len(history) && history[version+1].Before(began.Add(-ttl)) {
+					t.Errorf("key %d: version %d was replaced %v before it was read; the TTL is %v", k, version, began.Sub(history[version+1]), ttl)
+					return
+				}
+				reads.Add(1)
+			}
+		})
+	}
+	for ctx.Err() == nil {
+		time.Sleep(100 * time.Millisecond)
+		r.cut()
+	}
+	wg.Wait()
+	if reads.Load() < 1000 {
+		t.Errorf("only %d reads, %d failed", reads.Load(), failed.Load())
+	}
+	t.Logf("%d reads, %d failed while connections were cut", reads.Load(), failed.Load())
+}
+
+// Redis
 
 func TestIntegrationOneFetchForAllWhoAskMeanwhile(t *testing.T) {
 	addr := sharedRedis(t)
@@ -1079,261 +2062,105 @@ func TestIntegrationConnectionThatDiedIdleCostsNobodyAnError(t *testing.T) {
 	}
 }
 
-// A relay stands between the proxy and Redis, and can cut, stall and refuse.
-type relay struct {
-	t    testing.TB
-	addr string
-	to   string
-	most atomic.Int64 // connections at once, at most
-
-	mu      sync.Mutex // guards the following
-	l       net.Listener
-	conns   map[net.Conn]net.Conn
-	stalled chan struct{} // nil or open while nothing passes
-	filter  filter
-	wg      sync.WaitGroup
-}
-
-// A filter sees what passes, from Redis (down) or to it, and whether it is on the connection of a
-// tracker. It returns what shall pass, or nil to cut the connection.
-type filter func(down, tracker bool, chunk []byte) []byte
-
-func (r *relay) setFilter(f filter) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.filter = f
-}
-
-func startRelay(t testing.TB, to string) *relay {
-	t.Helper()
-	r := &relay{t: t, addr: "127.0.0.1:" + freePort(), to: to, conns: make(map[net.Conn]net.Conn)}
-	r.accept()
-	t.Cleanup(func() {
-		r.resume()
-		r.refuse()
-		r.wg.Wait()
-	})
-	return r
-}
-
-// accept listens, again after refuse.
-func (r *relay) accept() {
-	r.t.Helper()
-	l, err := net.Listen("tcp", r.addr)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	r.mu.Lock()
-	r.l = l
-	r.mu.Unlock()
-	r.wg.Go(func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			up, err := net.Dial("tcp", r.to)
-			if err != nil {
-				c.Close()
-				continue
-			}
-			r.mu.Lock()
-			r.conns[c] = up
-			r.most.Store(max(r.most.Load(), int64(len(r.conns))))
-			r.mu.Unlock()
-			var tracker atomic.Bool
-			r.wg.Go(func() { r.copy(&tracker, false, up, c); r.drop(c) })
-			r.wg.Go(func() { r.copy(&tracker, true, c, up); r.drop(c) })
-		}
-	})
-}
-
-func (r *relay) copy(tracker *atomic.Bool, down bool, to, from net.Conn) {
-	buf := make([]byte, 64<<10)
-	for {
-		n, err := from.Read(buf)
-		r.mu.Lock()
-		stalled, filter := r.stalled, r.filter
-		r.mu.Unlock()
-		if stalled != nil {
-			<-stalled
-		}
-		chunk := buf[:n]
-		if !down && bytes.Contains(chunk, []byte("TRACKING")) {
-			tracker.Store(true)
-		}
-		if filter != nil {
-			if chunk = filter(down, tracker.Load(), chunk); chunk == nil {
-				return
-			}
-		}
-		if _, e := to.Write(chunk); e != nil || err != nil {
-			return
-		}
-	}
-}
-
-func (r *relay) drop(c net.Conn) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if up := r.conns[c]; up != nil {
-		c.Close()
-		up.Close()
-		delete(r.conns, c)
-	}
-}
-
-// stall lets nothing pass, in neither direction, until resume.
-func (r *relay) stall() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.stalled == nil {
-		r.stalled = make(chan struct{})
-	}
-}
-
-func (r *relay) resume() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.stalled != nil {
-		close(r.stalled)
-		r.stalled = nil
-	}
-}
-
-// cut closes all connections.
-func (r *relay) cut() {
-	r.mu.Lock()
-	conns := slices.Collect(maps.Keys(r.conns))
-	r.mu.Unlock()
-	for _, c := range conns {
-		r.drop(c)
-	}
-}
-
-// refuse closes all connections and takes no more until accept.
-func (r *relay) refuse() {
-	r.mu.Lock()
-	r.l.Close()
-	r.mu.Unlock()
-	r.cut()
-}
-
-// program runs the program as a process of its own.
-func program(t testing.TB, env []string, args ...string) *exec.Cmd {
-	t.Helper()
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(exe, args...)
-	// The race detector would sleep for a second at the end of each process.
-	cmd.Env = append(os.Environ(), append(env, "TEST_RUN_MAIN=1", "GORACE=atexit_sleep_ms=0 "+os.Getenv("GORACE"))...)
-	return cmd
-}
-
-func TestIntegrationCommandLine(t *testing.T) {
-	for _, row := range []struct {
-		name           string
-		env            []string
-		args           []string
-		code           int
-		stdout, stderr string
-	}{
-		{"help", nil, []string{"--help"}, 0, `--cache-timeout, RP_CACHE_TIMEOUT\n`, `^$`},
-		{"version", nil, []string{"--version"}, 0, `^redis_proxy `, `^$`},
-		{"a bad value", nil, []string{"--port", "x"}, 2, `^$`, `^redis_proxy: --port "x": must be a whole number from 0 to 65535\n$`},
-		{"a bad variable", []string{"RP_CACHE_SIZE=0"}, nil, 2, `^$`, `^redis_proxy: RP_CACHE_SIZE "0": must be a whole number from 1 to \d+\n$`},
-		{"an unknown flag", nil, []string{"--prot=1"}, 2, `^$`, `^redis_proxy: .*-prot.*--help.*\n$`},
-		{"a stray argument", nil, []string{"8080"}, 2, `^$`, `^redis_proxy: unexpected argument "8080".*\n$`},
-		{"a secret in a bad value", nil, []string{"--redis-url=http://:secret@h"}, 2, `^$`, `^redis_proxy: --redis-url: must be redis://\[\[user\].*rediss:// for TLS\n$`},
-		{"a certificate that is not there", nil, []string{"--tls-cert", "/no/cert.pem", "--tls-key", "/no/key.pem"}, 2, `^$`, `^redis_proxy: --tls-cert "/no/cert.pem", --tls-key "/no/key.pem": open /no/cert.pem: no such file or directory\n$`},
-		{"an address that is taken", nil, []string{"--listen-address", "192.0.2.1"}, 1, `^$`, `cannot assign requested address`},
-	} {
-		cmd := program(t, row.env, row.args...)
-		var stdout, stderr bytes.Buffer
-		cmd.Stdout, cmd.Stderr = &stdout, &stderr
-		cmd.Run()
-		if got := cmd.ProcessState.ExitCode(); got != row.code {
-			t.Errorf("%s: exit code: got %d; want %d", row.name, got, row.code)
-		}
-		if !regexp.MustCompile(row.stdout).Match(stdout.Bytes()) {
-			t.Errorf("%s: stdout: got %q; want %s", row.name, stdout.String(), row.stdout)
-		}
-		if !regexp.MustCompile(row.stderr).Match(stderr.Bytes()) {
-			t.Errorf("%s: stderr: got %q; want %s", row.name, stderr.String(), row.stderr)
-		}
-	}
-}
-
-// startProgram runs the program as a process, and returns the address that its log names.
-func startProgram(t testing.TB, env []string, args ...string) (*exec.Cmd, string, *lockedBuffer) {
-	t.Helper()
-	cmd, log := program(t, env, slices.Concat(patience, []string{"--port", "0"}, args)...), new(lockedBuffer)
-	cmd.Stderr = log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	var addr string
-	eventually(t, "the program serves", func() bool {
-		m := regexp.MustCompile(`serving.*?address[=":]+([0-9.:]+)`).FindStringSubmatch(log.String())
-		if m != nil {
-			addr = m[1]
-		}
-		return m != nil
-	})
-	return cmd, addr, log
-}
-
-func TestIntegrationProcess(t *testing.T) {
-	addr := sharedRedis(t)
-	redisDo(t, addr, "SET", t.Name(), "value")
-	cmd, proxy, log := startProgram(t, []string{"RP_REDIS_URL=redis://" + addr, "RP_CACHE_SIZ=1"})
-	if got := exchange(t, proxy, request("GET", t.Name())); got != bulk("value") {
-		t.Errorf("got %q; want the value", got)
-	}
-	if got := log.String(); !strings.Contains(got, "RP_CACHE_SIZ\n") && !strings.Contains(got, "variable=RP_CACHE_SIZ") {
-		t.Errorf("log does not name the variable that nobody reads:\n%s", got)
-	}
-	if got, want := infoField(t, dial(t, proxy), "gomaxprocs"), fmt.Sprint(max(1, runtime.GOMAXPROCS(0)/2)); os.Getenv("GOMAXPROCS") == "" && got != want {
-		t.Errorf("gomaxprocs: got %s; want %s, half of the cores", got, want)
-	}
-	// Idle clients of both protocols, silent ones and half-sent requests do not hold it up.
-	idle := dial(t, proxy).send(request("PING")).expect("+PONG\r\n")
-	web := dial(t, proxy).send("GET /x HTTP/1.1\r\nHost: h\r\n\r\n").expect("HTTP/1.1 404 Not Found\r\n")
-	dial(t, proxy)
-	dial(t, proxy).send("*2\r\n$3\r\nGE")
-	dial(t, proxy).send("GET /x HTTP/1.1\r\nHo")
-	dial(t, proxy).send("POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n").expect("HTTP/1.1 405 Method Not Allowed\r\n")
-	begin := time.Now()
-	cmd.Process.Signal(syscall.SIGTERM)
-	if err := cmd.Wait(); err != nil {
-		t.Errorf("after SIGTERM: %v; want exit code 0\n%s", err, log)
-	}
-	if took := time.Since(begin); took > 4*time.Second { // net/http would take 5 for half a header
-		t.Errorf("stopping took %v", took)
-	}
-	idle.expectClosed()
-	io.Copy(io.Discard, web)
-}
-
-func TestIntegrationSecondSignalEndsAtOnce(t *testing.T) {
+// In the middle of a batch the connection is cut: what was answered is kept, the rest is asked again.
+func TestIntegrationCutInTheMiddleOfABatch(t *testing.T) {
 	addr := sharedRedis(t)
 	r := startRelay(t, addr)
-	cmd, proxy, log := startProgram(t, nil, append(redisAt(t, r.addr), "--redis-timeout", "8s")...)
-	r.stall()
-	dial(t, proxy).send(request("GET", t.Name()))
-	eventually(t, "the fetch", func() bool { return r.most.Load() > 0 })
-	begin := time.Now()
-	cmd.Process.Signal(syscall.SIGTERM)
-	eventually(t, "stopping", func() bool { return strings.Contains(log.String(), "msg=stopping") })
-	cmd.Process.Signal(syscall.SIGTERM)
-	cmd.Wait()
-	if took := time.Since(begin); took > 4*time.Second {
-		t.Errorf("two signals took %v", took)
+	p := startProxy(t, r.addr)
+	var send, want string
+	for i := range 10 {
+		key := fmt.Sprint(t.Name(), i)
+		redisDo(t, addr, "SET", key, i)
+		send += request("GET", key)
+		want += bulk(fmt.Sprint(i))
+	}
+	exchange(t, p.addr, request("GET", t.Name())) // values are small: all of a pipeline is asked for at once
+	const part = len("$1\r\n0\r\n")*3 + 2
+	var cut atomic.Bool
+	r.setFilter(func(down, _ bool, chunk []byte) []byte {
+		if down && len(chunk) > part && cut.CompareAndSwap(false, true) {
+			go r.cut()
+			return chunk[:part]
+		}
+		return chunk
+	})
+	if got := exchange(t, p.addr, send); got != want {
+		t.Errorf("got %q; want %q", got, want)
+	}
+	if !cut.Load() {
+		t.Error("the batch was not cut")
 	}
 }
+
+// What is wrong with the proxy's own standing with Redis is not passed on as if it were the client's. It is
+// logged, once, and counted.
+func TestIntegrationOwnRefusalIsMarked(t *testing.T) {
+	server := startRedis(t, "--requirepass", "secret")
+	for url, line := range map[string]string{
+		"redis://" + server.addr:                      "Redis refuses",
+		"redis://:wrong@" + server.addr:               "Redis cannot be read",
+		"redis://:secret@" + server.addr + "/99":      "Redis cannot be read",
+		"redis://nobody:secret@" + server.addr + "/0": "Redis cannot be read",
+	} {
+		p := runProxy(t, []string{"--redis-url", url})
+		for range 2 {
+			if got := exchange(t, p.addr, "GET a\r\n"); !strings.HasPrefix(got, "-ERR upstream refused: ") {
+				t.Errorf("%s: got %q; want it marked", url, got)
+			}
+		}
+		if got := p.stat(t, "upstream_errors"); got != "2" || strings.Count(p.log.String(), line) != 1 {
+			t.Errorf("%s: upstream_errors: got %s; want 2, and %q once in the log:\n%s", url, got, line, p.log)
+		}
+	}
+}
+
+func TestIntegrationRefusalOfRedisIsMarked(t *testing.T) {
+	for _, refusal := range []string{
+		"DENIED Redis is running in protected mode",
+		"NOAUTH Authentication required.",
+		"NOPERM User default has no permissions to run the 'get' command",
+		"ERR max number of clients reached",
+	} {
+		p := runProxy(t, playRedis(t, func(int, []string) string { return "-" + refusal + "\r\n" }))
+		want := "-ERR upstream refused: " + refusal + "\r\n"
+		if got := exchange(t, p.addr, request("GET", "k")); got != want {
+			t.Errorf("over RESP: got %q; want %q", got, want)
+		}
+		if resp, body := httpDo(t, "GET", "http://"+p.addr+"/k"); resp.StatusCode != 502 || body != "upstream refused\n" {
+			t.Errorf("%s, over HTTP: got %d %q; want 502, upstream refused", refusal, resp.StatusCode, body)
+		}
+	}
+}
+
+// The backing Redis speaks TLS: its certificate is checked.
+func TestIntegrationTLSUpstream(t *testing.T) {
+	dir := t.TempDir()
+	cert, key := certificate(t, dir, "redis")
+	port := freePort()
+	server := startRedis(t, "--tls-port", port, "--tls-cert-file", cert, "--tls-key-file", key, "--tls-auth-clients", "no", "--requirepass", "secret")
+	c, err := redis.Dial("tcp", server.addr, redis.DialPassword("secret"), redis.DialDatabase(3))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.Do("SET", "k", "value in 3")
+	url := "RP_REDIS_URL=rediss://:secret@127.0.0.1:" + port + "/3"
+	_, proxy, _ := startProgram(t, []string{url, "SSL_CERT_FILE=" + cert, "RP_TRACKING=true"})
+	if got := exchange(t, proxy, request("GET", "k")); got != bulk("value in 3") {
+		t.Errorf("got %q; want the value of database 3", got)
+	}
+	eventually(t, "tracking is live", func() bool { return strings.Contains(exchange(t, proxy, request("INFO", "cache")), "tracking:live") })
+	_, proxy, log := startProgram(t, []string{url})
+	if got := exchange(t, proxy, request("GET", "k")); got != "-ERR upstream unavailable\r\n" {
+		t.Errorf("with a certificate that nobody signed: got %q", got)
+	}
+	eventually(t, "the cause in the log", func() bool { return strings.Contains(log.String(), "certificate") })
+	if strings.Contains(log.String(), "secret") {
+		t.Errorf("the log shows the password:\n%s", log)
+	}
+}
+
+// Faults
 
 // Redis cannot be read in one way or another. Hits go on, misses say so within the time-out, and the
 // first request after it sees nothing of it.
@@ -1470,169 +2297,6 @@ func openFiles(t testing.TB) int {
 	return len(files)
 }
 
-// In the middle of a batch the connection is cut: what was answered is kept, the rest is asked again.
-func TestIntegrationCutInTheMiddleOfABatch(t *testing.T) {
-	addr := sharedRedis(t)
-	r := startRelay(t, addr)
-	p := startProxy(t, r.addr)
-	var send, want string
-	for i := range 10 {
-		key := fmt.Sprint(t.Name(), i)
-		redisDo(t, addr, "SET", key, i)
-		send += request("GET", key)
-		want += bulk(fmt.Sprint(i))
-	}
-	exchange(t, p.addr, request("GET", t.Name())) // values are small: all of a pipeline is asked for at once
-	const part = len("$1\r\n0\r\n")*3 + 2
-	var cut atomic.Bool
-	r.setFilter(func(down, _ bool, chunk []byte) []byte {
-		if down && len(chunk) > part && cut.CompareAndSwap(false, true) {
-			go r.cut()
-			return chunk[:part]
-		}
-		return chunk
-	})
-	if got := exchange(t, p.addr, send); got != want {
-		t.Errorf("got %q; want %q", got, want)
-	}
-	if !cut.Load() {
-		t.Error("the batch was not cut")
-	}
-}
-
-func TestIntegrationStaleAnswersWhileRedisCannot(t *testing.T) {
-	const ttl, stale = 50 * time.Millisecond, 300 * time.Millisecond
-	server := startRedis(t)
-	r := startRelay(t, server.addr)
-	p := startProxy(t, r.addr, "--cache-timeout", ttl.String(), "--stale-timeout", "1h")
-	short := startProxy(t, r.addr, "--cache-timeout", ttl.String(), "--stale-timeout", stale.String())
-	redisDo(t, server.addr, "SET", "k", "value")
-	url := "http://" + p.addr + "/k"
-	httpDo(t, "GET", url)
-	began := time.Now()
-	exchange(t, short.addr, request("GET", "k"))
-	r.refuse()
-	eventually(t, "a stale answer, marked", func() bool {
-		resp, body := httpDo(t, "GET", url)
-		if resp.StatusCode != 200 || body != "value" {
-			t.Fatalf("got %d %q; want the old value", resp.StatusCode, body)
-		}
-		return strings.HasPrefix(resp.Header.Get("Cache-Status"), "redis_proxy; fwd=stale; ttl=")
-	})
-	if got := exchange(t, p.addr, request("GET", "k")); got != bulk("value") {
-		t.Errorf("over RESP: got %q; want the old value", got)
-	}
-	if p.stat(t, "cache_stale") == "0" {
-		t.Error("stale answers are not counted")
-	}
-	eventually(t, "stale for too long", func() bool {
-		return exchange(t, short.addr, request("GET", "k")) == "-ERR upstream unavailable\r\n"
-	})
-	if age := time.Since(began); age < ttl+stale {
-		t.Errorf("the stale answer was gone after %v; want %v", age, ttl+stale)
-	}
-	r.accept()
-	if resp, _ := httpDo(t, "GET", url); resp.Header.Get("Cache-Status") != "redis_proxy; fwd=stale; stored" {
-		t.Errorf("afterwards: got Cache-Status %q; want a value of Redis", resp.Header.Get("Cache-Status"))
-	}
-}
-
-// What Redis answers, be it that there is no such key, goes before a stale value, and ends it.
-func TestIntegrationStaleEndsWithAnAnswerOfRedis(t *testing.T) {
-	for _, row := range []struct{ name, reply string }{
-		{"no such key", "$-1\r\n"},
-		{"another type", "-WRONGTYPE Operation against a key holding the wrong kind of value\r\n"},
-	} {
-		t.Run(row.name, func(t *testing.T) {
-			var reply atomic.Value
-			flags := playRedis(t, func(int, []string) string { return reply.Load().(string) })
-			p := runProxy(t, append(flags, "--cache-timeout", "1ms", "--stale-timeout", "1h"))
-			for _, step := range []struct{ name, reply, want string }{
-				{"at first", bulk("old"), bulk("old")},
-				{"in an outage", hungUp, bulk("old")},
-				{"when Redis answers otherwise", row.reply, row.reply},
-				{"in an outage after that answer", hungUp, "-ERR upstream unavailable\r\n"},
-			} {
-				reply.Store(step.reply)
-				time.Sleep(2 * time.Millisecond) // past the TTL
-				if got := exchange(t, p.addr, request("GET", "k")); got != step.want {
-					t.Fatalf("%s: got %q; want %q", step.name, got, step.want)
-				}
-			}
-		})
-	}
-}
-
-// An entry's life, and the time in which others may join its fetch, begin with the question: the answer may
-// be on its way for long.
-func TestIntegrationTTLBeginsWithTheQuestion(t *testing.T) {
-	t.Parallel()
-	const ttl = 200 * time.Millisecond
-	// slowRedis holds back the reply to the first GET until answer is called.
-	slowRedis := func(t *testing.T) (p *testProxy, gets func() int64, answer func()) {
-		var n atomic.Int64
-		answered := make(chan struct{})
-		flags := playRedis(t, func(int, []string) string {
-			if n.Add(1) == 1 {
-				<-answered
-			}
-			return bulk("value")
-		})
-		answer = sync.OnceFunc(func() { close(answered) })
-		p = runProxy(t, append(flags, "--cache-timeout", ttl.String()))
-		t.Cleanup(answer)
-		return p, n.Load, answer
-	}
-	t.Run("entry", func(t *testing.T) {
-		p, gets, answer := slowRedis(t)
-		c := dial(t, p.addr).send(request("GET", "k"))
-		eventually(t, "the first GET", func() bool { return gets() == 1 })
-		time.Sleep(ttl)
-		answer()
-		c.expect(bulk("value"))
-		c.send(request("GET", "k")).expect(bulk("value"))
-		if got := gets(); got != 2 {
-			t.Errorf("an answer that was on its way for a TTL is answered with again: got %d GETs; want 2", got)
-		}
-	})
-	t.Run("joining", func(t *testing.T) {
-		p, gets, answer := slowRedis(t)
-		early := dial(t, p.addr).send(request("GET", "k"))
-		eventually(t, "the first GET", func() bool { return gets() == 1 })
-		time.Sleep(ttl)
-		dial(t, p.addr).send(request("GET", "k"))
-		eventually(t, "a GET of its own for who asks a TTL after the first", func() bool { return gets() == 2 })
-		answer()
-		early.expect(bulk("value"))
-	})
-}
-
-// Both ways of answering over HTTP tell how long ago Redis was asked.
-func TestIntegrationAge(t *testing.T) {
-	t.Parallel()
-	p := runProxy(t, append(playRedis(t, func(int, []string) string {
-		time.Sleep(1050 * time.Millisecond)
-		return bulk("value")
-	}), "--cache-timeout", "1h"))
-	asked := time.Now()
-	exchange(t, p.addr, request("GET", "k"))
-	for _, row := range []struct{ name, send string }{
-		{"a plain GET", plainRequest("k")},
-		{"HTTP/1.0", "GET /k HTTP/1.0\r\n\r\n"},
-	} {
-		resp, _ := dial(t, p.addr).send(row.send).response()
-		var age, ttl int
-		fmt.Sscan(resp.Header.Get("Age"), &age)
-		fmt.Sscanf(resp.Header.Get("Cache-Status"), "redis_proxy; hit; ttl=%d", &ttl)
-		if most := int(time.Since(asked) / time.Second); age < 1 || age > most {
-			t.Errorf("%s: Age: got %d; want 1 to %d", row.name, age, most)
-		}
-		if age+ttl != 3599 { // both are rounded down
-			t.Errorf("%s: got Age %d, ttl %d; want 3599 together", row.name, age, ttl)
-		}
-	}
-}
-
 // Under the load of 50 clients Redis is killed and started again: errors are inside the outage only.
 func TestIntegrationOutageUnderLoad(t *testing.T) {
 	for _, stale := range []string{"0", "1m"} {
@@ -1703,347 +2367,7 @@ func TestIntegrationOutageUnderLoad(t *testing.T) {
 	}
 }
 
-// soak is the long form of a campaign where RP_SOAK asks for it, else the short one.
-func soak(short, long int) int {
-	if os.Getenv("RP_SOAK") != "" {
-		return long
-	}
-	return short
-}
-
-func TestIntegrationMaxClients(t *testing.T) {
-	addr := sharedRedis(t)
-	p := startProxy(t, addr, "--max-clients", "3")
-	var served []*rawClient
-	for range 3 {
-		served = append(served, dial(t, p.addr).send(request("PING")).expect("+PONG\r\n"))
-	}
-	dial(t, p.addr).send(request("PING")).expect("-ERR max number of clients reached\r\n").expectClosed()
-	if got := exchange(t, p.addr, "GET / HTTP/1.1\r\nHost: h\r\n\r\n"); !regexp.MustCompile(`^HTTP/1.1 503 (?s:.*)\r\nRetry-After: 1\r\n(?s:.*)\r\n\r\ntoo many clients\n$`).MatchString(got) {
-		t.Errorf("over HTTP: got %q", got)
-	}
-	dial(t, p.addr).send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").expectClosed()
-	// A flood, most of it silent, disturbs nobody who is served.
-	var flood []net.Conn
-	for range 500 {
-		if c, err := net.Dial("tcp", p.addr); err == nil {
-			flood = append(flood, c)
-		}
-	}
-	for range 100 {
-		served[0].send(request("PING")).expect("+PONG\r\n")
-	}
-	for _, c := range flood {
-		c.Close()
-	}
-	served[1].Close()
-	eventually(t, "a free place", func() bool { return exchange(t, p.addr, "PING\r\n") == "+PONG\r\n" })
-	eventually(t, "502 refused clients", func() bool {
-		var refused int
-		fmt.Sscan(infoField(t, served[0], "rejected_connections"), &refused)
-		return refused >= 502
-	})
-}
-
-// infoField reads one figure of INFO over a connection that is there.
-func infoField(t testing.TB, c *rawClient, name string) string {
-	t.Helper()
-	c.send("INFO\r\n")
-	var n int
-	line, _ := c.ReadString('\n')
-	fmt.Sscanf(line, "$%d", &n)
-	text := make([]byte, n+2)
-	io.ReadFull(c.Reader, text)
-	_, after, _ := strings.Cut(string(text), "\n"+name+":")
-	value, _, _ := strings.Cut(after, "\r")
-	return value
-}
-
-func TestIntegrationIdleTimeout(t *testing.T) {
-	t.Parallel()
-	const idle = 400 * time.Millisecond
-	p := startProxy(t, sharedRedis(t), "--idle-timeout", idle.String())
-	began := time.Now()
-	silent := dial(t, p.addr)
-	resp := dial(t, p.addr).send("PING\r\n").expect("+PONG\r\n")
-	web := dial(t, p.addr).send("GET /x HTTP/1.1\r\nHost: h\r\n\r\n").expect("HTTP/1.1 404 Not Found\r\n")
-	// A client that speaks often enough stays.
-	busy := dial(t, p.addr)
-	for range 15 {
-		busy.send("PING\r\n").expect("+PONG\r\n")
-		time.Sleep(idle / 10)
-	}
-	silent.expectClosed()
-	resp.expectClosed()
-	if _, err := io.ReadAll(web); err != nil {
-		t.Errorf("HTTP: %v; want the connection closed", err)
-	}
-	if took := time.Since(began); took < idle || took > 5*time.Second {
-		t.Errorf("closed after %v; want about %v", took, idle)
-	}
-}
-
-// A client that asks for much and takes nothing costs bounded memory for bounded time.
-func TestIntegrationClientThatDoesNotRead(t *testing.T) {
-	const stuck = 500 * time.Millisecond
-	server := startRedis(t)
-	p := runProxy(t, redisAt(t, server.addr), func(cfg *config) { cfg.writeTimeout = stuck })
-	redisDo(t, server.addr, "SET", "k", make([]byte, 1<<20))
-	exchange(t, p.addr, request("GET", "k"))
-	var before, after runtime.MemStats
-	runtime.GC()
-	runtime.ReadMemStats(&before)
-	greedy := dial(t, p.addr)
-	began := time.Now()
-	var sent atomic.Int64
-	gone := make(chan struct{})
-	go func() {
-		defer close(gone)
-		batch := strings.Repeat(request("GET", "k"), 1000)
-		for range 1000 {
-			if _, err := io.WriteString(greedy.Conn, batch); err != nil {
-				return
-			}
-			sent.Add(1000)
-		}
-	}()
-	other, most := dial(t, p.addr), uint64(0)
-	for dropped := false; !dropped; {
-		select {
-		case <-gone:
-			dropped = true
-		case <-time.After(50 * time.Millisecond):
-			other.send(request("PING")).expect("+PONG\r\n")
-			runtime.ReadMemStats(&after)
-			most = max(most, after.HeapInuse)
-		}
-	}
-	if took := time.Since(began); took < stuck || took > 20*time.Second {
-		t.Errorf("dropped after %v; want %v, and up to a third longer", took, stuck)
-	}
-	if grown := int64(most) - int64(before.HeapInuse); grown > 32<<20 {
-		t.Errorf("memory grew by %d MB", grown>>20)
-	}
-	t.Logf("%d GETs were sent, memory grew by %d KB", sent.Load(), (int64(most)-int64(before.HeapInuse))>>10)
-}
-
-// A client that reads slowly, but does read, is served to the end.
-func TestIntegrationSlowReaderIsServed(t *testing.T) {
-	t.Parallel()
-	const stuck = time.Second
-	val := strings.Repeat("0123456789abcdef", 2<<20)
-	flags := playRedis(t, func(int, []string) string { return bulk(val) })
-	p := runProxy(t, flags, func(cfg *config) { cfg.writeTimeout = stuck })
-	web := dial(t, p.addr).send("GET /k HTTP/1.0\r\n\r\n").expect("HTTP/1.0 200 OK\r\n")
-	for line := ""; line != "\r\n"; {
-		line, _ = web.ReadString('\n')
-	}
-	resp := dial(t, p.addr).send(request("GET", "k")).expect(fmt.Sprintf("$%d\r\n", len(val)))
-	const parts = 20 // twice the time after which a client that reads nothing is given up
-	var readers sync.WaitGroup
-	for name, c := range map[string]*rawClient{"RESP": resp, "HTTP": web} {
-		readers.Go(func() {
-			for part := range slices.Chunk([]byte(val), len(val)/parts+1) {
-				time.Sleep(2 * stuck / parts)
-				if sameContent(c, part) != len(part) {
-					t.Errorf("over %s: not the whole value", name)
-					return
-				}
-			}
-		})
-	}
-	readers.Wait()
-}
-
-// Many clients at once, most of them idle, some of them slow, get their answers.
-func TestIntegrationManyClients(t *testing.T) {
-	addr := sharedRedis(t)
-	var limit syscall.Rlimit
-	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
-	n := min(soak(1000, 9000), int(limit.Cur)/2-200)
-	p := startProxy(t, addr)
-	redisDo(t, addr, "SET", t.Name(), "value")
-	ask := func(c *rawClient, i int) {
-		if i%2 == 0 {
-			c.send(request("GET", t.Name())).expect(bulk("value"))
-		} else if resp, body := c.send(plainRequest(t.Name())).response(); resp.StatusCode != 200 || body != "value" {
-			t.Fatalf("client %d: got %d %q; want the value", i, resp.StatusCode, body)
-		}
-	}
-	slow := make([]*rawClient, 30)
-	for i := range slow {
-		slow[i] = dial(t, p.addr).send([]string{"", "*2\r\n$3\r\nGE", "GET /x HT"}[i%3])
-	}
-	clients := make([]*rawClient, n)
-	for i := range clients {
-		clients[i] = dial(t, p.addr)
-		ask(clients[i], i)
-	}
-	if got := p.stat(t, "connected_clients"); got != fmt.Sprint(n+len(slow)+1) {
-		t.Errorf("clients: got %s; want %d", got, n+len(slow)+1)
-	}
-	for i, c := range clients {
-		ask(c, i)
-	}
-}
-
-// Everything at once, checked against what was written when: a value seen was written for its key, and
-// was the latest less than TTL ago when the read began.
-func TestIntegrationEverythingAtOnce(t *testing.T) {
-	server := startRedis(t)
-	r := startRelay(t, server.addr)
-	const keys, ttl = 40, 100 * time.Millisecond
-	p := startProxy(t, r.addr, "--cache-timeout", ttl.String(), "--cache-size", "30", "--client-limit", "4")
-	var mu sync.Mutex                    // guards written
-	written := make([][]time.Time, keys) // when each version of a key was acknowledged
-	ctx, stop := context.WithTimeout(context.Background(), time.Duration(soak(2, 60))*time.Second)
-	defer stop()
-	var wg sync.WaitGroup
-	for w := range 4 {
-		up, err := redis.Dial("tcp", server.addr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		wg.Go(func() {
-			defer up.Close()
-			for n := w; ctx.Err() == nil; n += 4 {
-				k := n % keys
-				mu.Lock()
-				version := len(written[k])
-				mu.Unlock()
-				if _, err := up.Do("SET", fmt.Sprint("k", k), fmt.Sprintf("%d:%d", k, version)); err != nil {
-					t.Errorf("SET: %v", err)
-					return
-				}
-				mu.Lock()
-				written[k] = append(written[k], time.Now())
-				mu.Unlock()
-			}
-		})
-	}
-	var reads, failed atomic.Int64
-	for g := range 16 {
-		c := dial(t, p.addr)
-		wg.Go(func() {
-			for n := g; ctx.Err() == nil; n++ {
-				k := n * 7 % keys
-				began := time.Now()
-				io.WriteString(c.Conn, request("GET", fmt.Sprint("k", k)))
-				line, err := c.ReadString('\n')
-				if err != nil {
-					t.Errorf("reading: %v", err)
-					return
-				}
-				if line[0] != '$' || line == "$-1\r\n" {
-					failed.Add(1)
-					continue
-				}
-				val, _ := c.ReadString('\n')
-				var key, version int
-				fmt.Sscanf(val, "%d:%d", &key, &version)
-				mu.Lock()
-				history := written[k]
-				mu.Unlock()
-				if key != k || version > len(history) {
-					t.Errorf("key %d has %q, which was never written for it", k, val)
-					return
-				}
-				if version+1 < len(history) && history[version+1].Before(began.Add(-ttl)) {
-					t.Errorf("key %d: version %d was replaced %v before it was read; the TTL is %v", k, version, began.Sub(history[version+1]), ttl)
-					return
-				}
-				reads.Add(1)
-			}
-		})
-	}
-	for ctx.Err() == nil {
-		time.Sleep(100 * time.Millisecond)
-		r.cut()
-	}
-	wg.Wait()
-	if reads.Load() < 1000 {
-		t.Errorf("only %d reads, %d failed", reads.Load(), failed.Load())
-	}
-	t.Logf("%d reads, %d failed while connections were cut", reads.Load(), failed.Load())
-}
-
-// What was asked before the signal is answered.
-func TestIntegrationStopUnderLoad(t *testing.T) {
-	addr := sharedRedis(t)
-	redisDo(t, addr, "SET", t.Name(), "value")
-	cmd, proxy, log := startProgram(t, nil, redisAt(t, addr)...)
-	var signalled atomic.Pointer[time.Time]
-	var clients sync.WaitGroup
-	var answered atomic.Int64
-	hello := []string{request("GET", t.Name()), "GET /" + t.Name() + " HTTP/1.1\r\nHost: h\r\n\r\n"}
-	for i := range 20 {
-		c := dial(t, proxy)
-		clients.Go(func() {
-			for {
-				sent := time.Now()
-				_, err := io.WriteString(c.Conn, hello[i%2])
-				if err == nil && i%2 == 0 {
-					_, err = c.ReadString('\n')
-					c.ReadString('\n')
-				} else if err == nil {
-					var resp *http.Response
-					if resp, err = http.ReadResponse(c.Reader, nil); err == nil {
-						_, err = io.Copy(io.Discard, resp.Body)
-					}
-				}
-				if err != nil {
-					if at := signalled.Load(); at == nil || sent.Before(*at) {
-						t.Errorf("a request from before the signal was not answered: %v", err)
-					}
-					return
-				}
-				answered.Add(1)
-			}
-		})
-	}
-	eventually(t, "load", func() bool { return answered.Load() > 2000 })
-	now := time.Now()
-	signalled.Store(&now)
-	cmd.Process.Signal(syscall.SIGTERM)
-	if err := cmd.Wait(); err != nil {
-		t.Errorf("after SIGTERM: %v; want exit code 0\n%s", err, log)
-	}
-	if took := time.Since(now); took > 10*time.Second {
-		t.Errorf("stopping took %v", took)
-	}
-	clients.Wait()
-}
-
-// A frontEnd that panics ends its connection, and nothing else.
-func TestIntegrationPanicEndsItsConnection(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	log := new(lockedBuffer)
-	s := newServer(l, config{maxClients: 10, writeTimeout: time.Second}, slog.New(slog.NewTextHandler(log, nil)),
-		[len(protocols)]frontEnd{protoHTTP: panicker{}, protoRESP: echo{}})
-	go s.run()
-	other := dial(t, l.Addr().String()).send("*\r\n").expect("*\r\n")
-	dial(t, l.Addr().String()).send("GET / HTTP/1.1\r\n").expectClosed()
-	other.send("still here").expect("still here")
-	if !strings.Contains(log.String(), "panicker") {
-		t.Errorf("the log has no stack:\n%s", log)
-	}
-	other.Close()
-	s.stop()
-	s.wait(context.Background())
-}
-
-type panicker struct{}
-
-func (panicker) serve(net.Conn)    { panic("on purpose") }
-func (panicker) refuse(c net.Conn) {}
-
-type echo struct{}
-
-func (echo) serve(c net.Conn)  { io.Copy(c, c); c.Close() }
-func (echo) refuse(c net.Conn) {}
+// Tracking
 
 // trackedProxy starts a proxy whose tracking is live, with a TTL that would show anything missed.
 func trackedProxy(t testing.TB, redisAddr string, flags ...string) *testProxy {
@@ -2369,136 +2693,154 @@ func TestIntegrationTrackingOffCostsNoConnection(t *testing.T) {
 	}
 }
 
-// What a client that has not authenticated can reach, over both protocols: nothing.
-func TestIntegrationPassword(t *testing.T) {
-	addr := sharedRedis(t)
-	redisDo(t, addr, "SET", t.Name(), "value")
-	p := startProxy(t, addr, "--password", "open sesame")
-	server := startRedis(t)
-	is70 := isRedis70(t, server.addr)
-	redisDo(t, server.addr, "CONFIG", "SET", "requirepass", "open sesame")
-	sends := []string{
-		request("GET", "k"),
-		request("MGET", "k"),
-		request("PING"),
-		request("ECHO", "x"),
-		request("SELECT", "0"),
-		request("CLIENT", "ID"),
-		request("CLIENT", "GETNAME"),
-		request("CONFIG", "GET", "x"),
-		request("COMMAND"),
-		request("INFO"),
-		request("GET"),
-		request("NONSENSE", "x"),
-		request("QUIT"),
-		request("RESET"),
-		request("HELLO"),
-		request("HELLO", "3"),
-		request("HELLO", "4"),
-		request("HELLO", "3", "SETNAME", "me"),
-		request("AUTH"),
-		request("AUTH", "wrong"),
-		request("AUTH", ""),
-		request("AUTH", "default", "wrong"),
-		request("AUTH", "nobody", "open sesame"),
-		request("AUTH", "a", "b", "c"),
-		request("HELLO", "3", "AUTH", "default", "wrong"),
-		request("HELLO", "3", "AUTH", "default"),
-		request("AUTH", "open sesame") + request("PING"),
-		request("AUTH", "default", "open sesame") + request("PING"),
-		request("AUTH", "open sesame") + request("RESET") + request("PING"),
-		request("HELLO", "3", "AUTH", "default", "open sesame") + request("GET", "nokey"),
-		request("HELLO", "2", "AUTH", "default", "open sesame"),
-		"*11\r\n",
-		"*10\r\n",
-		"*1\r\n$16385\r\n",
-		"*1\r\n$16384\r\n",
-		"PING\r\n",
-		"GET k\r\n",
-		request("AUTH", "open sesame") + "*11\r\n",
-		request("AUTH", "open sesame") + "*1\r\n$16385\r\n",
-		request("AUTH", strings.Repeat("x", 16385)),
-	}
-	if is70 { // later, HELLO does nothing before all of it is right
-		sends = append(sends,
-			request("AUTH", "open sesame")+request("AUTH", "wrong")+request("PING"),
-			request("HELLO", "3", "AUTH", "default", "open sesame", "foo")+request("PING"),
-			request("HELLO", "3", "SETNAME", "me")+request("AUTH", "open sesame")+request("CLIENT", "GETNAME"),
-		)
-	}
-	for _, send := range sends {
-		if got, want := normalise(exchange(t, p.addr, send)), normalise(exchange(t, server.addr, send)); got != want {
-			t.Errorf("after %.100q:\n got %.300q\nwant %.300q", send, got, want)
-		}
-	}
-	url := "http://" + p.addr + "/" + t.Name()
+// The program
+
+func TestIntegrationCommandLine(t *testing.T) {
 	for _, row := range []struct {
-		name, authorization string
-		status              int
+		name           string
+		env            []string
+		args           []string
+		code           int
+		stdout, stderr string
 	}{
-		{"nothing", "", 401},
-		{"Bearer", "Bearer open sesame", 200},
-		{"bearer", "bearer open sesame", 200},
-		{"a wrong token", "Bearer open", 401},
-		{"no token", "Bearer", 401},
-		{"an empty token", "Bearer ", 401},
-		{"Basic", "Basic YW55Ym9keTpvcGVuIHNlc2FtZQ==", 200},
-		{"Basic without a user", "Basic Om9wZW4gc2VzYW1l", 200},
-		{"a wrong password", "Basic YW55Ym9keTp3cm9uZw==", 401},
-		{"another scheme", "Digest open sesame", 401},
+		{"help", nil, []string{"--help"}, 0, `--cache-timeout, RP_CACHE_TIMEOUT\n`, `^$`},
+		{"version", nil, []string{"--version"}, 0, `^redis_proxy `, `^$`},
+		{"a bad value", nil, []string{"--port", "x"}, 2, `^$`, `^redis_proxy: --port "x": must be a whole number from 0 to 65535\n$`},
+		{"a bad variable", []string{"RP_CACHE_SIZE=0"}, nil, 2, `^$`, `^redis_proxy: RP_CACHE_SIZE "0": must be a whole number from 1 to \d+\n$`},
+		{"an unknown flag", nil, []string{"--prot=1"}, 2, `^$`, `^redis_proxy: .*-prot.*--help.*\n$`},
+		{"a stray argument", nil, []string{"8080"}, 2, `^$`, `^redis_proxy: unexpected argument "8080".*\n$`},
+		{"a secret in a bad value", nil, []string{"--redis-url=http://:secret@h"}, 2, `^$`, `^redis_proxy: --redis-url: must be redis://\[\[user\].*rediss:// for TLS\n$`},
+		{"a certificate that is not there", nil, []string{"--tls-cert", "/no/cert.pem", "--tls-key", "/no/key.pem"}, 2, `^$`, `^redis_proxy: --tls-cert "/no/cert.pem", --tls-key "/no/key.pem": open /no/cert.pem: no such file or directory\n$`},
+		{"an address that is taken", nil, []string{"--listen-address", "192.0.2.1"}, 1, `^$`, `cannot assign requested address`},
 	} {
-		for _, method := range []string{"GET", "HEAD", "POST", "OPTIONS"} {
-			var header []string
-			if row.authorization != "" {
-				header = []string{"Authorization", row.authorization}
-			}
-			want := row.status
-			if want == 200 && method != "GET" && method != "HEAD" {
-				want = 405
-			}
-			resp, body := httpDo(t, method, url, header...)
-			if resp.StatusCode != want || want == 401 && (len(resp.Header.Values("WWW-Authenticate")) != 2 || strings.Contains(body, "value")) {
-				t.Errorf("%s with %s: got %d %v; want %d", method, row.name, resp.StatusCode, resp.Header, want)
-			}
+		cmd := program(t, row.env, row.args...)
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		cmd.Run()
+		if got := cmd.ProcessState.ExitCode(); got != row.code {
+			t.Errorf("%s: exit code: got %d; want %d", row.name, got, row.code)
 		}
-	}
-	for range 2 { // by now the value is cached
-		resp, body := dial(t, p.addr).send(plainRequest(t.Name())).response()
-		if resp.StatusCode != 401 || strings.Contains(body, "value") {
-			t.Errorf("a plain GET of a cached key without a password: got %d %q; want 401", resp.StatusCode, body)
+		if !regexp.MustCompile(row.stdout).Match(stdout.Bytes()) {
+			t.Errorf("%s: stdout: got %q; want %s", row.name, stdout.String(), row.stdout)
 		}
-	}
-	if strings.Contains(p.log.String(), "sesame") {
-		t.Errorf("the log shows the password:\n%s", p.log)
+		if !regexp.MustCompile(row.stderr).Match(stderr.Bytes()) {
+			t.Errorf("%s: stderr: got %q; want %s", row.name, stderr.String(), row.stderr)
+		}
 	}
 }
 
-// certificate makes a certificate for 127.0.0.1 and returns the names of its files.
-func certificate(t testing.TB, dir, name string) (cert, key string) {
-	t.Helper()
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
+func TestIntegrationProcess(t *testing.T) {
+	addr := sharedRedis(t)
+	redisDo(t, addr, "SET", t.Name(), "value")
+	cmd, proxy, log := startProgram(t, []string{"RP_REDIS_URL=redis://" + addr, "RP_CACHE_SIZ=1"})
+	if got := exchange(t, proxy, request("GET", t.Name())); got != bulk("value") {
+		t.Errorf("got %q; want the value", got)
 	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, NotAfter: time.Now().Add(time.Hour),
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true,
+	if got := log.String(); !strings.Contains(got, "RP_CACHE_SIZ\n") && !strings.Contains(got, "variable=RP_CACHE_SIZ") {
+		t.Errorf("log does not name the variable that nobody reads:\n%s", got)
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
-	if err != nil {
-		t.Fatal(err)
+	if got, want := infoField(t, dial(t, proxy), "gomaxprocs"), fmt.Sprint(max(1, runtime.GOMAXPROCS(0)/2)); os.Getenv("GOMAXPROCS") == "" && got != want {
+		t.Errorf("gomaxprocs: got %s; want %s, half of the cores", got, want)
 	}
-	pkcs8, err := x509.MarshalPKCS8PrivateKey(private)
-	if err != nil {
-		t.Fatal(err)
+	// Idle clients of both protocols, silent ones and half-sent requests do not hold it up.
+	idle := dial(t, proxy).send(request("PING")).expect("+PONG\r\n")
+	web := dial(t, proxy).send("GET /x HTTP/1.1\r\nHost: h\r\n\r\n").expect("HTTP/1.1 404 Not Found\r\n")
+	dial(t, proxy)
+	dial(t, proxy).send("*2\r\n$3\r\nGE")
+	dial(t, proxy).send("GET /x HTTP/1.1\r\nHo")
+	dial(t, proxy).send("POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n").expect("HTTP/1.1 405 Method Not Allowed\r\n")
+	begin := time.Now()
+	cmd.Process.Signal(syscall.SIGTERM)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("after SIGTERM: %v; want exit code 0\n%s", err, log)
 	}
-	cert, key = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
-	for file, block := range map[string]*pem.Block{cert: {Type: "CERTIFICATE", Bytes: der}, key: {Type: "PRIVATE KEY", Bytes: pkcs8}} {
-		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
-		}
+	if took := time.Since(begin); took > 4*time.Second { // net/http would take 5 for half a header
+		t.Errorf("stopping took %v", took)
 	}
-	return cert, key
+	idle.expectClosed()
+	io.Copy(io.Discard, web)
+}
+
+func TestIntegrationSecondSignalEndsAtOnce(t *testing.T) {
+	addr := sharedRedis(t)
+	r := startRelay(t, addr)
+	cmd, proxy, log := startProgram(t, nil, append(redisAt(t, r.addr), "--redis-timeout", "8s")...)
+	r.stall()
+	dial(t, proxy).send(request("GET", t.Name()))
+	eventually(t, "the fetch", func() bool { return r.most.Load() > 0 })
+	begin := time.Now()
+	cmd.Process.Signal(syscall.SIGTERM)
+	eventually(t, "stopping", func() bool { return strings.Contains(log.String(), "msg=stopping") })
+	cmd.Process.Signal(syscall.SIGTERM)
+	cmd.Wait()
+	if took := time.Since(begin); took > 4*time.Second {
+		t.Errorf("two signals took %v", took)
+	}
+}
+
+// What was asked before the signal is answered.
+func TestIntegrationStopUnderLoad(t *testing.T) {
+	addr := sharedRedis(t)
+	redisDo(t, addr, "SET", t.Name(), "value")
+	cmd, proxy, log := startProgram(t, nil, redisAt(t, addr)...)
+	var signalled atomic.Pointer[time.Time]
+	var clients sync.WaitGroup
+	var answered atomic.Int64
+	hello := []string{request("GET", t.Name()), "GET /" + t.Name() + " HTTP/1.1\r\nHost: h\r\n\r\n"}
+	for i := range 20 {
+		c := dial(t, proxy)
+		clients.Go(func() {
+			for {
+				sent := time.Now()
+				_, err := io.WriteString(c.Conn, hello[i%2])
+				if err == nil && i%2 == 0 {
+					_, err = c.ReadString('\n')
+					c.ReadString('\n')
+				} else if err == nil {
+					var resp *http.Response
+					if resp, err = http.ReadResponse(c.Reader, nil); err == nil {
+						_, err = io.Copy(io.Discard, resp.Body)
+					}
+				}
+				if err != nil {
+					if at := signalled.Load(); at == nil || sent.Before(*at) {
+						t.Errorf("a request from before the signal was not answered: %v", err)
+					}
+					return
+				}
+				answered.Add(1)
+			}
+		})
+	}
+	eventually(t, "load", func() bool { return answered.Load() > 2000 })
+	now := time.Now()
+	signalled.Store(&now)
+	cmd.Process.Signal(syscall.SIGTERM)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("after SIGTERM: %v; want exit code 0\n%s", err, log)
+	}
+	if took := time.Since(now); took > 10*time.Second {
+		t.Errorf("stopping took %v", took)
+	}
+	clients.Wait()
+}
+
+// Neither a handler that waits for Redis nor a tracker that is being dialled holds up a stop.
+func TestIntegrationStopDoesNotWaitForRedis(t *testing.T) {
+	t.Parallel()
+	hang := make(chan struct{})
+	defer close(hang)
+	flags := playRedis(t, func(int, []string) string { <-hang; return "" })
+	url := "redis://:never-answered@" + net.JoinHostPort(flags[1], flags[3])
+	p := runProxy(t, []string{"--redis-url", url, "--redis-timeout", "1m", "--tracking"})
+	dial(t, p.addr).send("GET a\r\n")
+	eventually(t, "the fetch", func() bool { return p.stat(t, "upstream_connections_used") == "1" })
+	p.stop()
+	select {
+	case <-p.done:
+	case <-time.After(drainTimeout + 3*time.Second):
+		t.Errorf("not stopped after %v", drainTimeout+3*time.Second)
+	}
 }
 
 func TestIntegrationTLS(t *testing.T) {
@@ -2606,45 +2948,32 @@ func TestIntegrationTLS(t *testing.T) {
 	})
 }
 
-func dialTLS(t testing.TB, addr string, config *tls.Config) *rawClient {
+// certificate makes a certificate for 127.0.0.1 and returns the names of its files.
+func certificate(t testing.TB, dir, name string) (cert, key string) {
 	t.Helper()
-	c, err := tls.Dial("tcp", addr, config)
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(60 * time.Second))
-	return &rawClient{t, c, bufio.NewReader(c)}
-}
-
-func portOf(addr string) string { return addr[strings.LastIndex(addr, ":")+1:] }
-
-// The backing Redis speaks TLS: its certificate is checked.
-func TestIntegrationTLSUpstream(t *testing.T) {
-	dir := t.TempDir()
-	cert, key := certificate(t, dir, "redis")
-	port := freePort()
-	server := startRedis(t, "--tls-port", port, "--tls-cert-file", cert, "--tls-key-file", key, "--tls-auth-clients", "no", "--requirepass", "secret")
-	c, err := redis.Dial("tcp", server.addr, redis.DialPassword("secret"), redis.DialDatabase(3))
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, NotAfter: time.Now().Add(time.Hour),
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close()
-	c.Do("SET", "k", "value in 3")
-	url := "RP_REDIS_URL=rediss://:secret@127.0.0.1:" + port + "/3"
-	_, proxy, _ := startProgram(t, []string{url, "SSL_CERT_FILE=" + cert, "RP_TRACKING=true"})
-	if got := exchange(t, proxy, request("GET", "k")); got != bulk("value in 3") {
-		t.Errorf("got %q; want the value of database 3", got)
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		t.Fatal(err)
 	}
-	eventually(t, "tracking is live", func() bool { return strings.Contains(exchange(t, proxy, request("INFO", "cache")), "tracking:live") })
-	_, proxy, log := startProgram(t, []string{url})
-	if got := exchange(t, proxy, request("GET", "k")); got != "-ERR upstream unavailable\r\n" {
-		t.Errorf("with a certificate that nobody signed: got %q", got)
+	cert, key = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	for file, block := range map[string]*pem.Block{cert: {Type: "CERTIFICATE", Bytes: der}, key: {Type: "PRIVATE KEY", Bytes: pkcs8}} {
+		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
-	eventually(t, "the cause in the log", func() bool { return strings.Contains(log.String(), "certificate") })
-	if strings.Contains(log.String(), "secret") {
-		t.Errorf("the log shows the password:\n%s", log)
-	}
+	return cert, key
 }
 
 func TestIntegrationAdmin(t *testing.T) {
@@ -2759,119 +3088,6 @@ func TestIntegrationLogs(t *testing.T) {
 		}
 		return false
 	})
-}
-
-// FuzzSameBytesAsRedis sends to a Redis and to the proxy what both must answer with the same bytes.
-func FuzzSameBytesAsRedis(f *testing.F) {
-	const limit = 4 << 10 // so little is read in one go by both, and minimised soon
-	const variable = "TEST_BARE_REDIS"
-	addr := os.Getenv(variable)
-	if addr == "" {
-		addr = startBareRedis(f)
-		f.Setenv(variable, addr) // for the processes that fuzz, which may end without cleaning up
-	}
-	names, err := redis.Strings(redisDo(f, addr, "COMMAND", "LIST"), nil)
-	if err != nil {
-		f.Fatal(err)
-	}
-	p := startProxy(f, addr)
-	is70 := isRedis70(f, addr)
-	for _, send := range sameBytes("key", "list", "absent", is70) {
-		if len(send) <= limit {
-			f.Add([]byte(send))
-		}
-	}
-	f.Fuzz(func(t *testing.T, send []byte) {
-		if len(send) > limit || !sameBytesDue(t, send, names, is70) {
-			return
-		}
-		var want, got string
-		for range 3 { // a difference that is due to time does not come again
-			want, got = normalise(exchange(t, addr, string(send))), normalise(exchange(t, p.addr, string(send)))
-			if got == want {
-				return
-			}
-		}
-		t.Errorf("after %q:\n got %.300q\nwant %.300q", send, got, want)
-	})
-}
-
-// startBareRedis starts a Redis without the databases and the commands that the proxy does not have: what
-// it says to them is comparable, and whatever is sent cannot harm it.
-func startBareRedis(t testing.TB) string {
-	t.Helper()
-	server := startRedis(t, "--databases", "1")
-	redisDo(t, server.addr, "SET", "key", "value")
-	redisDo(t, server.addr, "RPUSH", "list", "x")
-	redisDo(t, server.addr, "SAVE") // for the next start
-	all, err := redis.Values(redisDo(t, server.addr, "COMMAND"), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, about := range all {
-		about := about.([]any)
-		name, flags := string(about[0].([]byte)), fmt.Sprint(about[2])
-		// Those of a module are not known yet where Redis reads what to rename.
-		if _, ok := commands[name]; !ok && !strings.Contains(flags, "module") {
-			server.args = append(server.args, "--rename-command", name, "")
-		}
-	}
-	server.kill()
-	if err := server.start(); err != nil {
-		t.Fatal(err)
-	}
-	return server.addr
-}
-
-// sameBytesDue reports whether the proxy has no answer of its own to anything of this. Names are those of
-// the commands and subcommands of Redis, which is 7.0 or later.
-func sameBytesDue(t *testing.T, send []byte, names []string, is70 bool) bool {
-	t.Helper()
-	if proto, ok := protocolOf(send); ok && proto == protoHTTP {
-		return false
-	}
-	for _, header := range regexp.MustCompile(`[*$]\d+`).FindAll(send, -1) {
-		if n, ok := parseInt(header[1:]); ok && n > maxRequest/10 && n < 1<<31 {
-			return false // Redis may wait for more where the proxy has a lower limit
-		}
-	}
-	if !is70 && (bytes.ContainsRune(send, 0) || regexp.MustCompile(`(^|\n)\s+\n.`).Match(send)) {
-		return false // see sameBytes; and Valkey takes what follows on an empty line for an inline command
-	}
-	all, _ := requests(t, bytes.NewReader(send))
-	for i, args := range all {
-		// Redis compares names up to a zero byte, but only where it looks for them by a hash of all of it.
-		name, _, zero := strings.Cut(strings.ToLower(args[0]), "\x00")
-		if name == "post" || name == "host:" {
-			return i == 0 // else Redis forgets what it has not yet written
-		}
-		cmd, ok := commands[name]
-		if ok && zero || !ok && slices.Contains(names, name) {
-			return false
-		}
-		if !is70 && (name == "hello" && len(args) > 2 || name == "auth" && i > 0) {
-			return false // see sameBytes; and no reply says that AUTH failed where another is still to be written
-		}
-		if ok && cmd.sub != nil && len(args) > 1 {
-			sub, _, zero := strings.Cut(strings.ToLower(args[1]), "\x00")
-			name += "|" + sub
-			cmd, ok = cmd.sub[sub]
-			if ok != slices.Contains(names, name) || ok && zero {
-				return false
-			}
-		}
-		fits := cmd.run != nil && (len(args) == cmd.arity || len(args) >= -cmd.arity && cmd.arity < 0)
-		if ok && fits && slices.Contains(ownAnswers, name) {
-			return false
-		}
-	}
-	return true
-}
-
-// ownAnswers are the commands that both know and the proxy answers in its way.
-var ownAnswers = []string{
-	"info", "config|get", "command", "command|count", "command|docs", "command|info", "command|list", "command|getkeys",
-	"client|id", "client|info", "client|list",
 }
 
 // Benchmarks: the proxy, and the same load on Redis itself, over loopback. The clients are in this
@@ -3138,202 +3354,4 @@ func measureLatency(b *testing.B, addr string, hits, misses *load, next int) int
 	}
 	b.ReportMetric(0, "ns/op")
 	return other.next
-}
-
-// However many keys one MGET has, and whatever else a client has sent together, it waits no longer than for
-// a GET, although each reply of Redis would be in time for the one after it.
-func TestIntegrationWhatIsSentTogetherWaitsOnce(t *testing.T) {
-	t.Parallel()
-	const timeout = 300 * time.Millisecond
-	end := make(chan struct{})
-	defer close(end)
-	flags := playRedis(t, func(_ int, args []string) string {
-		if args[1] != "quick" {
-			select {
-			case <-end:
-			case <-time.After(2 * timeout):
-			}
-		}
-		return bulk("value")
-	})
-	p := runProxy(t, append(flags, "--redis-timeout", timeout.String()))
-	exchange(t, p.addr, request("GET", "quick")) // values are small: all of a pipeline is asked for at once
-	large := []string{"MGET"}
-	for i := range 2000 {
-		large = append(large, fmt.Sprint("large", i))
-	}
-	var gets, mgets string
-	for i := range 10 {
-		gets += request("GET", fmt.Sprint("get", i))
-		mgets += request("MGET", fmt.Sprint("mget", i))
-	}
-	for _, row := range []struct {
-		name, send string
-		replies    int
-	}{
-		{"GETs", gets, 10},
-		{"MGETs", mgets, 10},
-		{"an MGET of many keys", request(large...), 1},
-	} {
-		t.Run(row.name, func(t *testing.T) {
-			began := time.Now()
-			c := dial(t, p.addr).send(row.send)
-			c.SetDeadline(began.Add(8 * timeout)) // Redis takes longer for all of it
-			want := strings.Repeat("-ERR upstream timed out\r\n", row.replies)
-			got := make([]byte, len(want))
-			n, err := io.ReadFull(c.Reader, got)
-			if took := time.Since(began); string(got[:n]) != want || took < timeout {
-				t.Errorf("after %v (%v): got %q; want %q after %v, as for one key", took, err, got[:n], want, timeout)
-			}
-		})
-	}
-}
-
-// A client of net/http that takes nothing is given up like any other, over HTTP/1 and over HTTP/2, where it
-// need only open no window.
-func TestIntegrationUnreadHTTPAnswersAreGivenUp(t *testing.T) {
-	flags := playRedis(t, func(_ int, args []string) string {
-		if args[1] == "big" {
-			return bulk(strings.Repeat("x", 32<<20))
-		}
-		return bulk("small")
-	})
-	p := runProxy(t, flags, func(cfg *config) { cfg.writeTimeout = 300 * time.Millisecond })
-	exchange(t, p.addr, "GET big\r\n")
-	kept := func(key string) string {
-		return "GET /" + key + " HTTP/1.1\r\nHost: h\r\nConnection: keep-alive\r\n\r\n"
-	}
-	h2 := "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x04\x00\x00\x00\x00" // INITIAL_WINDOW_SIZE 0
-	for id := 1; id < 40; id += 2 {
-		h2 += "\x00\x00\x0b\x01\x05\x00\x00\x00" + string(rune(id)) + "\x82\x86\x41\x01a\x04\x04/big"
-	}
-	for name, send := range map[string]string{"HTTP/1.1": kept("big"), "HTTP/1.1 after an answer": kept("small") + kept("big"), "HTTP/2": h2} {
-		dial(t, p.addr).send(send)
-		eventually(t, "the answer is begun: "+name, func() bool { return strings.Contains(stacks(), "http.ServeContent(") })
-		eventually(t, "the answer is given up: "+name, func() bool { return !strings.Contains(stacks(), "http.ServeContent(") })
-	}
-}
-
-func stacks() string {
-	buf := make([]byte, 4<<20)
-	return string(buf[:runtime.Stack(buf, true)])
-}
-
-// Neither a handler that waits for Redis nor a tracker that is being dialled holds up a stop.
-func TestIntegrationStopDoesNotWaitForRedis(t *testing.T) {
-	t.Parallel()
-	hang := make(chan struct{})
-	defer close(hang)
-	flags := playRedis(t, func(int, []string) string { <-hang; return "" })
-	url := "redis://:never-answered@" + net.JoinHostPort(flags[1], flags[3])
-	p := runProxy(t, []string{"--redis-url", url, "--redis-timeout", "1m", "--tracking"})
-	dial(t, p.addr).send("GET a\r\n")
-	eventually(t, "the fetch", func() bool { return p.stat(t, "upstream_connections_used") == "1" })
-	p.stop()
-	select {
-	case <-p.done:
-	case <-time.After(drainTimeout + 3*time.Second):
-		t.Errorf("not stopped after %v", drainTimeout+3*time.Second)
-	}
-}
-
-// What is wrong with the proxy's own standing with Redis is not passed on as if it were the client's. It is
-// logged, once, and counted.
-func TestIntegrationOwnRefusalIsMarked(t *testing.T) {
-	server := startRedis(t, "--requirepass", "secret")
-	for url, line := range map[string]string{
-		"redis://" + server.addr:                      "Redis refuses",
-		"redis://:wrong@" + server.addr:               "Redis cannot be read",
-		"redis://:secret@" + server.addr + "/99":      "Redis cannot be read",
-		"redis://nobody:secret@" + server.addr + "/0": "Redis cannot be read",
-	} {
-		p := runProxy(t, []string{"--redis-url", url})
-		for range 2 {
-			if got := exchange(t, p.addr, "GET a\r\n"); !strings.HasPrefix(got, "-ERR upstream refused: ") {
-				t.Errorf("%s: got %q; want it marked", url, got)
-			}
-		}
-		if got := p.stat(t, "upstream_errors"); got != "2" || strings.Count(p.log.String(), line) != 1 {
-			t.Errorf("%s: upstream_errors: got %s; want 2, and %q once in the log:\n%s", url, got, line, p.log)
-		}
-	}
-}
-
-func TestIntegrationRefusalOfRedisIsMarked(t *testing.T) {
-	for _, refusal := range []string{
-		"DENIED Redis is running in protected mode",
-		"NOAUTH Authentication required.",
-		"NOPERM User default has no permissions to run the 'get' command",
-		"ERR max number of clients reached",
-	} {
-		p := runProxy(t, playRedis(t, func(int, []string) string { return "-" + refusal + "\r\n" }))
-		want := "-ERR upstream refused: " + refusal + "\r\n"
-		if got := exchange(t, p.addr, request("GET", "k")); got != want {
-			t.Errorf("over RESP: got %q; want %q", got, want)
-		}
-		if resp, body := httpDo(t, "GET", "http://"+p.addr+"/k"); resp.StatusCode != 502 || body != "upstream refused\n" {
-			t.Errorf("%s, over HTTP: got %d %q; want 502, upstream refused", refusal, resp.StatusCode, body)
-		}
-	}
-}
-
-// What clients ask for at once and do not read does not pile up: neither the replies of a pipeline nor the
-// elements of an MGET.
-func TestIntegrationMemoryHoldsWithManyLargeValues(t *testing.T) {
-	const clients, each, size, limit = 16, 30, 512 << 10, 2*(16<<20) + 64<<20
-	server := startRedis(t)
-	c, err := redis.Dial("tcp", server.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	for i := range clients * each {
-		c.Do("SET", fmt.Sprint("k", i), strings.Repeat("v", size))
-	}
-	_, proxy, _ := startProgram(t, nil, "--redis-port", server.port, "--cache-bytes", "16MB")
-	most, info := 0, dial(t, proxy)
-	settle := func() {
-		info.SetDeadline(time.Now().Add(time.Minute))
-		for quiet, last := 0, ""; quiet < 20; quiet++ { // no fetch for 20 looks
-			var rss int
-			fmt.Sscan(infoField(t, info, "used_memory_rss"), &rss)
-			most = max(most, rss)
-			if fetches := infoField(t, info, "upstream_fetches"); fetches != last {
-				quiet, last = 0, fetches
-			}
-			time.Sleep(5 * time.Millisecond)
-		}
-	}
-	for range soak(1, 20) {
-		for _, mget := range []bool{false, true} {
-			all := make([]*rawClient, clients)
-			for n := range all {
-				var keys []string
-				send := ""
-				for i := range each {
-					keys = append(keys, fmt.Sprint("k", n*each+i))
-					send += request("GET", keys[i])
-				}
-				if mget {
-					send = request(append([]string{"MGET"}, keys...)...)
-				}
-				all[n] = dial(t, proxy).send(send)
-			}
-			settle()
-			for _, c := range all {
-				want := int64(each * len(bulk(strings.Repeat("v", size))))
-				if mget {
-					want += int64(len(fmt.Sprintf("*%d\r\n", each)))
-				}
-				if n, err := io.CopyN(io.Discard, c, want); err != nil {
-					t.Fatalf("got %d bytes of %d: %v", n, want, err)
-				}
-				c.Close()
-			}
-		}
-	}
-	t.Logf("peak %d MB", most>>20)
-	if most > limit {
-		t.Errorf("peak %d MB; want %d at most", most>>20, limit>>20)
-	}
 }
