@@ -1005,6 +1005,22 @@ func TestRESPAnswersFromRedis(t *testing.T) {
 	}
 }
 
+// A transaction asks for each key once, and is answered from one moment: also a key that was a hit has the
+// value that it has when the last reply has come.
+func TestRESPTransactionsAreOfOneMoment(t *testing.T) {
+	var p *parts
+	var asked atomic.Int64
+	p = newParts(t, playRedis(t, func(_ int, args []string) string {
+		asked.Add(1)
+		cacheNow(p, "hit", "new") // meanwhile
+		return bulk("fetched")
+	})...)
+	cacheNow(p, "hit", "old")
+	got := talk(t, p, strings.NewReader("MULTI\r\nGET hit\r\nMGET miss other\r\nEXISTS miss hit\r\nEXEC\r\n"))
+	compare(t, "replies", got, "+OK\r\n"+strings.Repeat("+QUEUED\r\n", 3)+"*3\r\n"+bulk("new")+"*2\r\n"+bulk("fetched")+bulk("fetched")+":2\r\n")
+	compare(t, "GETs", asked.Load(), 2)
+}
+
 // However many nulls and errors come before a value, none of them is lost, and none held back for long.
 func TestRESPWritesAValueAfterManyShortReplies(t *testing.T) {
 	p := newParts(t)
@@ -1188,6 +1204,121 @@ func TestCacheGetAllocatesNothing(t *testing.T) {
 	putAt(c, 0, long)
 	keys, answers := [][]byte{[]byte(long), []byte(long)}, make([]answer, 2)
 	compare(t, "allocations", testing.AllocsPerRun(100, func() { c.get(new(tally), 0, keys, answers) }), 0)
+}
+
+// A flightDeck is a cache whose flights the test carries out.
+type flightDeck struct {
+	*cache
+	begun []*flight
+}
+
+func newFlightDeck(s cacheSettings) *flightDeck {
+	d := new(flightDeck)
+	s.maxKeys, s.maxBytes, s.timeout = 100, 1<<20, time.Second
+	d.cache = newCache(s, func(fs []*flight) { d.begun = append(d.begun, fs...) })
+	return d
+}
+
+// ask returns what a request for a key is told before it waits: its outcome, or "flight".
+func (d *flightDeck) ask(key string) string {
+	var a [1]answer
+	d.decide(d.now(), [][]byte{[]byte(key)}, a[:])
+	if a[0].flight != nil {
+		return "flight"
+	}
+	return outcomes[a[0].outcome()]
+}
+
+// land ends the oldest flight.
+func (d *flightDeck) land(v value, err error) {
+	f := d.begun[0]
+	d.begun = d.begun[1:]
+	d.finish(f, v, err)
+}
+
+func TestCacheKeepsAbsencesForTheirTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newFlightDeck(cacheSettings{ttl: 10 * time.Second, absent: 2 * time.Second, stale: time.Hour})
+		compare(t, "at first", d.ask("k"), "flight")
+		d.land(newAbsent("k", d.now()), errAbsent)
+		time.Sleep(2*time.Second - 1)
+		compare(t, "within its time", d.ask("k"), "absent_hit")
+		time.Sleep(1)
+		compare(t, "after its time", d.ask("k"), "flight")
+		d.land(value{}, errUnavailable)
+		var a answer
+		d.answerStale([]byte("k"), &a)
+		compare(t, "in an outage: source", a.source, fromCache)
+		d.ask("k")
+		d.land(newValue("k", []byte("v"), d.now()), nil)
+		compare(t, "created", d.ask("k"), "hit")
+		d.forget([][]byte{[]byte("k")})
+		compare(t, "reported as changed", d.ask("k"), "flight")
+	})
+}
+
+func TestCacheEndsEntriesWithTheirKeys(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newFlightDeck(cacheSettings{ttl: 10 * time.Second, stale: time.Hour})
+		for key, left := range map[string]time.Duration{"short": time.Second, "long": time.Minute} {
+			d.ask(key)
+			v := newValue(key, []byte("v"), d.now())
+			v.expires = d.now() + left
+			d.land(v, nil)
+		}
+		time.Sleep(time.Second - 1)
+		compare(t, "before its key expires", d.ask("short"), "hit")
+		time.Sleep(1)
+		compare(t, "after its key expired", d.ask("short"), "flight")
+		compare(t, "the other", d.ask("long"), "hit")
+		d.land(value{}, errUnavailable)
+		a := answer{err: errUnavailable}
+		d.answerStale([]byte("short"), &a)
+		compare(t, "in an outage", a.err, errUnavailable)
+		time.Sleep(9 * time.Second)
+		compare(t, "after the TTL", d.ask("long"), "flight")
+		a = answer{err: errUnavailable}
+		d.answerStale([]byte("long"), &a)
+		compare(t, "in an outage, past its TTL only", a.err, nil)
+	})
+}
+
+func TestCacheRefreshesBeforeTheEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newFlightDeck(cacheSettings{ttl: 10 * time.Second, refresh: 2 * time.Second})
+		d.ask("k")
+		d.land(newValue("k", []byte("1"), d.now()), nil)
+		time.Sleep(8*time.Second - 1)
+		compare(t, "early", fmt.Sprint(d.ask("k"), " ", len(d.begun)), "hit 0")
+		time.Sleep(1)
+		compare(t, "near the end", fmt.Sprint(d.ask("k"), " ", len(d.begun)), "hit 1")
+		compare(t, "while that is in flight", fmt.Sprint(d.ask("k"), " ", len(d.begun)), "hit 1")
+		d.land(value{}, errUnavailable)
+		compare(t, "just after it failed", fmt.Sprint(d.ask("k"), " ", len(d.begun)), "hit 0")
+		time.Sleep(refreshPause)
+		compare(t, "a pause later", fmt.Sprint(d.ask("k"), " ", len(d.begun)), "hit 1")
+		d.land(newValue("k", []byte("2"), d.now()), nil)
+		time.Sleep(2 * time.Second)
+		compare(t, "past the end of the first", fmt.Sprint(d.ask("k"), " ", len(d.begun)), "hit 0")
+	})
+}
+
+// A reply that a report overtook goes to those who asked before the report, and to nobody else.
+func TestCacheStoresNothingThatChangedInFlight(t *testing.T) {
+	for _, tt := range []struct {
+		what   string
+		report [][]byte
+	}{{"its key", [][]byte{[]byte("k")}}, {"everything", nil}} {
+		d := newFlightDeck(cacheSettings{ttl: time.Hour})
+		d.ask("k")
+		d.forget(tt.report)
+		compare(t, tt.what+": asked after the report", fmt.Sprint(d.ask("k"), " ", len(d.begun)), "flight 2")
+		old := d.begun[0]
+		d.land(newValue("k", []byte("old"), d.now()), nil)
+		compare(t, tt.what+": the old reply is stored", old.stored, false)
+		d.land(newValue("k", []byte("new"), d.now()), nil)
+		compare(t, tt.what+": after both replies", d.ask("k"), "hit")
+	}
 }
 
 // A slowCache does what the cache promises in the plainest way: a list, the most recently used in front.
