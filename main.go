@@ -102,7 +102,7 @@ func (c *config) loadCertificates(log *slog.Logger) error {
 		if err != nil {
 			return fmt.Errorf("--tls-cert %q, --tls-key %q: %w", c.tlsCert, c.tlsKey, err)
 		}
-		c.clients.tls = &tls.Config{GetCertificate: cert.get, MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1", "http/1.0"}}
+		c.clients.tls = &tls.Config{GetCertificate: cert.get, NextProtos: []string{"h2", "http/1.1", "http/1.0"}}
 	}
 	c.pool.tls = &tls.Config{InsecureSkipVerify: c.redisInsecure}
 	if c.redisInsecure {
@@ -124,7 +124,9 @@ func (c *config) loadCertificates(log *slog.Logger) error {
 		if err != nil {
 			return fmt.Errorf("--redis-cert %q, --redis-key %q: %w", c.redisCert, c.redisKey, err)
 		}
-		c.pool.tls.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return cert.get(nil) }
+		c.pool.tls.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			return cert.get(nil)
+		}
 	}
 	return nil
 }
@@ -239,13 +241,14 @@ func check(cfg config) error {
 // threads that wait for work cost more than they bring. Where the process has a CPU limit of its own, or
 // GOMAXPROCS is set, Go follows that.
 func tuneCores() string {
+	all := runtime.GOMAXPROCS(0)
+	quotas := cgroupValues("cpu.max", "cpu", "cpu.cfs_quota_us")
 	switch {
 	case os.Getenv("GOMAXPROCS") != "":
-		return fmt.Sprint(runtime.GOMAXPROCS(0), " as GOMAXPROCS says")
-	case slices.ContainsFunc(cgroupValues("cpu.max", "cpu", "cpu.cfs_quota_us"), func(s string) bool { return s[0] >= '0' && s[0] <= '9' }):
-		return fmt.Sprint(runtime.GOMAXPROCS(0), " as the CPU limit says")
+		return fmt.Sprint(all, " as GOMAXPROCS says")
+	case slices.ContainsFunc(quotas, func(s string) bool { return s != "max" && s != "-1" }):
+		return fmt.Sprint(all, " as the CPU limit says")
 	}
-	all := runtime.GOMAXPROCS(0)
 	runtime.GOMAXPROCS(max(1, all/2))
 	return fmt.Sprintf("%d of %d", runtime.GOMAXPROCS(0), all)
 }
@@ -313,7 +316,8 @@ func fitDescriptors(cfg config, log *slog.Logger) int {
 	}
 	possible := max(int(min(limit.Cur, math.MaxInt32))-cfg.pool.limit-others, 1)
 	if possible < wanted {
-		log.Warn("fewer clients, as the process may not open enough files", "max_clients", possible, "wanted", wanted, "files", limit.Cur)
+		log.Warn("fewer clients, as the process may not open enough files",
+			"max_clients", possible, "wanted", wanted, "files", limit.Cur)
 	}
 	return min(possible, wanted)
 }
@@ -331,13 +335,14 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	resp := newRESP(c, pw, cfg.pool.redis.db, func() []figure { return figures() })
 	s := newServer(l, cfg.clients, log, [...]frontEnd{protoHTTP: web, protoRESP: resp})
 	figures = func() []figure {
-		return slices.Concat(cfg.figures(l.Addr()), processFigures(c.started, pw), s.figures(), c.figures(), keyFigures(&web.tally, &resp.tally),
-			p.figures(), web.tally.figures("http"), resp.tally.figures("resp"))
+		return slices.Concat(cfg.figures(l.Addr()), processFigures(c.started, pw), s.figures(), c.figures(),
+			keyFigures(&web.tally, &resp.tally), p.figures(), web.tally.figures("http"), resp.tally.figures("resp"))
 	}
-	log.Info("serving", "version", version, "address", l.Addr().String(), "protocols", "http resp", "redis", cfg.pool.redis.address(),
-		"database", cfg.pool.redis.db, "redis_tls", cfg.pool.redis.tls, "tls", cfg.clients.tls != nil, "password", pw.needed,
-		"tracking", cfg.pool.tracking, "cache_size", cfg.cache.maxKeys, "cache_bytes", cfg.cache.maxBytes,
-		"cache_timeout", cfg.cache.ttl.String(), "cores", cfg.cores)
+	log.Info("serving", "version", version, "address", l.Addr().String(), "protocols", "http resp",
+		"tls", cfg.clients.tls != nil, "password", pw.needed, "redis", cfg.pool.redis.address(),
+		"redis_tls", cfg.pool.redis.tls, "database", cfg.pool.redis.db, "tracking", cfg.pool.tracking,
+		"cache_size", cfg.cache.maxKeys, "cache_bytes", cfg.cache.maxBytes, "cache_timeout", cfg.cache.ttl.String(),
+		"cores", cfg.cores)
 	if admin != nil {
 		log.Info("serving metrics, health and profiles", "address", admin.Addr().String())
 		a := newAdmin(figures, p.ready, c.forget, log)
@@ -366,8 +371,9 @@ func (c *config) figures(addr net.Addr) []figure {
 		port = tcp.Port
 	}
 	build := fmt.Sprintf("build_info{version=%q,go_version=%q}", version, runtime.Version())
-	info := fmt.Sprintf("info{address=%q,redis=%q,cache_timeout=%q,stale_timeout=%q,absent_timeout=%q,refresh_before=%q,redis_ttl=\"%t\",tls=\"%t\",password=\"%t\"}",
-		addr, c.pool.redis.address(), c.cache.ttl, c.cache.stale, c.cache.absent, c.cache.refresh, c.pool.keyTTL, c.clients.tls != nil, c.password != "")
+	info := fmt.Sprintf("info{address=%q,redis=%q,cache_timeout=%q,stale_timeout=%q,absent_timeout=%q,"+
+		"refresh_before=%q,redis_ttl=\"%t\",tls=\"%t\",password=\"%t\"}", addr, c.pool.redis.address(), c.cache.ttl, c.cache.stale,
+		c.cache.absent, c.cache.refresh, c.pool.keyTTL, c.clients.tls != nil, c.password != "")
 	return []figure{
 		{"", "", build, "What the program was built from, in labels; always 1.", 1},
 		{"", "", info, "How the proxy is configured, in labels; always 1.", 1},
@@ -394,14 +400,14 @@ func processFigures(started time.Time, pw *password) []figure {
 		{"Server", "os", "", "", runtime.GOOS + " " + runtime.GOARCH},
 		{"Server", "gomaxprocs", "go_max_procs", "Cores that may serve.", runtime.GOMAXPROCS(0)},
 		{"Server", "process_id", "", "", os.Getpid()},
-		{"Server", "uptime_in_seconds", "uptime_seconds", "Time since the start.", int64(time.Since(started) / time.Second)},
+		{"Server", "uptime_in_seconds", "uptime_seconds", "Age of the process.", int64(time.Since(started).Seconds())},
 		{"", "", "process_start_time_seconds", "Start of the process, in Unix time.", started.Unix()},
 		{"", "", "process_cpu_seconds_total", "CPU time used, by user and system.", cpu.Seconds()},
-		{"Memory", "used_memory", "go_heap_bytes", "Memory of live and not yet collected objects.", mem.HeapAlloc},
+		{"Memory", "used_memory", "go_heap_bytes", "Memory of objects.", mem.HeapAlloc},
 		{"", "", "go_memory_bytes", "Memory obtained from the system.", mem.Sys - mem.HeapReleased},
-		{"Memory", "used_memory_rss", "process_resident_memory_bytes", "Memory that the system counts for the process.", resident},
+		{"Memory", "used_memory_rss", "process_resident_memory_bytes", "Resident memory.", resident},
 		{"Persistence", "loading", "", "", 0},
-		{"Stats", "acl_access_denied_auth", "passwords_denied_total", "Wrong passwords and users of clients.", pw.denied.Load()},
+		{"Stats", "acl_access_denied_auth", "passwords_denied_total", "Wrong passwords of clients.", pw.denied.Load()},
 		{"Replication", "role", "", "", "master"},
 		{"Replication", "connected_slaves", "", "", 0},
 		{"", "", "go_goroutines", "Goroutines.", runtime.NumGoroutine()},
@@ -466,33 +472,33 @@ type option struct {
 func (c *config) options() []option {
 	addr := &c.pool.redis
 	return []option{
-		{"listen-address", "127.0.0.1", "address to serve on, or unix:///path for a socket", to(&c.listenAddress, parseListenAddress)},
+		{"listen-address", "127.0.0.1", "address to serve on, or unix:///path", to(&c.listenAddress, parseListenAddress)},
 		{"port", "8080", "port to serve on; 0 picks a free one", to(&c.port, number(0, 65535))},
-		{"password", "", "password that clients must present; empty: anyone who can connect", to(&c.password, parseText)},
-		{"tls-cert", "", "file of a certificate in PEM: serve TLS only, both protocols", to(&c.tlsCert, parseText)},
-		{"tls-key", "", "file of its key in PEM", to(&c.tlsKey, parseText)},
+		{"password", "", "what clients must present; empty: anyone who can connect", to(&c.password, parseText)},
+		{"tls-cert", "", "certificate in PEM: serve TLS only, both protocols", to(&c.tlsCert, parseText)},
+		{"tls-key", "", "key of the certificate in PEM", to(&c.tlsKey, parseText)},
 		{"redis-host", "127.0.0.1", "host of the backing Redis", to(&addr.host, parseHost)},
 		{"redis-port", "6379", "port of the backing Redis", to(&addr.port, number(1, 65535))},
 		{"redis-url", "", "URL redis://[[user]:pass@]host[:port][/db], rediss:// for TLS; instead of host and port", to(&c.redisURL, parseRedisURL)},
-		{"redis-cacert", "", "file in PEM: whom to trust for rediss:// beside the system's roots", to(&c.redisCACert, parseText)},
-		{"redis-cert", "", "file in PEM: client certificate for rediss://", to(&c.redisCert, parseText)},
-		{"redis-key", "", "file in PEM: key of the client certificate", to(&c.redisKey, parseText)},
+		{"redis-cacert", "", "whom to trust for rediss:// besides the system, in PEM", to(&c.redisCACert, parseText)},
+		{"redis-cert", "", "client certificate for rediss://, in PEM", to(&c.redisCert, parseText)},
+		{"redis-key", "", "key of the client certificate, in PEM", to(&c.redisKey, parseText)},
 		{"redis-insecure", "false", "do not check the certificate of Redis", to(&c.redisInsecure, parseSwitch)},
-		{"redis-timeout", "1s", "longest time a request waits for Redis in all: queue, dial, reply", to(&c.pool.timeout, parseTime)},
-		{"redis-ttl", "false", "end an entry when its key expires in Redis: a PTTL beside each GET", to(&c.pool.keyTTL, parseSwitch)},
+		{"redis-timeout", "1s", "longest wait for Redis in all: queue, dial, reply", to(&c.pool.timeout, parseTime)},
+		{"redis-ttl", "false", "end an entry when its key expires in Redis", to(&c.pool.keyTTL, parseSwitch)},
 		{"client-limit", "8", "most Redis connections in use at once; further misses wait their turn", to(&c.pool.limit, number(1, 1000))},
-		{"tracking", "false", "drop entries as soon as Redis says that they changed", to(&c.pool.tracking, parseSwitch)},
+		{"tracking", "false", "drop entries when Redis says that they changed", to(&c.pool.tracking, parseSwitch)},
 		{"cache-size", "10000", "most keys in the cache", to(&c.cache.maxKeys, number(1, 1<<31-1))},
-		{"cache-bytes", "256MB", "most bytes of keys, values and bookkeeping in the cache", to(&c.cache.maxBytes, parseSize)},
-		{"cache-timeout", "30s", "TTL of every entry, a time from the moment it was fetched; 30, 1.5 (seconds) or 250ms", to(&c.cache.ttl, parseTime)},
-		{"stale-timeout", "0", "how long after its TTL an entry may still answer while Redis cannot, a time", to(&c.cache.stale, parseTimeOr0)},
-		{"absent-timeout", "0", "how long \"no such key\" is kept, at most --cache-timeout; 0: it is not", to(&c.cache.absent, parseTimeOr0)},
-		{"refresh-before", "0", "a hit in the last so much of an entry's life has it fetched anew; 0: none does", to(&c.cache.refresh, parseTimeOr0)},
+		{"cache-bytes", "256MB", "most bytes of keys, values and bookkeeping", to(&c.cache.maxBytes, parseSize)},
+		{"cache-timeout", "30s", "TTL of every entry, from the moment it was fetched", to(&c.cache.ttl, parseTime)},
+		{"stale-timeout", "0", "how long past its TTL an entry answers in an outage", to(&c.cache.stale, parseTimeOr0)},
+		{"absent-timeout", "0", "how long \"no such key\" is kept; 0: it is not", to(&c.cache.absent, parseTimeOr0)},
+		{"refresh-before", "0", "a hit so near the end has the key fetched anew", to(&c.cache.refresh, parseTimeOr0)},
 		{"max-clients", "10000", "most client connections at once", to(&c.clients.maxClients, number(1, 1<<20))},
-		{"idle-timeout", "0", "time after which a silent client is closed; 0: never (HTTP keep-alive: 2 minutes)", to(&c.clients.idleTimeout, parseTimeOr0)},
-		{"admin-address", "", "host:port for metrics, health and profiles; empty: none", to(&c.adminAddress, parseHostPort)},
-		{"log-level", "info", "level: debug, info, warn or error", to(&c.logLevel, parseLevel)},
-		{"log-format", "text", "format: text or json", to(&c.logFormat, choice("text", "json"))},
+		{"idle-timeout", "0", "close clients silent so long; 0: never (HTTP: 2m)", to(&c.clients.idleTimeout, parseTimeOr0)},
+		{"admin-address", "", "host:port for a page, metrics, health, profiles", to(&c.adminAddress, parseHostPort)},
+		{"log-level", "info", "debug, info, warn or error", to(&c.logLevel, parseLevel)},
+		{"log-format", "text", "text or json", to(&c.logFormat, choice("text", "json"))},
 	}
 }
 
@@ -508,7 +514,8 @@ func (o option) variable() string {
 func (o option) assign(where, val string) error {
 	err := o.set(val)
 	if service, ok := strings.CutSuffix(where, "_PORT"); ok && strings.HasPrefix(val, "tcp://") {
-		err = fmt.Errorf("%w (a Kubernetes Service named %s sets it)", err, strings.ToLower(strings.ReplaceAll(service, "_", "-")))
+		service = strings.ToLower(strings.ReplaceAll(service, "_", "-"))
+		err = fmt.Errorf("%w (a Kubernetes Service named %s sets it)", err, service)
 	}
 	if err != nil && o.secret() {
 		return fmt.Errorf("%s: %w", where, err)
@@ -576,7 +583,7 @@ func parseConfig(args, environ []string) (config, error) {
 	case fs.NArg() > 0 && (cfg.password != "" || strings.Contains(fs.Arg(0), "@")): // part of a secret, perhaps
 		return cfg, errors.New("unexpected argument: only flags are allowed (--help lists them)")
 	case fs.NArg() > 0:
-		return cfg, fmt.Errorf("unexpected argument %q: only flags are allowed, and --flag=true for a switch (--help lists them)", fs.Arg(0))
+		return cfg, fmt.Errorf("unexpected argument %q: only flags are allowed (--help lists them)", fs.Arg(0))
 	case badVariable != nil && !cfg.version:
 		return cfg, badVariable
 	}
@@ -585,7 +592,10 @@ func parseConfig(args, environ []string) (config, error) {
 
 // complete checks what concerns several options, and fills in what follows from others.
 func (c *config) complete() error {
-	for _, pair := range [][4]string{{"tls-cert", c.tlsCert, "tls-key", c.tlsKey}, {"redis-cert", c.redisCert, "redis-key", c.redisKey}} {
+	for _, pair := range [][4]string{
+		{"tls-cert", c.tlsCert, "tls-key", c.tlsKey},
+		{"redis-cert", c.redisCert, "redis-key", c.redisKey},
+	} {
 		cert, key := option{name: pair[0]}, option{name: pair[2]}
 		if (pair[1] == "") != (pair[3] == "") {
 			return fmt.Errorf("--%s or %s %q, --%s or %s %q: both must be given, or neither",
@@ -613,7 +623,8 @@ func unreadVariables(environ []string) (names []string) {
 }
 
 // groups are the titles in the help, by the first option below each.
-var groups = map[string]string{"listen-address": "Serving", "redis-host": "Redis", "cache-size": "Cache", "max-clients": "Limits", "admin-address": "Operations"}
+var groups = map[string]string{"listen-address": "Serving", "redis-host": "Redis", "cache-size": "Cache",
+	"max-clients": "Limits", "admin-address": "Operations"}
 
 // printHelp prints lines of 100 columns at most.
 func printHelp(w io.Writer) {
