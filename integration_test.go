@@ -1322,7 +1322,7 @@ func TestIntegrationUnreadHTTPAnswersAreGivenUp(t *testing.T) {
 func TestIntegrationCommandsOfItsOwn(t *testing.T) {
 	p := startProxy(t, sharedRedis(t))
 	for _, row := range []struct{ name, send, want string }{
-		{"COMMAND", request("COMMAND"), `^\*0\r\n$`},
+		{"COMMAND", request("COMMAND"), `^\*\d+\r\n(?s:.*)\*10\r\n\$3\r\nget\r\n:2\r\n\*2\r\n\+readonly\r\n`},
 		{"COMMAND DOCS", request("COMMAND", "DOCS"), `^\*0\r\n$`},
 		{"CONFIG GET", request("CONFIG", "GET", "save"), `^\*0\r\n$`},
 		{"CLIENT ID", request("CLIENT", "ID"), `^:\d+\r\n$`},
@@ -2846,8 +2846,8 @@ func TestIntegrationTrackingManyChanges(t *testing.T) {
 func TestIntegrationTrackingOffCostsNoConnection(t *testing.T) {
 	r := startRelay(t, sharedRedis(t))
 	p := startProxy(t, r.addr)
-	if exchange(t, p.addr, request("PING")); r.most.Load() != 0 {
-		t.Errorf("%d connections to Redis before anybody asked; want none", r.most.Load())
+	if exchange(t, p.addr, request("PING")); r.most.Load() > 1 {
+		t.Errorf("%d connections to Redis before anybody asked; want the attempt at the start alone", r.most.Load())
 	}
 	exchange(t, p.addr, request("GET", t.Name()))
 	if got := r.most.Load(); got != 1 {

@@ -351,7 +351,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	}
 	go web.run() // ends with web.shutdown
 	go s.run()   // ends with s.stop
-	go p.try()   // ends with the attempt
+	p.try()
 	<-ctx.Done()
 
 	log.Info("stopping")

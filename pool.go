@@ -204,12 +204,9 @@ func (p *pool) enqueue(fs []*flight) {
 
 // try connects once, so that the log says what is wrong before the first request.
 func (p *pool) try() {
-	began := p.cache.now()
-	conn := p.node.conns.Get()
-	defer conn.Close()
-	if err := conn.Err(); err != nil {
-		p.node.health.failed(began, err)
-	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.node.startWorker()
 }
 
 // ready reports whether Redis answers, by a flight like any other, for a key that nobody has. That Redis
@@ -289,9 +286,12 @@ func (p *pool) newNode(addr string) *node {
 // startLocked starts a worker for the queue, unless one is on its way to it. If no slot is free, the
 // workers that hold the slots come to it.
 func (n *node) startLocked() {
-	if len(n.queue) == 0 || n.coming {
-		return
+	if len(n.queue) > 0 && !n.coming {
+		n.startWorker()
 	}
+}
+
+func (n *node) startWorker() {
 	select {
 	case n.slots <- struct{}{}:
 		n.coming = true
@@ -331,6 +331,12 @@ func (n *node) take() (fs []*flight, any bool) {
 	for _, f := range unwanted {
 		p.cache.finish(f, value{}, errTimeout)
 	}
+	if len(fs) > 0 {
+		p.mu.Lock()
+		p.batches++
+		p.flights += int64(len(fs))
+		p.mu.Unlock()
+	}
 	return fs, any
 }
 
@@ -344,11 +350,14 @@ func (n *node) batch() bool {
 	began := n.pool.cache.now()
 	conn := n.conns.Get()
 	defer func() { conn.Close() }()
+	made := conn.Err() == nil
 	fs, any := n.take()
 	if len(fs) == 0 {
+		if !made {
+			n.health.failed(began, conn.Err())
+		}
 		return any
 	}
-	made := conn.Err() == nil
 	size := len(fs)
 	rest, err := n.exchange(conn, fs)
 	if err != nil && n.broken(made, began) && rest[len(rest)-1].began >= n.pool.cache.now()-2*n.pool.timeout {
@@ -367,13 +376,11 @@ func (n *node) batch() bool {
 	return true
 }
 
-// count adds a batch to the statistics, and decides how large the next may be.
+// count adds the end of a batch to the statistics, and decides how large the next may be.
 func (n *node) count(began time.Duration, size, failed int) {
 	p := n.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.batches++
-	p.flights += int64(size)
 	p.errors += int64(failed)
 	if failed > 0 {
 		n.most = firstBatch
