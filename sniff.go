@@ -12,6 +12,7 @@ import (
 	"crypto/subtle"
 	"crypto/tls"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -20,17 +21,20 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 )
 
 const (
-	// firstLineTimeout is how long a client may take for its first line once it has begun, and for a
-	// TLS handshake.
+	// firstLineTimeout is how long a client may take for its first line or its next request once it has
+	// begun, and for a TLS handshake.
 	firstLineTimeout = 10 * time.Second
 	// httpIdleTimeout is how long an HTTP connection is kept alive if the settings do not say.
 	httpIdleTimeout = 2 * time.Minute
 	// maxFirstLine is the longest first line that is looked at. Longer ones are left to RESP, where
 	// this is the limit of an inline request, to refuse.
 	maxFirstLine = 64 << 10
+	// maxEmptyLines bounds the bytes of empty lines before it. More are left to RESP, where they have no end.
+	maxEmptyLines = 64
 	// maxRefusing bounds the connections that are being told that there are too many clients; more than
 	// these are closed without a word. refuseTimeout is how long each has to show its protocol.
 	maxRefusing   = 100
@@ -65,7 +69,7 @@ var protocols = [...]string{"http", "resp"}
 type frontEnd interface {
 	// serve owns the connection. It may return before the connection ends.
 	serve(*conn)
-	// refuse answers a client that is one too many, and closes the connection.
+	// refuse answers a client that is one too many. The caller closes the connection.
 	refuse(*conn)
 }
 
@@ -183,6 +187,7 @@ func (s *server) handle(l *link) {
 	s.log.Debug("connected", "client", client, "protocol", protocols[proto], "refused", l.refused)
 	if l.refused {
 		s.frontEnds[proto].refuse(c)
+		c.linger()
 	} else {
 		s.frontEnds[proto].serve(c)
 	}
@@ -207,9 +212,6 @@ func (s *server) protocol(c *conn) (protocol, error) {
 		return 0, err
 	}
 	c.peeked = peeked{Conn: t}
-	if c.negotiatedHTTP2() {
-		return protoHTTP, nil
-	}
 	return c.detect(protocolOf)
 }
 
@@ -296,15 +298,14 @@ func (c *conn) detect(decide func([]byte) (protocol, bool)) (protocol, error) {
 	}
 }
 
-// protocolOf returns the protocol of a connection that begins with these bytes, once they suffice.
+// protocolOf returns the protocol of a connection that begins with these bytes, once they suffice. Empty
+// lines come before the first line in both protocols (RFC 9112 §2.2), and say nothing.
 func protocolOf(begin []byte) (proto protocol, ok bool) {
-	if len(begin) == 0 {
-		return 0, false
-	}
-	if begin[0] == '*' {
+	first := afterEmptyLines(begin[:min(len(begin), maxFirstLine)])
+	if len(first) > 0 && first[0] == '*' || len(begin)-len(first) > maxEmptyLines {
 		return protoRESP, true
 	}
-	line, _, whole := bytes.Cut(begin[:min(len(begin), maxFirstLine)], []byte("\n"))
+	line, _, whole := bytes.Cut(first, []byte("\n"))
 	if !whole {
 		return protoRESP, len(begin) > maxFirstLine
 	}
@@ -317,10 +318,12 @@ func protocolOf(begin []byte) (proto protocol, ok bool) {
 	return protoRESP, true
 }
 
-// negotiatedHTTP2 reports whether the client chose HTTP/2 by ALPN, for which net/http needs the tls.Conn.
-func (c *conn) negotiatedHTTP2() bool {
-	t, ok := c.Conn.(*tls.Conn)
-	return ok && t.ConnectionState().NegotiatedProtocol == "h2"
+// afterEmptyLines returns b without the empty lines that it begins with.
+func afterEmptyLines(b []byte) []byte {
+	for len(b) > 0 && b[0] == '\n' || len(b) > 1 && b[0] == '\r' && b[1] == '\n' {
+		b = b[bytes.IndexByte(b, '\n')+1:]
+	}
+	return b
 }
 
 // release leaves the read deadlines to the reader that has the connection now, and gives back what was
@@ -338,6 +341,15 @@ func (c *conn) CloseWrite() error {
 	return nil
 }
 
+// linger ends the sending side and reads on until the client has ended too, or its time is over: the last
+// words would be lost if bytes that nobody has read were there at the end (RFC 9112 §9.6).
+func (c *conn) linger() {
+	c.CloseWrite()
+	c.link.CloseWrite()
+	io.Copy(io.Discard, c.link)
+	c.Close()
+}
+
 // A link is a client's connection as it was accepted, below TLS, with its deadlines.
 type link struct {
 	net.Conn
@@ -345,6 +357,7 @@ type link struct {
 	refused  bool          // one too many
 	idle     time.Duration // how long the client may be silent; 0: for ever
 	readBy   time.Time     // the read deadline that is set for that
+	hurried  bool          // the read deadline is that of hurry
 	writeBy  time.Time     // the write deadline that is set
 	closing  bool          // crypto/tls has set the write deadline, for its last words
 	released bool          // net/http sets the read deadlines; the server's lock guards it
@@ -376,10 +389,20 @@ func (l *link) readFor(d time.Duration) {
 	}
 }
 
+// hurry gives the client a time for the rest of what it has begun to send, if it has begun anything.
+func (l *link) hurry(begun bool) {
+	if begun {
+		l.readFor(firstLineTimeout)
+	} else if l.hurried {
+		l.readFor(0)
+	}
+	l.hurried, l.readBy = begun, time.Time{}
+}
+
 // Read fails when the client is silent for its idle time, or up to a quarter longer: a deadline costs as
 // much as a short request, and is not set anew for each.
 func (l *link) Read(p []byte) (int, error) {
-	if l.idle > 0 {
+	if l.idle > 0 && !l.hurried {
 		if now := time.Now(); l.readBy.Sub(now) < l.idle {
 			l.readBy = now.Add(l.idle + l.idle/4)
 			l.readFor(l.idle + l.idle/4)
@@ -432,6 +455,54 @@ func (l *link) Close() error {
 		l.server.log.Debug("closed", "client", l.RemoteAddr().String())
 	}
 	return l.Conn.Close()
+}
+
+// A valueBudget bounds the bytes of values that are on their way to clients. A value counts once, however many
+// clients take it. It is safe for concurrent use.
+type valueBudget struct {
+	max int
+
+	mu    sync.Mutex // guards the following
+	used  int
+	held  map[*byte]int // how many clients take the value that begins there
+	freed chan struct{} // closed when a value is let go; nil while nobody waits
+}
+
+func newValueBudget(max int) *valueBudget { return &valueBudget{max: max, held: make(map[*byte]int)} }
+
+// hold counts s until release, and returns nil; if there is no room for it, it returns what is closed when
+// there may be. What is larger than the budget is held alone.
+func (b *valueBudget) hold(s string) (full <-chan struct{}) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	begin := unsafe.StringData(s)
+	if b.held[begin] == 0 {
+		if b.used > 0 && b.used+len(s) > b.max {
+			if b.freed == nil {
+				b.freed = make(chan struct{})
+			}
+			return b.freed
+		}
+		b.used += len(s)
+	}
+	b.held[begin]++
+	return nil
+}
+
+// release ends a hold.
+func (b *valueBudget) release(s string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	begin := unsafe.StringData(s)
+	if b.held[begin]--; b.held[begin] > 0 {
+		return
+	}
+	delete(b.held, begin)
+	b.used -= len(s)
+	if b.freed != nil {
+		close(b.freed)
+		b.freed = nil
+	}
 }
 
 // A password is what clients must present, if there is one. It is safe for concurrent use.
