@@ -107,7 +107,6 @@ func (w *web) serve(c *conn) {
 
 // refuse answers a connection that is one too many.
 func (w *web) refuse(c *conn) {
-	defer c.Close()
 	begin := make([]byte, len("PRI"))
 	if _, err := io.ReadFull(c, begin); err != nil || string(begin) == "PRI" {
 		return // HTTP/2 has no answer before a request

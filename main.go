@@ -330,6 +330,8 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	p = newPool(cfg.pool, c, log)
 	defer p.close()
 	pw := newPassword(cfg.password)
+	room := int(max(16<<20, cfg.cache.maxBytes/4))
+	cfg.clients.requests, cfg.clients.values = newBudget(room), newBudget(room)
 	var figures func() []figure
 	web := newWeb(webSettings{cfg.clients.idleTimeout, cfg.clients.writeTimeout}, c, pw, l.Addr(), log)
 	resp := newRESP(c, pw, cfg.pool.redis.db, func() []figure { return figures() })

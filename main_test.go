@@ -86,7 +86,7 @@ func (p *parts) get(key string) answer {
 }
 
 // serveRESP serves a client that speaks RESP until it ends.
-func (p *parts) serveRESP(c net.Conn) { p.resp.serve(&conn{peeked: peeked{Conn: c}}) }
+func (p *parts) serveRESP(c net.Conn) { p.resp.serve(newConn(c, p.cfg.clients)) }
 
 // wait completes answers that askFor began.
 func (p *parts) wait(answers []answer) {
@@ -1046,7 +1046,7 @@ func TestRESPWritesNothingAfterAFailedWrite(t *testing.T) {
 	writes := 0
 	p.serveRESP(newScript(t, strings.NewReader(strings.Repeat("GET large\r\nPING\r\n", 10)), writerFunc(func([]byte) (int, error) {
 		writes++
-		return 0, os.ErrDeadlineExceeded
+		return 0, net.ErrClosed
 	})))
 	compare(t, "writes", writes, 1)
 }

@@ -12,6 +12,7 @@ import (
 	"crypto/subtle"
 	"crypto/tls"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -49,6 +50,8 @@ type serverSettings struct {
 	writeTimeout time.Duration // how long a client may take nothing of its replies
 	tls          *tls.Config   // nil: no TLS
 	grown        func(int)     // is called when the number of clients passes another thousand; may be nil
+	requests     *budget       // what clients have sent that is not answered, beyond a buffer for each
+	values       *budget       // values on their way to clients, where they are more than a client's buffer
 }
 
 // A protocol is what a connection speaks.
@@ -65,7 +68,7 @@ var protocols = [...]string{"http", "resp"}
 type frontEnd interface {
 	// serve owns the connection. It may return before the connection ends.
 	serve(*conn)
-	// refuse answers a client that is one too many, and closes the connection.
+	// refuse answers a client that is one too many. The caller closes the connection.
 	refuse(*conn)
 }
 
@@ -183,6 +186,7 @@ func (s *server) handle(l *link) {
 	s.log.Debug("connected", "client", client, "protocol", protocols[proto], "refused", l.refused)
 	if l.refused {
 		s.frontEnds[proto].refuse(c)
+		c.linger()
 	} else {
 		s.frontEnds[proto].serve(c)
 	}
@@ -338,6 +342,16 @@ func (c *conn) CloseWrite() error {
 	return nil
 }
 
+// linger ends the sending side and reads on until the client has ended too, or for a moment: the last words
+// would be lost if bytes that nobody has read were there at the end (RFC 9112 §9.6).
+func (c *conn) linger() {
+	c.CloseWrite()
+	c.link.CloseWrite()
+	c.link.hurry(refuseTimeout)
+	io.Copy(io.Discard, c.link)
+	c.Close()
+}
+
 // A link is a client's connection as it was accepted, below TLS, with its deadlines.
 type link struct {
 	net.Conn
@@ -345,6 +359,7 @@ type link struct {
 	refused  bool          // one too many
 	idle     time.Duration // how long the client may be silent; 0: for ever
 	readBy   time.Time     // the read deadline that is set for that
+	hurried  bool          // the read deadline is that of hurry
 	writeBy  time.Time     // the write deadline that is set
 	closing  bool          // crypto/tls has set the write deadline, for its last words
 	released bool          // net/http sets the read deadlines; the server's lock guards it
@@ -376,10 +391,16 @@ func (l *link) readFor(d time.Duration) {
 	}
 }
 
+// hurry gives the client a time to complete what it has begun to send; 0 ends that.
+func (l *link) hurry(d time.Duration) {
+	l.hurried, l.readBy = d > 0, time.Time{}
+	l.readFor(d)
+}
+
 // Read fails when the client is silent for its idle time, or up to a quarter longer: a deadline costs as
 // much as a short request, and is not set anew for each.
 func (l *link) Read(p []byte) (int, error) {
-	if l.idle > 0 {
+	if l.idle > 0 && !l.hurried {
 		if now := time.Now(); l.readBy.Sub(now) < l.idle {
 			l.readBy = now.Add(l.idle + l.idle/4)
 			l.readFor(l.idle + l.idle/4)
@@ -432,6 +453,52 @@ func (l *link) Close() error {
 		l.server.log.Debug("closed", "client", l.RemoteAddr().String())
 	}
 	return l.Conn.Close()
+}
+
+// A budget bounds bytes over all clients. It is safe for concurrent use.
+type budget struct {
+	max int
+
+	mu    sync.Mutex // guards the following
+	used  int
+	held  map[*byte]int // how many hold the value that begins there
+	freed chan struct{} // closed when bytes come back; nil unless they were wanted
+}
+
+func newBudget(max int) *budget { return &budget{max: max, held: make(map[*byte]int)} }
+
+// hold counts n bytes until release, and returns nil. Several clients' holds of the value that begins at id
+// count once; nil is no value. If there is no room, hold returns what is closed when there may be. More than
+// the whole budget is held alone.
+func (b *budget) hold(id *byte, n int) (full <-chan struct{}) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if id == nil || b.held[id] == 0 {
+		if b.used > 0 && b.used+n > b.max {
+			if b.freed == nil {
+				b.freed = make(chan struct{})
+			}
+			return b.freed
+		}
+		b.used += n
+	}
+	b.held[id]++
+	return nil
+}
+
+// release ends a hold.
+func (b *budget) release(id *byte, n int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.held[id]--; id != nil && b.held[id] > 0 {
+		return
+	}
+	delete(b.held, id)
+	b.used -= n
+	if b.freed != nil {
+		close(b.freed)
+		b.freed = nil
+	}
 }
 
 // A password is what clients must present, if there is one. It is safe for concurrent use.
