@@ -5,13 +5,12 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"encoding/base64"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -21,6 +20,8 @@ import (
 	"net"
 	"net/http"
 	_ "net/http/pprof"
+	"net/url"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -28,6 +29,7 @@ import (
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
+	"unsafe"
 )
 
 const (
@@ -36,8 +38,21 @@ const (
 	headerTimeout  = 10 * time.Second
 	bodyTimeout    = time.Second
 	maxHeaderBytes = 128 << 10
-	// quickBuffer is what a connection has to read plain requests into.
+	// quickBuffer is what a connection has to read ordinary requests into, and longBuffer what it has from
+	// its first longer one on. net/http takes what is longer still.
 	quickBuffer = 2 << 10
+	longBuffer  = 8 << 10
+	// leastPiece is what net/http gathers of an HTTP/2 stream before it writes any.
+	leastPiece = 4 << 10
+	// maxStreams bounds the streams of an HTTP/2 connection, maxRanges the parts of a Range field.
+	maxStreams = 100
+	maxRanges  = 16
+)
+
+// Errors of answers that are not those of the cache.
+var (
+	errDenied  = errors.New("a password is required")
+	errCrowded = errors.New("too many large values on their way")
 )
 
 // webSettings are what the flags say about HTTP.
@@ -56,6 +71,8 @@ type web struct {
 	conns    chan net.Conn
 	closed   chan struct{} // closed when conns is no longer received from
 	addr     net.Addr
+	values   *budget // on their way to clients
+	date     atomic.Pointer[dateField]
 	tally    tally
 
 	draining  atomic.Bool
@@ -63,8 +80,9 @@ type web struct {
 	unstarted sync.Map // of net.Conn: connections that net/http has had no whole request from
 }
 
-func newWeb(s webSettings, c *cache, pw *password, addr net.Addr, log *slog.Logger) *web {
-	w := &web{webSettings: s, cache: c, password: pw, conns: make(chan net.Conn), closed: make(chan struct{}), addr: addr}
+func newWeb(s webSettings, c *cache, pw *password, values *budget, addr net.Addr, log *slog.Logger) *web {
+	w := &web{webSettings: s, cache: c, password: pw, values: values, addr: addr,
+		conns: make(chan net.Conn), closed: make(chan struct{})}
 	w.server = http.Server{
 		Handler:                      w,
 		DisableGeneralOptionsHandler: true,
@@ -74,9 +92,9 @@ func newWeb(s webSettings, c *cache, pw *password, addr net.Addr, log *slog.Logg
 		ConnState:                    w.follow,
 		ErrorLog:                     errorLog(log),
 		Protocols:                    new(http.Protocols),
+		HTTP2:                        &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 	}
 	w.server.Protocols.SetHTTP1(true)
-	w.server.Protocols.SetHTTP2(true)
 	w.server.Protocols.SetUnencryptedHTTP2(true)
 	return w
 }
@@ -84,17 +102,10 @@ func newWeb(s webSettings, c *cache, pw *password, addr net.Addr, log *slog.Logg
 // run serves until shutdown.
 func (w *web) run() { w.server.Serve(w) }
 
-// serve answers plain requests, and hands the connection to net/http at the first that is not plain. One
-// that negotiated HTTP/2 is net/http's from the start, and so is every one if there is a password.
+// serve answers ordinary requests, and hands the connection to net/http at the first that is not.
 func (w *web) serve(c *conn) {
-	var rest net.Conn = c
-	switch {
-	case c.negotiatedHTTP2():
-		c.release(nil)
-		rest = c.Conn
-	case w.password.needed:
-		c.release(nil)
-	case !w.quick(c):
+	rest := w.quick(c)
+	if rest == nil {
 		c.Close()
 		return
 	}
@@ -156,7 +167,11 @@ func (w *web) Addr() net.Addr { return w.addr }
 // ServeHTTP answers GET and HEAD for the key that is everything after the path's first slash. There is
 // no ServeMux in front, as that would clean the path.
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
-	h := rw.Header()
+	h, out := rw.Header(), &contentWriter{ResponseWriter: rw}
+	if r.ProtoMajor == 2 {
+		out.control, out.stuck = http.NewResponseController(rw), w.writeTimeout
+		out.renew()
+	}
 	body := r.ContentLength != 0 && r.ProtoMajor == 1 // it means nothing here
 	if body || w.draining.Load() {
 		h.Set("Connection", "close")
@@ -164,71 +179,153 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	if body { // net/http reads some of it, or the client might not see the answer
 		http.NewResponseController(rw).SetReadDeadline(time.Now().Add(bodyTimeout))
 	}
-	if !w.authorised(r) {
-		h["Www-Authenticate"] = []string{`Basic realm="redis_proxy"`, "Bearer"}
-		fail(rw, http.StatusUnauthorized, "a password is required")
-		return
-	}
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		h.Set("Allow", "GET, HEAD")
-		fail(rw, http.StatusMethodNotAllowed, "only GET and HEAD are allowed")
-		return
-	}
 	path, ok := strings.CutPrefix(r.URL.Path, "/")
-	if !ok {
+	switch {
+	case !w.authorised([]byte(r.Header.Get("Authorization"))):
+		w.write(out, r, &answer{err: errDenied}, 0)
+	case r.Method == http.MethodOptions:
+		h.Set("Allow", allowed)
+		rw.WriteHeader(http.StatusNoContent)
+	case r.Method != http.MethodGet && r.Method != http.MethodHead:
+		h.Set("Allow", allowed)
+		fail(rw, http.StatusMethodNotAllowed, "only "+allowed+" are allowed")
+	case !ok && (path != "" || r.URL.Host == ""): // in absolute form there may be no path (RFC 9110 §4.2.3)
 		fail(rw, http.StatusBadRequest, "the path must begin with a slash")
-		return
+	default:
+		a, now := w.get([]byte(path), 0) // a client may take its time with any value
+		w.write(out, r, &a, now)
+		w.letGo(&a, 0)
 	}
-	a, now := w.get([]byte(path))
-	for line := range bytes.Lines(w.appendFields(nil, &a, now)) {
+}
+
+// write answers GET or HEAD.
+func (w *web) write(out *contentWriter, r *http.Request, a *answer, now time.Duration) {
+	fields := w.appendFields(nil, a, now)
+	if a.err == nil {
+		fields = append(fields, w.header(a)...)
+	}
+	h := out.Header()
+	for line := range bytes.Lines(fields) {
 		name, val, _ := bytes.Cut(line, []byte(": "))
-		h[string(name)] = []string{string(bytes.TrimSpace(val))}
+		h[string(name)] = append(h[string(name)], string(bytes.TrimSpace(val)))
 	}
 	if a.err != nil {
 		status, text := httpError(a.err)
-		fail(rw, status, text)
+		fail(out, status, text)
 		return
 	}
-	http.ServeContent(contentWriter{rw, w.writeTimeout}, r, "", time.Time{}, strings.NewReader(a.content()))
+	delete(h, "Content-Length") // it may be that of a part
+	if tags := []byte(strings.Join(r.Header["If-None-Match"], ", ")); lists(tags, a.header) {
+		r.Header.Set("If-None-Match", "*")
+	} else {
+		r.Header.Del("If-None-Match")
+	}
+	correct(r)
+	http.ServeContent(out, r, "", time.Time{}, strings.NewReader(a.content()))
 }
 
-// get asks for one key.
-func (w *web) get(key []byte) (answer, time.Duration) {
+// correct changes a request where http.ServeContent reads it otherwise than RFC 9110: several lines are one
+// list (§5.3); HEAD, another unit and too many parts have no range, the unit has no case, the last 0 bytes are
+// no part, and no number is too large (§14).
+func correct(r *http.Request) {
+	if lines := r.Header["If-Match"]; len(lines) > 1 {
+		r.Header.Set("If-Match", strings.Join(lines, ", "))
+	}
+	unit, set, _ := strings.Cut(strings.Join(r.Header["Range"], ", "), "=")
+	if r.Method == http.MethodHead || strings.ToLower(unit) != "bytes" || strings.Count(set, ",") >= maxRanges {
+		r.Header.Del("Range")
+		return
+	}
+	set = tooLarge.ReplaceAllString(set, pastEnd)
+	r.Header.Set("Range", "bytes="+emptySuffix.ReplaceAllString(set, "${1}"+pastEnd+"-"))
+}
+
+const pastEnd = "999999999999999999"
+
+var (
+	tooLarge    = regexp.MustCompile(`\b0*[1-9][0-9]{18,}\b`)
+	emptySuffix = regexp.MustCompile(`((?:^|,)[ \t]*)-0+\b`)
+)
+
+// get asks for one key. A value of more than most bytes is held until letGo. If there is no room for it, get
+// lets go of it, waits for room as long as it would for Redis, and asks again.
+func (w *web) get(key []byte, most int) (a answer, now time.Duration) {
 	keys, answers := [1][]byte{key}, [1]answer{}
-	w.cache.get(&w.tally, w.cache.now(), keys[:], answers[:])
-	return answers[0], w.cache.now()
+	for late := (<-chan time.Time)(nil); ; {
+		w.cache.get(&w.tally, w.cache.now(), keys[:], answers[:])
+		if now = w.cache.now(); len(answers[0].data) <= most {
+			return answers[0], now
+		}
+		full := w.values.hold(unsafe.StringData(answers[0].data), len(answers[0].data))
+		if full == nil {
+			return answers[0], now
+		}
+		if answers[0] = (answer{err: errCrowded}); late == nil {
+			late = time.After(w.cache.timeout)
+		}
+		select {
+		case <-full:
+		case <-late:
+			return answers[0], now
+		}
+	}
 }
 
-// authorised reports whether a request brings the password, in one of the two ways of RFC 7617 and 6750.
-func (w *web) authorised(r *http.Request) bool {
+func (w *web) letGo(a *answer, most int) {
+	if len(a.data) > most {
+		w.values.release(unsafe.StringData(a.data), len(a.data))
+	}
+}
+
+// allowed are the methods that have a meaning here.
+const allowed = "GET, HEAD, OPTIONS"
+
+// authorised reports whether an Authorization field has the password, in one of the two ways of RFC 7617
+// and 6750.
+func (w *web) authorised(field []byte) bool {
 	if !w.password.needed {
 		return true
 	}
-	if _, password, ok := r.BasicAuth(); ok {
-		return w.password.matches([]byte(password))
+	scheme, secret, _ := bytes.Cut(field, []byte(" "))
+	secret = bytes.TrimLeft(secret, " ")
+	switch strings.ToLower(string(scheme)) {
+	case "basic":
+		plain, err := base64.StdEncoding.AppendDecode(nil, secret)
+		_, password, ok := bytes.Cut(plain, []byte(":"))
+		return err == nil && ok && w.password.matches(password)
+	case "bearer":
+		return w.password.matches(secret)
 	}
-	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-	return strings.EqualFold(scheme, "Bearer") && w.password.matches([]byte(strings.TrimLeft(token, " ")))
+	return false
 }
 
-// A contentWriter gives the errors that http.ServeContent writes (412, 416) the header of all errors, and an
-// HTTP/2 client that opens no window as little time as one that does not read.
+// A contentWriter gives the errors that http.ServeContent writes (412, 416) the header of all errors. It ends
+// an HTTP/2 stream of which the client takes nothing for the write time-out. Over HTTP/1 the link does.
 type contentWriter struct {
 	http.ResponseWriter
-	stuck time.Duration
+	control *http.ResponseController // nil: HTTP/1
+	stuck   time.Duration
 }
 
-func (w contentWriter) WriteHeader(status int) {
+func (w *contentWriter) WriteHeader(status int) {
 	if status >= http.StatusBadRequest {
 		w.Header().Set("Cache-Control", "no-store")
 	}
 	w.ResponseWriter.WriteHeader(status)
 }
 
-func (w contentWriter) Write(p []byte) (int, error) {
-	http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(w.stuck))
-	return w.ResponseWriter.Write(p)
+func (w *contentWriter) Write(p []byte) (written int, err error) {
+	if w.control == nil {
+		return w.ResponseWriter.Write(p)
+	}
+	for n := 0; written < len(p) && err == nil; written += n {
+		w.renew()
+		n, err = w.ResponseWriter.Write(p[written:min(len(p), written+leastPiece)])
+	}
+	return written, err
 }
+
+func (w *contentWriter) renew() { w.control.SetWriteDeadline(time.Now().Add(w.stuck)) }
 
 // fail answers with an error: one line of text.
 func fail(rw http.ResponseWriter, status int, text string) {
@@ -246,6 +343,8 @@ func httpError(err error) (status int, text string) {
 		{errTimeout, http.StatusGatewayTimeout},
 		{errWrongType, http.StatusConflict},
 		{errRefused, http.StatusBadGateway},
+		{errDenied, http.StatusUnauthorized},
+		{errCrowded, http.StatusServiceUnavailable},
 	} {
 		if errors.Is(err, row.err) {
 			return row.status, row.err.Error()
@@ -254,17 +353,21 @@ func httpError(err error) (status int, text string) {
 	return http.StatusBadGateway, errUnavailable.Error()
 }
 
-// appendFields adds the header fields of the answer to a key, a line each, but those that every answer has.
+// appendFields adds the header fields of the answer to a key, a line each, but those that every answer or
+// the value has.
 func (w *web) appendFields(b []byte, a *answer, now time.Duration) []byte {
+	switch a.err {
+	case errDenied:
+		return append(b, "Www-Authenticate: Basic realm=\"redis_proxy\"\r\nWww-Authenticate: Bearer\r\n"...)
+	case errCrowded:
+		return append(b, "Retry-After: 1\r\n"...)
+	}
 	b = append(w.appendCacheStatus(append(b, "Cache-Status: "...), a, now), "\r\n"...)
 	if a.err != nil {
 		return b
 	}
-	content := a.content()
 	b = strconv.AppendInt(append(b, "Age: "...), int64((now-a.fetched)/time.Second), 10)
 	b = strconv.AppendInt(append(b, "\r\nCache-Control: max-age="...), int64((a.expires-a.fetched)/time.Second), 10)
-	b = append(append(b, "\r\nContent-Type: "...), contentType(content)...)
-	b = appendETag(append(b, "\r\nEtag: "...), content)
 	return append(b, "\r\nX-Content-Type-Options: nosniff\r\n"...)
 }
 
@@ -291,151 +394,331 @@ func (w *web) appendCacheStatus(b []byte, a *answer, now time.Duration) []byte {
 	return b
 }
 
-// contentType is of what a value looks like: Redis does not say.
-func contentType(content string) string {
-	if utf8.ValidString(content) {
-		return "text/plain; charset=utf-8"
+// header returns what HTTP says about the value of an answer, a field a line: its tag (tagField), type and
+// length. The cache keeps it.
+func (w *web) header(a *answer) string {
+	if a.header == "" {
+		content := a.content()
+		kind := "application/octet-stream" // Redis does not say what a value is: it is what it looks like
+		if utf8.ValidString(content) {
+			kind = "text/plain; charset=utf-8"
+		}
+		digest := sha256.New()                                    // the same on every replica
+		for part := range slices.Chunk(bytesOf(content), 1<<20) { // no goroutine is preempted within a part
+			digest.Write(part)
+		}
+		a.header = fmt.Sprintf("Etag: \"%x\"\r\nContent-Type: %s\r\nContent-Length: %d\r\n", digest.Sum(nil)[:16], kind, len(content))
+		w.cache.annotate(a.value)
 	}
-	return "application/octet-stream"
+	return a.header
 }
 
-// appendETag adds a strong validator (RFC 9110 §8.8.3): a digest of the value, the same on every replica.
-func appendETag(b []byte, content string) []byte {
-	digest := sha256.New()
-	// By parts, and not as bytes: that would copy the whole value.
-	io.Copy(digest, io.LimitReader(strings.NewReader(content), int64(len(content))))
-	return append(hex.AppendEncode(append(b, '"'), digest.Sum(nil)[:16]), '"')
+// tagField is how much of a value's header is its tag, which is a strong one (RFC 9110 §8.8.3).
+const tagField = len("Etag: ") + 2 + 32 + len("\r\n")
+
+// lists reports whether a field of If-None-Match is * or has the tag of a value with this header. A tag
+// cannot be part of another, as it has quotes.
+func lists(field []byte, header string) bool {
+	return string(field) == "*" || bytes.Contains(field, bytesOf(header[len("Etag: "):tagField-2]))
 }
+
+// bytesOf returns the bytes of s without a copy. They must not be written to.
+func bytesOf(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
 
 // quick answers requests as ServeHTTP does, without net/http, which costs more than all the rest of a
-// hit. It takes only what cannot be misunderstood: see plainGet. It returns true when net/http is to go on
-// with what comes next, false when the connection is done with.
-func (w *web) quick(c *conn) bool {
-	buf := make([]byte, quickBuffer)
-	for kept, answered := 0, false; ; {
-		n, _ := c.Read(buf[kept:]) // if there is an error besides bytes, the next Read has it too
-		if n == 0 {
-			return false
+// hit. It takes only ordinary ones: see quickRequest. It returns the connection for net/http to go on with, or
+// nil when it is done with.
+func (w *web) quick(c *conn) net.Conn {
+	buf, kept, all := make([]byte, quickBuffer), 0, 0
+	for {
+		n, err := c.Read(buf[kept:]) // an error that comes with bytes comes again
+		if n == 0 && err != io.EOF {
+			return nil
 		}
-		var err error
-		page := pages.Get().(*[]byte)
-		out, unread := (*page)[:0], buf[:kept+n]
-		for len(unread) > 0 && err == nil {
-			key, size := plainGet(unread)
-			if size == 0 || w.draining.Load() {
-				break
-			}
-			unread, answered = unread[size:], true
-			var content string
-			out, content = w.appendAnswer(out, key)
-			if len(out)+len(content) <= flushAt {
-				out = append(out, content...)
-				continue
-			}
-			large := bufio.NewWriterSize(c, flushAt)
-			large.Write(out)
-			large.WriteString(content)
-			out, err = out[:0], large.Flush()
+		rest, answered, ordinary, err := w.answer(c, buf[:kept+n])
+		all += answered
+		ordinary = ordinary && n > 0 && len(rest) < longBuffer // half a request at the end is not
+		switch {
+		case err != nil:
+			return nil
+		case !ordinary && (len(rest) >= 4 || len(rest) > 0 && all == 0): // net/http waits for 4 bytes of the next
+			return handOver(c, rest, all == 0)
+		case n == 0:
+			return nil
+		case len(rest) == len(buf):
+			buf = make([]byte, longBuffer)
 		}
-		if len(out) > 0 && err == nil {
-			_, err = c.Write(out)
+		if len(rest) == 0 {
+			c.link.hurry(0)
+		} else if kept == 0 || answered > 0 {
+			c.link.hurry(headerTimeout)
 		}
-		*page = out
-		pages.Put(page)
-		if err != nil {
-			return false
-		}
-		// Between requests net/http waits for 4 bytes, and says nothing if they never come.
-		if len(unread) >= 4 || len(unread) > 0 && !answered {
-			c.release(unread)
-			return true
-		}
-		kept = copy(buf, unread)
+		kept = copy(buf, rest)
 	}
+}
+
+// answer answers the ordinary requests that b begins with. It returns what is left, how many they were, and
+// whether what is left may become another.
+func (w *web) answer(c *conn, b []byte) (rest []byte, answered int, ordinary bool, err error) {
+	page := pages.Get().(*[]byte)
+	out := (*page)[:0]
+	for rest, ordinary = afterEmptyLines(b), true; err == nil; rest = afterEmptyLines(rest) {
+		r, size := parse(rest)
+		if ordinary = size == 0 || size > 0 && !w.draining.Load(); size == 0 || !ordinary {
+			break
+		}
+		a, body := answer{}, ""
+		out, body = w.appendAnswer(out, &r, &a)
+		rest, answered = rest[size:], answered+1
+		n := min(len(body), max(0, flushAt-len(out)))
+		if out = append(out, body[:n]...); n < len(body) {
+			if _, err = c.Write(out); err == nil && len(body)-n > flushAt {
+				_, err = c.Write(bytesOf(body[n:]))
+				n = len(body)
+			}
+			out = append(out[:0], body[n:]...)
+		}
+		w.letGo(&a, flushAt)
+	}
+	if len(out) > 0 && err == nil {
+		_, err = c.Write(out)
+	}
+	*page = out
+	pages.Put(page)
+	return rest, answered, ordinary, err
 }
 
 // pages are buffers for answers.
-var pages = sync.Pool{New: func() any { b := make([]byte, 0, flushAt); return &b }}
+var pages = sync.Pool{New: func() any { b := make([]byte, 0, flushAt+1<<10); return &b }}
 
-// appendAnswer adds the header of the answer to one GET, and returns its body.
-func (w *web) appendAnswer(b, key []byte) (out []byte, body string) {
-	a, now := w.get(key)
-	if a.err == nil {
-		body = a.content()
-		b = append(b, "HTTP/1.1 200 OK\r\nAccept-Ranges: bytes\r\n"...)
-	} else {
-		status, text := httpError(a.err)
-		body = text + "\n"
-		b = strconv.AppendInt(append(b, "HTTP/1.1 "...), int64(status), 10)
-		b = append(append(b, ' '), http.StatusText(status)...)
-		b = append(b, "\r\nCache-Control: no-store\r\nContent-Type: text/plain; charset=utf-8\r\n"...)
-		b = append(b, "X-Content-Type-Options: nosniff\r\n"...)
+// appendAnswer adds the header of the answer to a request, and returns its body, which a holds.
+func (w *web) appendAnswer(b []byte, r *quickRequest, a *answer) (out []byte, body string) {
+	now := time.Duration(0)
+	if a.err = errDenied; w.authorised(r.authorization) {
+		*a, now = w.get(r.key, flushAt)
 	}
-	b = w.appendFields(b, &a, now)
-	b = time.Now().UTC().AppendFormat(append(b, "Date: "...), http.TimeFormat)
-	b = strconv.AppendInt(append(b, "\r\nContent-Length: "...), int64(len(body)), 10)
-	return append(b, "\r\n\r\n"...), body
+	status, fields, own := http.StatusOK, "Accept-Ranges: bytes\r\n", ""
+	if a.err != nil {
+		status, body = httpError(a.err)
+		body += "\n"
+		fields = "Cache-Control: no-store\r\nContent-Type: text/plain; charset=utf-8\r\nX-Content-Type-Options: nosniff\r\n"
+	} else if own, body = w.header(a), a.content(); lists(r.tags, own) {
+		status, fields, own, body = http.StatusNotModified, "", own[:tagField], ""
+	}
+	b = append(b, "HTTP/1.1 "...)
+	if r.old {
+		b[len(b)-2] = '0'
+		fields += "Connection: keep-alive\r\n"
+	}
+	b = append(strconv.AppendInt(b, int64(status), 10), ' ')
+	b = append(append(b, http.StatusText(status)...), "\r\n"...)
+	b = append(w.appendFields(append(b, fields...), a, now), own...)
+	if a.err != nil {
+		b = append(strconv.AppendInt(append(b, "Content-Length: "...), int64(len(body)), 10), "\r\n"...)
+	}
+	date := w.date.Load()
+	if t := time.Now(); date == nil || date.second != t.Unix() {
+		date = &dateField{t.Unix(), t.UTC().Format("Date: " + http.TimeFormat + "\r\n\r\n")}
+		w.date.Store(date)
+	}
+	if r.head {
+		body = ""
+	}
+	return append(b, date.text...), body
 }
 
-// plainGet returns the key and the size of a request that can be answered without net/http; size 0 means
-// that it cannot, or that it is not whole. Plain is: GET, a path of characters that stand for themselves,
-// HTTP/1.1, one Host, and no header but those that have no meaning here, each on a line of its own that
-// ends in CR LF. Whatever else there may be in a request, a body above all, net/http decides.
-func plainGet(b []byte) (key []byte, size int) {
-	line, rest, ok := cutLine(b)
+// A dateField is the last field of a header, for a second.
+type dateField struct {
+	second int64
+	text   string
+}
+
+// A quickRequest is an ordinary request: GET or HEAD, well-formed to the byte, with one Host, no body, and no
+// field that asks for what net/http alone knows. Fields that mean nothing here are skipped. Its parts lie in
+// the buffer that it was read into.
+type quickRequest struct {
+	head, old     bool // old: HTTP/1.0, which must ask to be kept alive
+	keepAlive     bool
+	hosts         int
+	key           []byte
+	authorization []byte // nil: none
+	tags          []byte // of If-None-Match; nil: none
+}
+
+// parse returns the request that b begins with, and its size: 0 if it is not whole, -1 if it is not ordinary.
+func parse(b []byte) (r quickRequest, size int) {
+	if len(b) < len(preface) && preface[:len(b)] == string(b) {
+		return r, 0
+	}
+	for rest, first := b, true; ; first = false {
+		end := bytes.IndexByte(rest, '\n')
+		if end < 0 {
+			return r, 0
+		}
+		if end == 0 || rest[end-1] != '\r' {
+			return r, -1
+		}
+		line := rest[:end-1]
+		rest = rest[end+1:]
+		switch {
+		case first && r.begin(line) || !first && len(line) > 0 && r.field(line):
+		case first || len(line) > 0 || r.hosts > 1 || r.hosts == 0 && !r.old || r.old && !r.keepAlive:
+			return r, -1
+		default:
+			return r, len(b) - len(rest)
+		}
+	}
+}
+
+// begin parses the request line. net/http takes any target but for blanks and control characters.
+func (r *quickRequest) begin(line []byte) (ordinary bool) {
+	target, ok := bytes.CutPrefix(line, []byte("GET /"))
 	if !ok {
-		return nil, 0
+		target, r.head = bytes.CutPrefix(line, []byte("HEAD /"))
 	}
-	key, get := bytes.CutPrefix(line, []byte("GET /"))
-	key, version := bytes.CutSuffix(key, []byte(" HTTP/1.1"))
-	if !get || !version || !plain(key, "-._~!$&'()*+,;=:@/") { // pchar and the slash (RFC 3986 §3.3)
-		return nil, 0
+	target, current := bytes.CutSuffix(target, []byte(" HTTP/1.1"))
+	if !current {
+		target, r.old = bytes.CutSuffix(target, []byte(" HTTP/1.0"))
 	}
-	for hosts := 0; ; {
-		if line, rest, ok = cutLine(rest); !ok {
-			return nil, 0
-		}
-		if len(line) == 0 {
-			if hosts != 1 {
-				return nil, 0
-			}
-			return key, len(b) - len(rest)
-		}
-		name, val, ok := bytes.Cut(line, []byte(": "))
-		known := func(header string) bool { return strings.EqualFold(string(name), header) }
-		if ok && known("Host") {
-			hosts++
-			ok = plain(val, "-._:[]")
-		} else if ok {
-			ok = slices.ContainsFunc(ignored, known) && plain(val, " !\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
-		}
-		if !ok {
-			return nil, 0
-		}
-	}
-}
-
-// ignored are the headers that have no meaning here.
-var ignored = []string{"User-Agent", "Accept", "Accept-Encoding", "Accept-Language", "Referer", "Cookie"}
-
-// cutLine cuts off a line that ends in CR LF.
-func cutLine(b []byte) (line, rest []byte, ok bool) {
-	i := bytes.IndexByte(b, '\n')
-	if i < 1 || b[i-1] != '\r' {
-		return nil, nil, false
-	}
-	return b[:i-1], b[i+1:], true
-}
-
-// plain tells whether b consists of letters, digits and others.
-func plain(b []byte, others string) bool {
-	for _, c := range b {
-		letter := 'a' <= c|' ' && c|' ' <= 'z'
-		if !letter && (c < '0' || '9' < c) && strings.IndexByte(others, c) < 0 {
+	for _, c := range target {
+		if c <= ' ' || c == 0x7f {
 			return false
 		}
 	}
+	r.key, _, _ = bytes.Cut(target, []byte("?"))
+	if bytes.IndexByte(r.key, '%') >= 0 {
+		key, err := url.PathUnescape(string(r.key))
+		if err != nil {
+			return false
+		}
+		r.key = []byte(key)
+	}
+	return (ok || r.head) && (current || r.old)
+}
+
+// field parses a line of the header.
+func (r *quickRequest) field(line []byte) (ordinary bool) {
+	var lower [len("if-unmodified-since") + 1]byte // a longer name is none of those below
+	n := 0
+	for ; n < len(line) && line[n] != ':'; n++ {
+		c := token[line[n]]
+		if c == 0 {
+			return false
+		}
+		lower[min(n, len(lower)-1)] = c
+	}
+	if n == 0 || n == len(line) {
+		return false
+	}
+	val := line[n+1:]
+	val = val[len(val)-len(bytes.TrimLeft(val, " \t")):] // nor is it nil when it is empty
+	val = val[:len(bytes.TrimRight(val, " \t"))]
+	for _, c := range val {
+		if c < ' ' && c != '\t' || c == 0x7f {
+			return false
+		}
+	}
+	once := func(field *[]byte) bool {
+		first := *field == nil
+		*field = val
+		return first
+	}
+	switch string(lower[:min(n, len(lower))]) {
+	case "host":
+		r.hosts++
+		return len(bytes.TrimLeft(val, letters+"-._:[]")) == 0
+	case "connection":
+		r.keepAlive = true
+		return string(val) == "keep-alive" || string(val) == "Keep-Alive"
+	case "authorization":
+		return once(&r.authorization)
+	case "if-none-match":
+		return once(&r.tags)
+	case "content-length", "transfer-encoding", "upgrade", "expect", "te", "trailer", "http2-settings", "range",
+		"if-match", "if-range", "if-modified-since", "if-unmodified-since":
+		return false
+	}
 	return true
+}
+
+const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+
+// token maps the bytes that names consist of (RFC 9110 §5.6.2) to their lower case, and the others to 0. Only
+// ASCII has cases there.
+var token = func() (t [256]byte) {
+	for _, c := range []byte(letters + "!#$%&'*+-.^_`|~") {
+		if t[c] = c; 'A' <= c && c <= 'Z' {
+			t[c] = c | ' '
+		}
+	}
+	return t
+}()
+
+// handOver gives net/http a connection, with bytes that have been read; fresh: they are the first.
+func handOver(c *conn, unread []byte, fresh bool) net.Conn {
+	c.release(unread)
+	if fresh && bytes.HasPrefix(unread, []byte(preface)) {
+		return &framed{conn: c, left: len(preface)}
+	}
+	return &handed{conn: c}
+}
+
+// A handed connection is net/http's, for HTTP/1. Between requests that waits for 4 bytes as long as for none.
+type handed struct {
+	*conn
+	waits atomic.Bool
+}
+
+// ConnectionState keeps net/http from looking for HTTP/2 in the middle of a connection.
+func (h *handed) ConnectionState() (none tls.ConnectionState) { return }
+
+func (h *handed) SetReadDeadline(t time.Time) error {
+	h.waits.Store(time.Until(t) > headerTimeout)
+	return h.conn.SetReadDeadline(t)
+}
+
+func (h *handed) Read(p []byte) (int, error) {
+	n, err := h.conn.Read(p)
+	if n > 0 && h.waits.Swap(false) {
+		h.conn.SetReadDeadline(time.Now().Add(headerTimeout))
+	}
+	return n, err
+}
+
+const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+// A framed connection is net/http's, for HTTP/2. That waits for the rest of a frame or a header block as long
+// as for a request.
+type framed struct {
+	*conn
+	head      [9]byte // of a frame (RFC 9113 §4.1)
+	got, left int     // how much of head has come; how much of what follows has not
+	block     bool    // the header block goes on in the next frame
+	begun     bool
+}
+
+func (f *framed) Read(p []byte) (n int, err error) {
+	n, err = f.conn.Read(p)
+	for _, b := range p[:n] {
+		if f.left > 0 {
+			f.left--
+			continue
+		}
+		f.head[f.got] = b
+		if f.got = (f.got + 1) % len(f.head); f.got == 0 {
+			f.left = int(f.head[0])<<16 | int(f.head[1])<<8 | int(f.head[2])
+			if kind := f.head[3]; kind == 1 || kind == 9 { // HEADERS, CONTINUATION
+				f.block = f.head[4]&4 == 0 // END_HEADERS
+			}
+		}
+	}
+	if begun := f.got+f.left > 0 || f.block; begun && !f.begun {
+		f.conn.SetReadDeadline(time.Now().Add(headerTimeout))
+	} else if f.begun && !begun {
+		f.conn.SetReadDeadline(time.Time{})
+	}
+	f.begun = f.got+f.left > 0 || f.block
+	return n, err
 }
 
 // complaints takes what net/http has to say. What is not a panic is about a client.

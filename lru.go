@@ -20,7 +20,7 @@ import (
 const (
 	// entryOverhead is what an entry costs beside its key and its value, in bytes: two list elements,
 	// the entry, its slot in the map. BenchmarkCacheMemory measures it.
-	entryOverhead = 224
+	entryOverhead = 240
 	// refreshPause is the least time between two refreshes of an entry: the first may have failed.
 	refreshPause = 100 * time.Millisecond
 	// maxLate bounds how far back the list of filling is searched for the place of a late reply. Behind
@@ -70,7 +70,7 @@ type entry struct {
 	refreshed    time.Duration // when a flight to refresh it began last
 }
 
-func (e *entry) size() int64 { return int64(len(e.data)) + entryOverhead }
+func (e *entry) size() int64 { return int64(len(e.data)+len(e.header)) + entryOverhead }
 
 // A value is what Redis had for a key at one moment. It is a string, because the cache and all its
 // readers share it: nobody can write to it.
@@ -79,6 +79,7 @@ type value struct {
 	keyLen  int           // how much of data is the key
 	fetched time.Duration // when Redis was asked, on the cache's clock
 	expires time.Duration // when it may not answer any more; 0: finish sets it to the end of the TTL
+	header  string        // what HTTP says about the value; empty until the cache's annotate
 }
 
 func newValue(key string, val []byte, fetched time.Duration) value {
@@ -437,6 +438,17 @@ func (c *cache) forget(keys [][]byte) {
 		c.used.Init()
 		c.filled.Init()
 		c.bytes = 0
+	}
+}
+
+// annotate keeps v's header with the entry, if the entry's value is still v.
+func (c *cache) annotate(v value) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e := c.entries[v.key()]; e != nil && e.header == "" && e.data == v.data { // which is quick for the same string
+		e.header = v.header
+		c.bytes += int64(len(v.header))
+		c.shrink(c.now())
 	}
 }
 

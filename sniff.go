@@ -24,14 +24,16 @@ import (
 )
 
 const (
-	// firstLineTimeout is how long a client may take for its first line once it has begun, and for a
-	// TLS handshake.
+	// firstLineTimeout is how long a client may take for its first line or its next request once it has
+	// begun, and for a TLS handshake.
 	firstLineTimeout = 10 * time.Second
 	// httpIdleTimeout is how long an HTTP connection is kept alive if the settings do not say.
 	httpIdleTimeout = 2 * time.Minute
 	// maxFirstLine is the longest first line that is looked at. Longer ones are left to RESP, where
 	// this is the limit of an inline request, to refuse.
 	maxFirstLine = 64 << 10
+	// maxEmptyLines bounds the bytes of empty lines before it. More are left to RESP, where they have no end.
+	maxEmptyLines = 64
 	// maxRefusing bounds the connections that are being told that there are too many clients; more than
 	// these are closed without a word. refuseTimeout is how long each has to show its protocol.
 	maxRefusing   = 100
@@ -211,9 +213,6 @@ func (s *server) protocol(c *conn) (protocol, error) {
 		return 0, err
 	}
 	c.peeked = peeked{Conn: t}
-	if c.negotiatedHTTP2() {
-		return protoHTTP, nil
-	}
 	return c.detect(protocolOf)
 }
 
@@ -300,15 +299,14 @@ func (c *conn) detect(decide func([]byte) (protocol, bool)) (protocol, error) {
 	}
 }
 
-// protocolOf returns the protocol of a connection that begins with these bytes, once they suffice.
+// protocolOf returns the protocol of a connection that begins with these bytes, once they suffice. Empty
+// lines come before the first line in both protocols (RFC 9112 §2.2), and say nothing.
 func protocolOf(begin []byte) (proto protocol, ok bool) {
-	if len(begin) == 0 {
-		return 0, false
-	}
-	if begin[0] == '*' {
+	first := afterEmptyLines(begin[:min(len(begin), maxFirstLine)])
+	if len(first) > 0 && first[0] == '*' || len(begin)-len(first) > maxEmptyLines {
 		return protoRESP, true
 	}
-	line, _, whole := bytes.Cut(begin[:min(len(begin), maxFirstLine)], []byte("\n"))
+	line, _, whole := bytes.Cut(first, []byte("\n"))
 	if !whole {
 		return protoRESP, len(begin) > maxFirstLine
 	}
@@ -321,10 +319,12 @@ func protocolOf(begin []byte) (proto protocol, ok bool) {
 	return protoRESP, true
 }
 
-// negotiatedHTTP2 reports whether the client chose HTTP/2 by ALPN, for which net/http needs the tls.Conn.
-func (c *conn) negotiatedHTTP2() bool {
-	t, ok := c.Conn.(*tls.Conn)
-	return ok && t.ConnectionState().NegotiatedProtocol == "h2"
+// afterEmptyLines returns b without the empty lines that it begins with.
+func afterEmptyLines(b []byte) []byte {
+	for len(b) > 0 && b[0] == '\n' || len(b) > 1 && b[0] == '\r' && b[1] == '\n' {
+		b = b[bytes.IndexByte(b, '\n')+1:]
+	}
+	return b
 }
 
 // release leaves the read deadlines to the reader that has the connection now, and gives back what was
@@ -393,8 +393,10 @@ func (l *link) readFor(d time.Duration) {
 
 // hurry gives the client a time to complete what it has begun to send; 0 ends that.
 func (l *link) hurry(d time.Duration) {
-	l.hurried, l.readBy = d > 0, time.Time{}
-	l.readFor(d)
+	if d > 0 || l.hurried {
+		l.hurried, l.readBy = d > 0, time.Time{}
+		l.readFor(d)
+	}
 }
 
 // Read fails when the client is silent for its idle time, or up to a quarter longer: a deadline costs as
