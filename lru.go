@@ -20,7 +20,7 @@ import (
 const (
 	// entryOverhead is what an entry costs beside its key and its value, in bytes: two list elements,
 	// the entry, its slot in the map. BenchmarkCacheMemory measures it.
-	entryOverhead = 240
+	entryOverhead = 233
 	// refreshPause is the least time between two refreshes of an entry: the first may have failed.
 	refreshPause = 100 * time.Millisecond
 	// maxLate bounds how far back the list of filling is searched for the place of a late reply. Behind

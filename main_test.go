@@ -530,6 +530,127 @@ func TestHTTPTellsAge(t *testing.T) {
 	})
 }
 
+// A client that has sent part of a request has 10 s for the rest, whoever reads it: bytes that come do not
+// renew them. A silent one has longer.
+func TestHTTPHalfARequest(t *testing.T) {
+	const ordinary, handed = "GET /k HTTP/1.1\r\nHost: h\r\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\nRange: bytes=0-\r\n\r\n"
+	const settings, headers = "\x00\x00\x00\x04\x00\x00\x00\x00\x00", "\x00\x00\x05\x01\x00\x00\x00\x00\x01\x82\x86\x84\x41\x00"
+	for _, tt := range []struct {
+		name, send string
+		drips      string // a byte every two seconds
+		took       time.Duration
+	}{
+		{"of the first", "GET", "", 10 * time.Second},
+		{"of the first, dripping", "GET /", strings.Repeat("k", 60), 10 * time.Second},
+		{"of the second", ordinary + "GE", "", 10 * time.Second},
+		{"of the second, dripping", ordinary + "G", "ET /" + strings.Repeat("k", 60), 10 * time.Second},
+		{"nothing of the second", ordinary, "", 2 * time.Minute},
+		{"nothing but an empty line of the second", ordinary + "\r\n", "", 2 * time.Minute},
+		{"of net/http's second", handed, "GE", 12 * time.Second},
+		{"of net/http's second, dripping", handed, "GET /" + strings.Repeat("k", 60), 18 * time.Second}, // 10 s from the fourth byte on
+		{"nothing of net/http's second", handed, "", 2 * time.Minute},
+		{"a frame of HTTP/2", preface + settings + "\x00\x00", "", 10 * time.Second},
+		{"a header block of HTTP/2", preface + settings + headers, "", 10 * time.Second},
+		{"a header block, in more and more frames", preface + settings + headers, strings.Repeat("\x00\x00\x00\x09\x00\x00\x00\x00\x01", 9), 10 * time.Second},
+		{"no frame of HTTP/2", preface + settings, "", 2*time.Minute + time.Second}, // and one for GOAWAY
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p := newParts(t, "--cache-timeout", "1h")
+				cacheNow(p, "k", "value")
+				go p.web.run() // ends with shutdown
+				client, nc := net.Pipe()
+				c := newConn(nc, serverSettings{idleTimeout: 2 * time.Minute, writeTimeout: time.Minute})
+				c.link.idle = 2 * time.Minute
+				go p.web.serve(c) // ends with the connection
+				go func() {       // ends with the connection
+					io.WriteString(client, tt.send)
+					for i := 0; i < len(tt.drips); i++ {
+						time.Sleep(2 * time.Second)
+						io.WriteString(client, tt.drips[i:i+1])
+					}
+				}()
+				began := time.Now()
+				io.Copy(io.Discard, client)
+				if took := time.Since(began); took < tt.took-time.Second || took > tt.took+tt.took/4+time.Second {
+					t.Errorf("closed after %v; want %v", took, tt.took)
+				}
+				p.web.shutdown(context.Background())
+				p.pool.close()
+				time.Sleep(time.Hour) // the writer has ended by then
+			})
+		})
+	}
+}
+
+func TestHTTPHitAllocatesNothing(t *testing.T) {
+	p := newParts(t, "--cache-timeout", "1h")
+	cacheNow(p, "k", "value")
+	out, r := make([]byte, 0, flushAt), []byte("GET /k HTTP/1.1\r\nHost: h\r\nIf-None-Match: \"x\"\r\n\r\n")
+	if n := testing.AllocsPerRun(1000, func() {
+		q, _ := parse(r)
+		var a answer
+		p.web.appendAnswer(out, &q, &a)
+	}); n >= 1 { // the date may change
+		t.Errorf("got %v allocations; want none", n)
+	}
+}
+
+// Large values have a budget while they are on their way: a request waits for room, and is answered 503 if none
+// comes in time.
+func TestHTTPLargeValuesWaitForRoom(t *testing.T) {
+	p := newParts(t, "--redis-timeout", "50ms", "--cache-timeout", "1h")
+	p.web.values = newValueBudget(3 * flushAt)
+	cacheNow(p, "large", strings.Repeat("x", 2*flushAt), "another", strings.Repeat("y", 2*flushAt), "small", "value")
+	held, _ := p.web.get([]byte("large"), flushAt)
+	for _, tt := range []struct {
+		key           string
+		quick, status int
+	}{{"large", 200, 200}, {"another", 503, 503}, {"small", 200, 503}} { // net/http may keep any value
+		if tt.key == "small" {
+			p.web.values.used += flushAt
+		}
+		r := serveHTTP(t, p, "GET /"+tt.key)
+		compare(t, tt.key+": status", r.StatusCode, tt.status)
+		compare(t, tt.key+": Retry-After", r.Header.Get("Retry-After"), map[int]string{503: "1"}[tt.status])
+		q, _ := parse([]byte("GET /" + tt.key + " HTTP/1.1\r\nHost: h\r\n\r\n"))
+		a := answer{}
+		out, _ := p.web.appendAnswer(nil, &q, &a)
+		p.web.letGo(&a, flushAt)
+		compare(t, tt.key+": quick", string(out[:12]), "HTTP/1.1 "+strconv.Itoa(tt.quick))
+	}
+	p.web.values.used -= flushAt
+	time.AfterFunc(10*time.Millisecond, func() { p.web.letGo(&held, flushAt) })
+	p.cache.timeout = time.Minute
+	compare(t, "with room: status", serveHTTP(t, p, "GET /another").StatusCode, 200)
+	compare(t, "bytes on their way at the end", p.web.values.used, 0)
+	compare(t, "values on their way at the end", len(p.web.values.held), 0)
+}
+
+// What HTTP says about a value is kept with its entry, counts as its bytes, and goes with it.
+func TestHTTPHeaderIsKeptWithTheEntry(t *testing.T) {
+	p := newParts(t, "--cache-timeout", "1h")
+	bytes := func() int64 { return p.cache.bytes }
+	cacheNow(p, "k", "value")
+	before := bytes()
+	serveHTTP(t, p, "GET /k")
+	kept := p.get("k").header
+	if want := "Etag: " + tagOfK + "\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 5\r\n"; kept != want {
+		t.Errorf("got %q; want %q", kept, want)
+	}
+	compare(t, "bytes", bytes(), before+int64(len(kept)))
+	serveHTTP(t, p, "HEAD /k")
+	compare(t, "bytes after another request", bytes(), before+int64(len(kept)))
+	old := p.get("k")
+	cacheNow(p, "k", "other")
+	compare(t, "bytes after a change", bytes(), before)
+	p.cache.annotate(old.value)
+	compare(t, "the header of the old value", p.get("k").header, "")
+	serveHTTP(t, p, "GET /k")
+	p.cache.forget(nil)
+	compare(t, "bytes at the end", bytes(), 0)
+}
+
 func TestHTTPLogsPanicsAsErrorsAndNothingElse(t *testing.T) {
 	var log bytes.Buffer
 	out := complaints{slog.New(slog.NewTextHandler(&log, nil))}
