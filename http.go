@@ -169,7 +169,7 @@ func (w *web) Addr() net.Addr { return w.addr }
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	h, out := rw.Header(), &contentWriter{ResponseWriter: rw}
 	if r.ProtoMajor == 2 {
-		out.control, out.stuck = http.NewResponseController(rw), w.writeTimeout
+		out.control, out.stuck, out.piece = http.NewResponseController(rw), w.writeTimeout, leastPiece
 		out.renew()
 	}
 	body := r.ContentLength != 0 && r.ProtoMajor == 1 // it means nothing here
@@ -305,6 +305,7 @@ type contentWriter struct {
 	http.ResponseWriter
 	control *http.ResponseController // nil: HTTP/1
 	stuck   time.Duration
+	piece   int // how much is written under one deadline: little if the client is slow
 }
 
 func (w *contentWriter) WriteHeader(status int) {
@@ -319,8 +320,12 @@ func (w *contentWriter) Write(p []byte) (written int, err error) {
 		return w.ResponseWriter.Write(p)
 	}
 	for n := 0; written < len(p) && err == nil; written += n {
+		began := time.Now()
 		w.renew()
-		n, err = w.ResponseWriter.Write(p[written:min(len(p), written+leastPiece)])
+		n, err = w.ResponseWriter.Write(p[written:min(len(p), written+w.piece)])
+		if w.piece = min(2*w.piece, flushAt); time.Since(began) > w.stuck/100 {
+			w.piece = leastPiece
+		}
 	}
 	return written, err
 }
