@@ -674,7 +674,18 @@ func TestIntegrationMaxClients(t *testing.T) {
 	if resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "1" || body != "too many clients\n" {
 		t.Errorf("over HTTP: got %d %q %v; want 503 with Retry-After", resp.StatusCode, body, resp.Header)
 	}
-	dial(t, p.addr).send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").expectClosed()
+	dial(t, p.addr).send(preface).expectClosed()
+	// One that has more to say sees the answer too.
+	for _, row := range []struct{ send, want string }{
+		{"GET / HTTP/1.1\r\nHost: h\r\nCookie: " + strings.Repeat("x", 1<<20), "HTTP/1.1 503 "},
+		{request("PING", strings.Repeat("x", 1<<20)), "-ERR max "},
+	} {
+		c := dial(t, p.addr)
+		go io.WriteString(c.Conn, row.send) // ends with the connection
+		if got, err := io.ReadAll(c.Reader); err != nil || !strings.HasPrefix(string(got), row.want) {
+			t.Errorf("after %.20q: got %q, %v; want %q", row.send, got, err, row.want)
+		}
+	}
 	// A flood, most of it silent, does not disturb clients that are served.
 	var flood []net.Conn
 	for range 500 {
@@ -804,14 +815,17 @@ func TestIntegrationSlowReaderIsServed(t *testing.T) {
 	val := strings.Repeat("0123456789abcdef", 2<<20)
 	flags := playRedis(t, func(int, []string) string { return bulk(val) })
 	p := runProxy(t, flags, func(cfg *config) { cfg.clients.writeTimeout = stuck })
-	web := dial(t, p.addr).send("GET /k HTTP/1.0\r\n\r\n").expect("HTTP/1.0 200 OK\r\n")
-	for line := ""; line != "\r\n"; {
-		line, _ = web.ReadString('\n')
+	quick := dial(t, p.addr).send(plainRequest("k")).expect("HTTP/1.1 200 OK\r\n")
+	handed := dial(t, p.addr).send("GET /k HTTP/1.0\r\n\r\n").expect("HTTP/1.0 200 OK\r\n")
+	for _, c := range []*rawClient{quick, handed} {
+		for line := ""; line != "\r\n"; {
+			line, _ = c.ReadString('\n')
+		}
 	}
 	resp := dial(t, p.addr).send(request("GET", "k")).expect(fmt.Sprintf("$%d\r\n", len(val)))
 	const parts = 20 // twice the time after which a client that reads nothing is given up
 	var readers sync.WaitGroup
-	for name, c := range map[string]*rawClient{"RESP": resp, "HTTP": web} {
+	for name, c := range map[string]*rawClient{"RESP": resp, "HTTP": quick, "HTTP by net/http": handed} {
 		readers.Go(func() {
 			for part := range slices.Chunk([]byte(val), len(val)/parts+1) {
 				time.Sleep(2 * stuck / parts)
@@ -823,6 +837,41 @@ func TestIntegrationSlowReaderIsServed(t *testing.T) {
 		})
 	}
 	readers.Wait()
+}
+
+// Streams of HTTP/2 that the client takes slowly, a little of each at a time, are served to the end.
+func TestIntegrationSlowHTTP2StreamsAreServed(t *testing.T) {
+	t.Parallel()
+	const streams, grants, grant = 4, 5, 16 << 10
+	flags := playRedis(t, func(int, []string) string { return bulk(strings.Repeat("x", grants*grant)) })
+	c := dial(t, runProxy(t, flags, func(cfg *config) { cfg.clients.writeTimeout = time.Second }).addr)
+	frame := func(kind, flags, stream byte, payload string) string {
+		return string([]byte{0, 0, byte(len(payload)), kind, flags, 0, 0, 0, stream}) + payload
+	}
+	open := preface + frame(4, 0, 0, "\x00\x04\x00\x00\x00\x00")           // SETTINGS: INITIAL_WINDOW_SIZE 0
+	more := frame(8, 0, 0, string([]byte{0, streams * grant >> 16, 0, 0})) // WINDOW_UPDATE
+	for id := byte(1); id < 2*streams; id += 2 {
+		open += frame(1, 5, id, "\x82\x86\x41\x01a\x04\x02/k") // HEADERS
+		more += frame(8, 0, id, string([]byte{0, grant >> 16, grant >> 8 & 255, 0}))
+	}
+	c.send(open)
+	go func() { // ends with its last write
+		for range grants { // of 32 KB, two would be too late
+			io.WriteString(c.Conn, more)
+			time.Sleep(700 * time.Millisecond)
+		}
+	}()
+	for got := 0; got < streams*grants*grant; {
+		var head [9]byte
+		if _, err := io.ReadFull(c.Reader, head[:]); err != nil || head[3] == 3 {
+			t.Fatalf("after %d bytes: frame %x, %v; want data", got, head, err)
+		}
+		n := int(head[0])<<16 | int(head[1])<<8 | int(head[2])
+		io.CopyN(io.Discard, c.Reader, int64(n))
+		if head[3] == 0 {
+			got += n
+		}
+	}
 }
 
 // A frontEnd that panics ends its connection, and nothing else.
@@ -1099,8 +1148,8 @@ func TestIntegrationPassword(t *testing.T) {
 					header = []string{"Authorization", row.authorization}
 				}
 				want := row.status
-				if want == 200 && method != "GET" && method != "HEAD" {
-					want = 405
+				if want == 200 {
+					want = map[string]int{"GET": 200, "HEAD": 200, "POST": 405, "OPTIONS": 204}[method]
 				}
 				resp, body := httpDo(t, method, url, header...)
 				silent := len(resp.Header.Values("WWW-Authenticate")) == 2 && !strings.Contains(body, "value")
@@ -1154,9 +1203,25 @@ func TestIntegrationHTTPProtocols(t *testing.T) {
 		{
 			"another method",
 			"POST " + path + end,
-			`^HTTP/1.1 405 (?s:.*)\r\nAllow: GET, HEAD\r\nCache-Control: no-store\r\n`,
+			`^HTTP/1.1 405 (?s:.*)\r\nAllow: GET, HEAD, OPTIONS\r\nCache-Control: no-store\r\n`,
 		},
-		{"OPTIONS *", "OPTIONS *" + end, `^HTTP/1.1 405 `},
+		{"OPTIONS *", "OPTIONS *" + end, `^HTTP/1.1 204 No Content\r\nAllow: GET, HEAD, OPTIONS\r\n`},
+		{
+			"OPTIONS after a key",
+			plainRequest(t.Name()) + "OPTIONS " + path + end,
+			`^HTTP/1.1 200 OK\r\n(?s:.*)\r\n\r\nvalueHTTP/1.1 204 No Content\r\nAllow: GET, HEAD, OPTIONS\r\n`,
+		},
+		{"absolute form without a path", "GET http://h" + end, `^HTTP/1.1 404 `},
+		{
+			"empty lines first",
+			"\r\n\r\n" + plainRequest(t.Name()) + "\r\n" + plainRequest(t.Name()),
+			`^(HTTP/1.1 200 OK\r\n(?s:.*?)\r\n\r\nvalue){2}$`,
+		},
+		{
+			"the preface of HTTP/2 in a connection",
+			plainRequest(t.Name()) + preface,
+			`^HTTP/1.1 200 OK\r\n(?s:.*)\r\n\r\nvalueHTTP/1.1 405 `,
+		},
 		{"no host", "GET " + path + " HTTP/1.1\r\n\r\n", `^HTTP/1.1 400 `},
 		{"a bad escape", "GET /%zz HTTP/1.1\r\nHost: h\r\n\r\n", `^HTTP/1.1 400 `},
 		{"a bad header", "GET / HTTP/1.1\r\nHost: h\r\nbad header\r\n\r\n", `^HTTP/1.1 400 `},
@@ -1282,7 +1347,7 @@ func TestIntegrationLargeUploadIsRefusedInWords(t *testing.T) {
 	}
 }
 
-// A client that reads none of its answer is given up by net/http too: over HTTP/1, and over
+// A client that reads none of its answer is given up: by the quick way, by net/http over HTTP/1, and over
 // HTTP/2, where it opens no window.
 func TestIntegrationUnreadHTTPAnswersAreGivenUp(t *testing.T) {
 	flags := playRedis(t, func(_ int, args []string) string {
@@ -1293,22 +1358,22 @@ func TestIntegrationUnreadHTTPAnswersAreGivenUp(t *testing.T) {
 	})
 	p := runProxy(t, flags, func(cfg *config) { cfg.clients.writeTimeout = 300 * time.Millisecond })
 	exchange(t, p.addr, "GET big\r\n")
-	kept := func(key string) string {
-		return "GET /" + key + " HTTP/1.1\r\nHost: h\r\nConnection: keep-alive\r\n\r\n"
-	}
+	const handed = "GET /big HTTP/1.1\r\nHost: h\r\nRange: bytes=0-\r\n\r\n"
 	// SETTINGS with an INITIAL_WINDOW_SIZE of 0, then requests.
-	h2 := "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" +
+	h2 := preface +
 		"\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x04\x00\x00\x00\x00"
 	for id := 1; id < 10; id += 2 {
 		h2 += "\x00\x00\x0b\x01\x05\x00\x00\x00" + string(rune(id)) + "\x82\x86\x41\x01a\x04\x04/big"
 	}
 	for _, row := range []struct{ name, send string }{
-		{"HTTP/1.1", kept("big")},
-		{"HTTP/1.1 after an answer", kept("small") + kept("big")},
+		{"quick", plainRequest("big")},
+		{"HTTP/1.1", handed},
+		{"HTTP/1.1 after an answer", plainRequest("small") + handed},
 		{"HTTP/2", h2},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			answering := func() bool { return strings.Contains(stacks(), "http.ServeContent(") }
+			writes := regexp.MustCompile(`http\.ServeContent\(|\(\*web\)\.answer\(`)
+			answering := func() bool { return writes.MatchString(stacks()) }
 			dial(t, p.addr).send(row.send)
 			eventually(t, "the answer is begun", answering)
 			eventually(t, "the answer is given up", func() bool { return !answering() })
