@@ -600,7 +600,7 @@ func TestHTTPHitAllocatesNothing(t *testing.T) {
 // comes in time.
 func TestHTTPLargeValuesWaitForRoom(t *testing.T) {
 	p := newParts(t, "--redis-timeout", "50ms", "--cache-timeout", "1h")
-	p.web.values = newValueBudget(3 * flushAt)
+	p.web.values = newBudget(3 * flushAt)
 	cacheNow(p, "large", strings.Repeat("x", 2*flushAt), "another", strings.Repeat("y", 2*flushAt), "small", "value")
 	held, _ := p.web.get([]byte("large"), flushAt)
 	for _, tt := range []struct {
