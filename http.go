@@ -71,7 +71,7 @@ type web struct {
 	conns    chan net.Conn
 	closed   chan struct{} // closed when conns is no longer received from
 	addr     net.Addr
-	values   *valueBudget // on their way to clients
+	values   *budget // on their way to clients
 	date     atomic.Pointer[dateField]
 	tally    tally
 
@@ -80,7 +80,7 @@ type web struct {
 	unstarted sync.Map // of net.Conn: connections that net/http has had no whole request from
 }
 
-func newWeb(s webSettings, c *cache, pw *password, values *valueBudget, addr net.Addr, log *slog.Logger) *web {
+func newWeb(s webSettings, c *cache, pw *password, values *budget, addr net.Addr, log *slog.Logger) *web {
 	w := &web{webSettings: s, cache: c, password: pw, values: values, addr: addr,
 		conns: make(chan net.Conn), closed: make(chan struct{})}
 	w.server = http.Server{
@@ -256,7 +256,7 @@ func (w *web) get(key []byte, most int) (a answer, now time.Duration) {
 		if now = w.cache.now(); len(answers[0].data) <= most {
 			return answers[0], now
 		}
-		full := w.values.hold(answers[0].data)
+		full := w.values.hold(unsafe.StringData(answers[0].data), len(answers[0].data))
 		if full == nil {
 			return answers[0], now
 		}
@@ -273,7 +273,7 @@ func (w *web) get(key []byte, most int) (a answer, now time.Duration) {
 
 func (w *web) letGo(a *answer, most int) {
 	if len(a.data) > most {
-		w.values.release(a.data)
+		w.values.release(unsafe.StringData(a.data), len(a.data))
 	}
 }
 
@@ -453,8 +453,10 @@ func (w *web) quick(c *conn) net.Conn {
 		case len(rest) == len(buf):
 			buf = make([]byte, longBuffer)
 		}
-		if kept == 0 || answered > 0 {
-			c.link.hurry(len(rest) > 0)
+		if len(rest) == 0 {
+			c.link.hurry(0)
+		} else if kept == 0 || answered > 0 {
+			c.link.hurry(headerTimeout)
 		}
 		kept = copy(buf, rest)
 	}

@@ -69,7 +69,7 @@ func newParts(t testing.TB, flags ...string) *parts {
 	p.pool = newPool(cfg.pool, p.cache, log)
 	t.Cleanup(p.pool.close)
 	pw := newPassword(cfg.password)
-	p.web = newWeb(webSettings{0, cfg.clients.writeTimeout}, p.cache, pw, newValueBudget(64<<20), nil, log)
+	p.web = newWeb(webSettings{0, cfg.clients.writeTimeout}, p.cache, pw, newBudget(64<<20), nil, log)
 	p.resp = newRESP(p.cache, pw, cfg.pool.redis.db, func() []figure {
 		return slices.Concat(cfg.figures(new(net.TCPAddr)), processFigures(p.cache.started, pw), p.cache.figures(), keyFigures(&p.web.tally, &p.resp.tally), p.pool.figures())
 	})
@@ -86,7 +86,7 @@ func (p *parts) get(key string) answer {
 }
 
 // serveRESP serves a client that speaks RESP until it ends.
-func (p *parts) serveRESP(c net.Conn) { p.resp.serve(&conn{peeked: peeked{Conn: c}}) }
+func (p *parts) serveRESP(c net.Conn) { p.resp.serve(newConn(c, p.cfg.clients)) }
 
 // wait completes answers that askFor began.
 func (p *parts) wait(answers []answer) {
@@ -600,7 +600,7 @@ func TestHTTPHitAllocatesNothing(t *testing.T) {
 // comes in time.
 func TestHTTPLargeValuesWaitForRoom(t *testing.T) {
 	p := newParts(t, "--redis-timeout", "50ms", "--cache-timeout", "1h")
-	p.web.values = newValueBudget(3 * flushAt)
+	p.web.values = newBudget(3 * flushAt)
 	cacheNow(p, "large", strings.Repeat("x", 2*flushAt), "another", strings.Repeat("y", 2*flushAt), "small", "value")
 	held, _ := p.web.get([]byte("large"), flushAt)
 	for _, tt := range []struct {
@@ -1185,7 +1185,7 @@ func TestRESPWritesNothingAfterAFailedWrite(t *testing.T) {
 	writes := 0
 	p.serveRESP(newScript(t, strings.NewReader(strings.Repeat("GET large\r\nPING\r\n", 10)), writerFunc(func([]byte) (int, error) {
 		writes++
-		return 0, os.ErrDeadlineExceeded
+		return 0, net.ErrClosed
 	})))
 	compare(t, "writes", writes, 1)
 }

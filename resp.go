@@ -334,7 +334,9 @@ func newRESP(c *cache, pw *password, db int, figures func() []figure) *resp {
 }
 
 // refuse answers a connection that is one too many.
-func (s *resp) refuse(nc *conn) { io.WriteString(nc, "-ERR max number of clients reached\r\n") }
+func (s *resp) refuse(nc *conn) {
+	io.WriteString(nc, "-ERR max number of clients reached\r\n")
+}
 
 // serve answers a connection until it ends.
 func (s *resp) serve(nc *conn) {

@@ -53,6 +53,8 @@ type serverSettings struct {
 	writeTimeout time.Duration // how long a client may take nothing of its replies
 	tls          *tls.Config   // nil: no TLS
 	grown        func(int)     // is called when the number of clients passes another thousand; may be nil
+	requests     *budget       // what clients have sent that is not answered, beyond a buffer for each
+	values       *budget       // values on their way to clients, where they are more than a client's buffer
 }
 
 // A protocol is what a connection speaks.
@@ -341,11 +343,12 @@ func (c *conn) CloseWrite() error {
 	return nil
 }
 
-// linger ends the sending side and reads on until the client has ended too, or its time is over: the last
-// words would be lost if bytes that nobody has read were there at the end (RFC 9112 §9.6).
+// linger ends the sending side and reads on until the client has ended too, or for a moment: the last words
+// would be lost if bytes that nobody has read were there at the end (RFC 9112 §9.6).
 func (c *conn) linger() {
 	c.CloseWrite()
 	c.link.CloseWrite()
+	c.link.hurry(refuseTimeout)
 	io.Copy(io.Discard, c.link)
 	c.Close()
 }
@@ -389,14 +392,12 @@ func (l *link) readFor(d time.Duration) {
 	}
 }
 
-// hurry gives the client a time for the rest of what it has begun to send, if it has begun anything.
-func (l *link) hurry(begun bool) {
-	if begun {
-		l.readFor(firstLineTimeout)
-	} else if l.hurried {
-		l.readFor(0)
+// hurry gives the client a time to complete what it has begun to send; 0 ends that.
+func (l *link) hurry(d time.Duration) {
+	if d > 0 || l.hurried {
+		l.hurried, l.readBy = d > 0, time.Time{}
+		l.readFor(d)
 	}
-	l.hurried, l.readBy = begun, time.Time{}
 }
 
 // Read fails when the client is silent for its idle time, or up to a quarter longer: a deadline costs as
@@ -457,48 +458,46 @@ func (l *link) Close() error {
 	return l.Conn.Close()
 }
 
-// A valueBudget bounds the bytes of values that are on their way to clients. A value counts once, however many
-// clients take it. It is safe for concurrent use.
-type valueBudget struct {
+// A budget bounds bytes over all clients. It is safe for concurrent use.
+type budget struct {
 	max int
 
 	mu    sync.Mutex // guards the following
 	used  int
-	held  map[*byte]int // how many clients take the value that begins there
-	freed chan struct{} // closed when a value is let go; nil while nobody waits
+	held  map[*byte]int // how many hold the value that begins there
+	freed chan struct{} // closed when bytes come back; nil unless they were wanted
 }
 
-func newValueBudget(max int) *valueBudget { return &valueBudget{max: max, held: make(map[*byte]int)} }
+func newBudget(max int) *budget { return &budget{max: max, held: make(map[*byte]int)} }
 
-// hold counts s until release, and returns nil; if there is no room for it, it returns what is closed when
-// there may be. What is larger than the budget is held alone.
-func (b *valueBudget) hold(s string) (full <-chan struct{}) {
+// hold counts n bytes until release, and returns nil. Several clients' holds of the value that begins at id
+// count once; nil is no value. If there is no room, hold returns what is closed when there may be. More than
+// the whole budget is held alone.
+func (b *budget) hold(id *byte, n int) (full <-chan struct{}) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	begin := unsafe.StringData(s)
-	if b.held[begin] == 0 {
-		if b.used > 0 && b.used+len(s) > b.max {
+	if id == nil || b.held[id] == 0 {
+		if b.used > 0 && b.used+n > b.max {
 			if b.freed == nil {
 				b.freed = make(chan struct{})
 			}
 			return b.freed
 		}
-		b.used += len(s)
+		b.used += n
 	}
-	b.held[begin]++
+	b.held[id]++
 	return nil
 }
 
 // release ends a hold.
-func (b *valueBudget) release(s string) {
+func (b *budget) release(id *byte, n int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	begin := unsafe.StringData(s)
-	if b.held[begin]--; b.held[begin] > 0 {
+	if b.held[id]--; id != nil && b.held[id] > 0 {
 		return
 	}
-	delete(b.held, begin)
-	b.used -= len(s)
+	delete(b.held, id)
+	b.used -= n
 	if b.freed != nil {
 		close(b.freed)
 		b.freed = nil
