@@ -169,7 +169,7 @@ endef
 go:
 	@want=$$(sed -n 's/^go \([0-9]*\.[0-9]*\).*/go\1/p' go.mod); \
 	go list -f '{{context.ReleaseTags}}' runtime 2>/dev/null | grep -qwF $$want || { \
-		echo "$$want or later is missing ($$(go version 2>&1 || :)): https://go.dev/dl, or Docker for run and test" >&2; exit 1; }
+		echo "$$want or later is missing (found: $$(go version 2>/dev/null || echo none)): https://go.dev/dl, or Docker for run and test" >&2; exit 1; }
 
 .PHONY: docker
 docker:
