@@ -94,13 +94,14 @@ started = mkdir -p .run; echo $$$$ $(1) >.run/redis; \
 	echo "                     curl 127.0.0.1:$(port)/Rescale"
 
 # The URL itself is not noted: it may hold a password.
-given = $(if $(value RP_REDIS_URL),-u "$${RP_REDIS_URL:?}",-h $(or $(RP_REDIS_HOST),127.0.0.1) -p $(or $(RP_REDIS_PORT),6379))
+given = $(if $(value RP_REDIS_URL),-u "$${RP_REDIS_URL:?}", \
+	-h $(or $(RP_REDIS_HOST),127.0.0.1) -p $(or $(RP_REDIS_PORT),6379))
 
 .PHONY: run-given
 run-given: build
 	@echo "Redis: the one that RP_REDIS_HOST, RP_REDIS_PORT or RP_REDIS_URL names"
 	@$(call started,'redis-cli $(given)'); \
-	exec ./redis_proxy
+	exec ./redis_proxy --port $(port)
 
 .PHONY: run-compose
 run-compose: docker
@@ -125,7 +126,7 @@ run-local: build redis-server
 	(trap '' HUP; while kill -0 $$$$; do sleep 1; done; kill $$redis) >/dev/null 2>&1 & \
 	echo "Redis: redis-server on port $$redis_port"; \
 	$(call started,redis-cli -p $$redis_port); \
-	exec ./redis_proxy --redis-port $$redis_port
+	exec ./redis_proxy --port $(port) --redis-url redis://127.0.0.1:$$redis_port
 
 # The ways of test.
 
@@ -169,18 +170,23 @@ endef
 go:
 	@want=$$(sed -n 's/^go \([0-9]*\.[0-9]*\).*/go\1/p' go.mod); \
 	go list -f '{{context.ReleaseTags}}' runtime 2>/dev/null | grep -qwF $$want || { \
-		echo "$$want or later is missing (found: $$(go version 2>/dev/null || echo none)): https://go.dev/dl, or Docker for run and test" >&2; exit 1; }
+		found=$$(go version 2>/dev/null || echo none); \
+		echo "$$want or later is missing (found: $$found): https://go.dev/dl, or Docker for run and test" >&2; exit 1; }
+
+has_compose = docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null
 
 .PHONY: docker
 docker:
 	@docker info >/dev/null 2>&1 || { \
 		echo "a Docker Engine that answers is missing: https://docs.docker.com/engine/install" >&2; exit 1; }
-	$(call need,docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null,Docker Compose,docker-compose,docker-compose)
+	$(call need,$(has_compose),Docker Compose,docker-compose,docker-compose)
 
 .PHONY: redis-server
 redis-server:
 	$(call need,command -v redis-server >/dev/null,redis-server,redis-server,redis)
 
+has_cgo = [ "$$(uname)" = Darwin ] || echo '\#include <stdlib.h>' | $$(go env CC) -E - >/dev/null 2>&1
+
 .PHONY: cgo
 cgo: go
-	$(call need,echo '#include <stdlib.h>' | $$(go env CC) -E - >/dev/null 2>&1 || [ "$$(uname)" = Darwin ],a C compiler,gcc libc6-dev,gcc)
+	$(call need,$(has_cgo),a C compiler,gcc libc6-dev,gcc)
