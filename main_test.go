@@ -1382,7 +1382,7 @@ func TestCacheKeepsAbsencesForTheirTime(t *testing.T) {
 		d.land(newAbsent("k", d.now()), errAbsent)
 		time.Sleep(2*time.Second - 1)
 		compare(t, "within its time", d.ask("k"), "absent_hit")
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		compare(t, "after its time", d.ask("k"), "flight")
 		d.land(value{}, errUnavailable)
 		var a answer
@@ -1407,7 +1407,7 @@ func TestCacheEndsEntriesWithTheirKeys(t *testing.T) {
 		}
 		time.Sleep(time.Second - 1)
 		compare(t, "before its key expires", d.ask("short"), "hit")
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		compare(t, "after its key expired", d.ask("short"), "flight")
 		compare(t, "the other", d.ask("long"), "hit")
 		d.land(value{}, errUnavailable)
@@ -1429,7 +1429,7 @@ func TestCacheRefreshesBeforeTheEnd(t *testing.T) {
 		d.land(newValue("k", []byte("1"), d.now()), nil)
 		time.Sleep(8*time.Second - 1)
 		compare(t, "early", fmt.Sprint(d.ask("k"), " ", len(d.begun)), "hit 0")
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		compare(t, "near the end", fmt.Sprint(d.ask("k"), " ", len(d.begun)), "hit 1")
 		compare(t, "while that is in flight", fmt.Sprint(d.ask("k"), " ", len(d.begun)), "hit 1")
 		d.land(value{}, errUnavailable)
