@@ -49,11 +49,8 @@ const (
 	maxRanges  = 16
 )
 
-// Errors of answers that are not those of the cache.
-var (
-	errDenied  = errors.New("a password is required")
-	errCrowded = errors.New("too many large values on their way")
-)
+// errDenied is an answer without the password.
+var errDenied = errors.New("a password is required")
 
 // webSettings are what the flags say about HTTP.
 type webSettings struct {
@@ -256,7 +253,7 @@ func (w *web) get(key []byte, most int) (a answer, now time.Duration) {
 		if now = w.cache.now(); len(answers[0].data) <= most {
 			return answers[0], now
 		}
-		full := w.values.hold(unsafe.StringData(answers[0].data), len(answers[0].data))
+		full := w.values.hold(answers[0].data, 0)
 		if full == nil {
 			return answers[0], now
 		}
@@ -273,7 +270,7 @@ func (w *web) get(key []byte, most int) (a answer, now time.Duration) {
 
 func (w *web) letGo(a *answer, most int) {
 	if len(a.data) > most {
-		w.values.release(unsafe.StringData(a.data), len(a.data))
+		w.values.release(a.data, 0)
 	}
 }
 
@@ -453,10 +450,8 @@ func (w *web) quick(c *conn) net.Conn {
 		case len(rest) == len(buf):
 			buf = make([]byte, longBuffer)
 		}
-		if len(rest) == 0 {
-			c.link.hurry(0)
-		} else if kept == 0 || answered > 0 {
-			c.link.hurry(headerTimeout)
+		if kept == 0 || answered > 0 {
+			c.link.hurry(time.Duration(min(len(rest), 1)) * firstLineTimeout)
 		}
 		kept = copy(buf, rest)
 	}
@@ -474,7 +469,7 @@ func (w *web) answer(c *conn, b []byte) (rest []byte, answered int, ordinary boo
 		}
 		a, body := answer{}, ""
 		out, body = w.appendAnswer(out, &r, &a)
-		rest, answered = rest[size:], answered+1
+		rest, answered, c.link.holding = rest[size:], answered+1, len(a.data) > flushAt
 		n := min(len(body), max(0, flushAt-len(out)))
 		if out = append(out, body[:n]...); n < len(body) {
 			if _, err = c.Write(out); err == nil && len(body)-n > flushAt {

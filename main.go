@@ -330,7 +330,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	p = newPool(cfg.pool, c, log)
 	defer p.close()
 	pw := newPassword(cfg.password)
-	room := int(max(16<<20, cfg.cache.maxBytes/4))
+	room := int(max(16<<20, min(cfg.cache.maxBytes, 1<<60)/4))
 	cfg.clients.requests, cfg.clients.values = newBudget(room), newBudget(room)
 	var figures func() []figure
 	web := newWeb(webSettings{cfg.clients.idleTimeout, cfg.clients.writeTimeout}, c, pw, cfg.clients.values, l.Addr(), log)

@@ -68,8 +68,10 @@ func newParts(t testing.TB, flags ...string) *parts {
 	p.cache.typical.Store(1) // nobody has to find out that values are small
 	p.pool = newPool(cfg.pool, p.cache, log)
 	t.Cleanup(p.pool.close)
+	cfg.clients.requests, cfg.clients.values = newBudget(2*maxRequest), newBudget(2*maxRequest)
+	p.cfg = cfg
 	pw := newPassword(cfg.password)
-	p.web = newWeb(webSettings{0, cfg.clients.writeTimeout}, p.cache, pw, newBudget(64<<20), nil, log)
+	p.web = newWeb(webSettings{0, cfg.clients.writeTimeout}, p.cache, pw, cfg.clients.values, nil, log)
 	p.resp = newRESP(p.cache, pw, cfg.pool.redis.db, func() []figure {
 		return slices.Concat(cfg.figures(new(net.TCPAddr)), processFigures(p.cache.started, pw), p.cache.figures(), keyFigures(&p.web.tally, &p.resp.tally), p.pool.figures())
 	})
@@ -307,7 +309,7 @@ var beginnings = []struct {
 	ok       bool
 }{
 	{"nothing", "", 0, false}, {"no line end", "GET / HTTP/1.1", 0, false}, {"carriage return without newline", "GET / HTTP/1.1\r", 0, false},
-	{"array", "*1\r\n$4\r\nPING\r\n", protoRESP, true}, {"asterisk alone", "*", protoRESP, true}, {"inline command", "GET key\r\n", protoRESP, true},
+	{"TLS", "\x16\x03\x01", protoRESP, true}, {"array", "*1\r\n$4\r\nPING\r\n", protoRESP, true}, {"asterisk alone", "*", protoRESP, true}, {"inline command", "GET key\r\n", protoRESP, true},
 	{"inline command without carriage return", "PING\n", protoRESP, true}, {"empty lines", "\r\n\n\r\n", 0, false}, {"empty lines first", "\r\n\nPING\r\n", protoRESP, true},
 	{"empty lines before HTTP", "\n\r\nGET / HTTP/1.1\r\n", protoHTTP, true}, {"empty lines before an array", "\r\n*1\r\n", protoRESP, true},
 	{"carriage return first", "\rGET / HTTP/1.1\r\n", protoHTTP, true},
@@ -410,6 +412,88 @@ func TestDetectDeadlines(t *testing.T) {
 					t.Errorf("reading an hour after detection: got %v; want the deadline gone", err)
 				}
 				time.Sleep(2 * time.Hour) // write has ended by then
+			})
+		})
+	}
+}
+
+// A value counts once however many hold it, and a budget that is half empty takes any.
+func TestBudget(t *testing.T) {
+	b := newBudget(100)
+	large := strings.Repeat("x", 80)
+	for range 3 {
+		compare(t, "a value that is held already", b.hold(large, 0), nil)
+	}
+	full := b.hold("", 21)
+	compare(t, "bytes that fit", b.hold("", 20), nil)
+	b.release("", 20)
+	b.release(large, 0)
+	b.release(large, 0)
+	if full == nil || b.used != 80 {
+		t.Fatalf("got %d bytes, room for 21 more: %v; want 80, and none", b.used, full == nil)
+	}
+	b.release(large, 0)
+	select {
+	case <-full:
+	default:
+		t.Error("nobody hears of bytes that came back")
+	}
+	compare(t, "50 bytes", b.hold("", 50), nil)
+	compare(t, "more than the budget beside half of it", b.hold("", 200), nil)
+	if b.hold("", 1) == nil {
+		t.Error("there is room in a budget that is more than full")
+	}
+}
+
+// A client that takes nothing is closed the write time-out after the last byte that it took, or after a second
+// where others wait for the room of the values that it holds. A read of what it sends meanwhile is not lost.
+func TestLinkWrites(t *testing.T) {
+	const timeout = 30 * time.Second
+	settings := serverSettings{writeTimeout: timeout, requests: newBudget(1 << 20), values: newBudget(10)}
+	for _, tt := range []struct {
+		name             string
+		takes            time.Duration
+		holding, crowded bool
+		want             time.Duration
+	}{
+		{"takes nothing", 0, false, false, timeout},
+		{"takes a byte after 20 seconds", 20 * time.Second, false, false, 20*time.Second + timeout},
+		{"holds a value that has room", 0, true, false, timeout},
+		{"holds a value while another waits", 0, true, true, time.Second},
+		{"holds nothing while another waits", 0, false, true, timeout},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				client, nc := net.Pipe()
+				c := newConn(nc, settings)
+				c.link.readsOn = true
+				if tt.holding {
+					c.link.hold("", 10)
+				}
+				if tt.crowded {
+					c.link.server.values.freed = make(chan struct{})
+				}
+				if tt.takes > 0 {
+					time.AfterFunc(tt.takes, func() { client.Read(make([]byte, 1)) })
+				}
+				sent := make(chan error, 1)
+				go func() { // ends when all is read
+					_, err := io.WriteString(client, strings.Repeat("pipeline", 10000))
+					sent <- err
+				}()
+				began := time.Now()
+				_, err := c.Write([]byte("reply"))
+				if took := time.Since(began); !errors.Is(err, os.ErrDeadlineExceeded) || took < tt.want || took > tt.want+2*stallTime {
+					t.Errorf("got %v after %v; want a time-out after %v", err, took, tt.want)
+				}
+				compare(t, "sending meanwhile", <-sent, nil)
+				got := make([]byte, 80000)
+				_, err = io.ReadFull(c, got)
+				compare(t, "what was sent meanwhile", string(got), strings.Repeat("pipeline", 10000))
+				compare(t, "reading it", err, nil)
+				c.link.letGo()
+				compare(t, "bytes held at the end", settings.requests.used+c.link.server.values.used, 0)
+				c.link.server.values.freed = nil
 			})
 		})
 	}
@@ -736,7 +820,7 @@ func TestHTTPAnswersFromRedis(t *testing.T) {
 // requests is all that a reader makes of src, and what it fails with; nil at the end.
 func requests(t testing.TB, src io.Reader) (all [][]string, err error) {
 	t.Helper()
-	r := reader{src: src, buf: make([]byte, readBuffer)}
+	r := reader{src: src, buf: make([]byte, readBuffer), budget: newBudget(2 * maxRequest)}
 	for r.fill() == nil {
 		for {
 			args, err := r.read()
@@ -748,8 +832,8 @@ func requests(t testing.TB, src io.Reader) (all [][]string, err error) {
 			}
 			all = append(all, strs(args))
 		}
-		if len(r.buf) > 4*maxRequest {
-			t.Fatalf("got a buffer of %d bytes; want at most %d", len(r.buf), 4*maxRequest)
+		if len(r.buf) > 4<<20 {
+			t.Fatalf("got a buffer of %d bytes; want at most %d", len(r.buf), 4<<20)
 		}
 	}
 	return all, nil
@@ -782,7 +866,7 @@ var rawRequests = []struct{ name, in, want, err string }{
 	{"count with a blank", "* 1\r\n", `[]`, "invalid multibulk length"}, {"count minus zero", "*-0\r\n", `[]`, "invalid multibulk length"},
 	{"count over 2147483647", "*2147483648\r\n", `[]`, "invalid multibulk length"},
 	{"count over any integer", "*99999999999999999999\r\n", `[]`, "invalid multibulk length"},
-	{"count that cannot fit a request", "*262144\r\n", `[]`, "invalid multibulk length"},
+	{"count that cannot fit a request", "*11184811\r\n", `[]`, "request larger than 64 MB"},
 	{"no dollar", "*1\r\nX\r\n", `[]`, "expected '$', got 'X'"},
 	{"count in place of an argument", "*2\r\n$1\r\na\r\n*1\r\n", `[]`, "expected '$', got '*'"},
 	{"argument longer than its length", "*2\r\n$1\r\nabc\r\n$1\r\n", `[]`, "expected '$', got '\r'"},
@@ -790,12 +874,11 @@ var rawRequests = []struct{ name, in, want, err string }{
 	{"length negative", "*1\r\n$-1\r\n", `[]`, "invalid bulk length"}, {"length with a leading zero", "*1\r\n$03\r\n", `[]`, "invalid bulk length"},
 	{"length of two zeros", "*1\r\n$00\r\n", `[]`, "invalid bulk length"}, {"length with a plus", "*1\r\n$+3\r\n", `[]`, "invalid bulk length"},
 	{"length over 512 MiB", "*1\r\n$536870913\r\n", `[]`, "invalid bulk length"},
-	{"length over a request", "*1\r\n$1048577\r\n", `[]`, "invalid bulk length"},
-	{"lengths over a request together", "*2\r\n$600000\r\n" + strings.Repeat("a", 600000) + "\r\n$500000\r\n", `[]`, "invalid bulk length"},
-	{"lengths over a request, all short", "*170000\r\n" + strings.Repeat("$1\r\na\r\n", 150000), `[]`, "invalid bulk length"},
+	{"length over a request", "*1\r\n$67108865\r\n", `[]`, "request larger than 64 MB"},
+	{"lengths over a request together", "*2\r\n$600000\r\n" + strings.Repeat("a", 600000) + "\r\n$66600000\r\n", `[]`, "request larger than 64 MB"},
 	{"quotes that do not end", "PING\r\nGET \"k\r\n", `[["PING"]]`, "unbalanced quotes in request"},
 	{"quotes that end within a word", "GET \"a\"b\r\n", `[]`, "unbalanced quotes in request"},
-	{"largest request", request("GET", strings.Repeat("k", 1<<20-100)), `[["GET" "` + strings.Repeat("k", 1<<20-100) + `"]]`, ""},
+	{"large request", request("GET", strings.Repeat("k", 1<<20)), `[["GET" "` + strings.Repeat("k", 1<<20) + `"]]`, ""},
 	{"longest line", strings.Repeat("a", 64<<10) + "\n", `[["` + strings.Repeat("a", 64<<10) + `"]]`, ""},
 	{"line too long", strings.Repeat("a", 64<<10+1), `[]`, "too big inline request"},
 	{"line too long, ended", strings.Repeat("a", 64<<10+1) + "\r\n", `[]`, "too big inline request"},
@@ -822,7 +905,7 @@ func TestReaderSplitsRequests(t *testing.T) {
 }
 
 func TestReaderLetsGoOfLargeRequests(t *testing.T) {
-	r := reader{src: io.MultiReader(strings.NewReader(request("GET", strings.Repeat("k", 1<<19))), strings.NewReader("P")), buf: make([]byte, readBuffer)}
+	r := reader{src: io.MultiReader(strings.NewReader(request("GET", strings.Repeat("k", 1<<19))), strings.NewReader("P")), buf: make([]byte, readBuffer), budget: newBudget(2 * maxRequest)}
 	for {
 		if err := r.fill(); err != nil {
 			t.Fatal(err)
@@ -842,6 +925,42 @@ func TestReaderLetsGoOfLargeRequests(t *testing.T) {
 		t.Error("the buffer of a request of 512 KiB is still held after the next read")
 	}
 	runtime.KeepAlive(&r)
+}
+
+// A request that does not fit into the budget of all is refused in words; what fits is counted, its arguments too.
+func TestReaderCountsWhatIsNotAnswered(t *testing.T) {
+	for _, tt := range []struct {
+		name, in string
+		others   int // bytes that others hold
+		held     int // at most, by a reader that has the whole request
+		err      error
+	}{
+		{"short", request("GET", "k"), 0, 0, nil},
+		{"1 MB", request("GET", strings.Repeat("k", 1<<20)), 0, 1<<20 + pipelineBuffer, nil},
+		{"many arguments", request(slices.Repeat([]string{"k"}, 10000)...), 0, 100_000*2 + 10000*argSize, nil},
+		{"too many arguments", request(slices.Repeat([]string{"k"}, 60000)...), 0, 0, errTooMuch},
+		{"too many words", strings.Repeat("a ", 30000) + "\n", 1<<20 + 1, 0, errTooMuch},
+		{"too many arguments in one read", request(slices.Repeat([]string{""}, 2000)...), 2<<20 - 20_000, 0, errTooMuch},
+		{"too much", request("GET", strings.Repeat("k", 3<<20)), 0, 0, errTooMuch},
+	} {
+		b := newBudget(2 << 20)
+		b.hold("", tt.others)
+		r := reader{src: strings.NewReader(tt.in), buf: make([]byte, readBuffer), budget: b}
+		var args [][]byte
+		var err error
+		for args == nil && err == nil && r.fill() == nil {
+			args, err = r.read()
+		}
+		compare(t, tt.name+": error", err, tt.err)
+		compare(t, tt.name+": is whole", args != nil, tt.err == nil)
+		if held := b.used; tt.err == nil && (held > tt.held || held < tt.held/2) {
+			t.Errorf("%s: held %d bytes; want %d at most, and half of it at least", tt.name, held, tt.held)
+		}
+		r.start, r.end, r.left = 0, 0, 0
+		r.fill()
+		r.grant(0, 0)
+		compare(t, tt.name+": held at the end", b.used, tt.others)
+	}
 }
 
 func FuzzReader(f *testing.F) {
@@ -1009,6 +1128,10 @@ func TestRESPReplies(t *testing.T) {
 		"SET k v\r\nPING\r\n":    "-ERR unknown command 'SET', with args beginning with: 'k' 'v' \r\n+PONG\r\n",
 		request("a\r\nb", "c\n"): "-ERR unknown command 'a  b', with args beginning with: 'c ' \r\n",
 		"QUIT\r\nPING\r\n":       "+OK\r\n", "QUIT x\r\n": "+OK\r\n", "PING\r\nPOST / x\r\nPING\r\n": "+PONG\r\n", "Host: x\r\nPING\r\n": "",
+		"CLIENT LIST TYPE pubsub\r\nCLIENT LIST type SLAVE\r\nCLIENT LIST ID 2 3\r\n":       "TEXTTEXTTEXT",
+		"CLIENT LIST TYPE foo\r\nCLIENT LIST ID a\r\nCLIENT LIST ID 1 a\r\n":                "-ERR Unknown client type 'foo'\r\n-ERR Invalid client ID\r\n-ERR Invalid client ID\r\n",
+		"CLIENT LIST TYPE\r\nCLIENT LIST ID\r\nCLIENT LIST TYPE normal x\r\n":               "-ERR syntax error\r\n-ERR syntax error\r\n-ERR syntax error\r\n",
+		request("CLIENT", "SETNAME", strings.Repeat("n", maxName+1)) + "CLIENT GETNAME\r\n": "-ERR Client names cannot be longer than 4096 bytes.\r\nNULL",
 		"GET text\r\n*x\r\nPING\r\n": hello + "-ERR Protocol error: invalid multibulk length\r\n",
 		"*1\r\n\r\n\r\nPING\r\n":     "-ERR Protocol error: expected '$', got ' '\r\n",
 	} {
@@ -1029,6 +1152,7 @@ func TestRESPDescribesItself(t *testing.T) {
 		"INFO all\r\n":                       "# Server\r\n|# Cache\r\n",
 		"GET key\r\nINFO STATS memory\r\n":   "# Memory\r\n|# Stats\r\n|keyspace_hits:1\r\n",
 		"CLIENT SETNAME me\r\nCLIENT INFO\n": "id=1 |name=me |resp=2 ",
+		"CLIENT LIST TYPE normal\n":          "\r\nid=1 ", "CLIENT LIST ID 7 1 8\n": "\r\nid=1 ",
 		"CLIENT SETINFO LIB-NAME x\r\nHELLO 3\r\nCLIENT LIST\n": "\r\ntxt:id=1 |resp=3 lib-name=x ",
 	} {
 		got := talk(t, p, strings.NewReader(in))
@@ -1193,6 +1317,79 @@ func TestRESPWritesNothingAfterAFailedWrite(t *testing.T) {
 type writerFunc func([]byte) (int, error)
 
 func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// A request that has begun must be complete in 10 seconds, and one more for each MB of it; between requests a
+// client may be silent.
+func TestRESPRequestsHaveTheirTime(t *testing.T) {
+	for _, tt := range []struct {
+		name, in string
+		want     time.Duration
+	}{
+		{"half a request", request("PING") + "*2\r\n$4\r\nEC", 10 * time.Second},
+		{"half a line", "PING\r\nPIN", 10 * time.Second},
+		{"3 MB of a request", request("PING") + "*2\r\n$4\r\nECHO\r\n$4000000\r\n" + strings.Repeat("x", 3<<20), 13 * time.Second},
+		{"whole requests", request("PING") + "PING\r\n", time.Hour},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p := newParts(t)
+				client, nc := net.Pipe()
+				go p.serveRESP(nc) // ends with the connection
+				time.AfterFunc(time.Hour, func() { client.Close() })
+				began := time.Now()
+				go func() { // ends with the connection
+					io.WriteString(client, tt.in[:len(tt.in)-1])
+					time.Sleep(5 * time.Second)
+					io.WriteString(client, tt.in[len(tt.in)-1:]) // which renews nothing
+				}()
+				io.Copy(io.Discard, client)
+				if took := time.Since(began); took < tt.want || took > tt.want+time.Second {
+					t.Errorf("closed after %v; want %v", took, tt.want)
+				}
+			})
+		})
+	}
+}
+
+// Without room for large values, small ones are still answered, in small lots, and a large one when there is room
+// or, after a while, by an error.
+func TestRESPValuesWaitForRoom(t *testing.T) {
+	small, large := strings.Repeat("s", 1000), strings.Repeat("l", 2*flushAt)
+	pipeline := strings.Repeat(request("GET", "small"), 100) + request(append([]string{"MGET"}, slices.Repeat([]string{"small"}, 100)...)...)
+	want := strings.Repeat(bulk(small), 100) + "*100\r\n" + strings.Repeat(bulk(small), 100)
+	p := newParts(t, "--redis-timeout", "50ms", "--cache-timeout", "1h")
+	cacheNow(p, "small", small, "large", large)
+	values := p.cfg.clients.values
+	values.used = values.max
+	const crowded = "-ERR too many large values on their way\r\n"
+	in := pipeline + request("GET", "large") + request("MGET", "small", "large") + "PING\r\n"
+	compare(t, "without room", talk(t, p, strings.NewReader(in)), want+crowded+crowded+"+PONG\r\n")
+	hits := p.resp.tally[hit].Load()
+	compare(t, "keys counted", hits, 203)
+	p.cache.timeout = time.Minute
+	time.AfterFunc(20*time.Millisecond, func() { values.release("", values.max) })
+	want += bulk(large) + "*2\r\n" + bulk(small) + bulk(large) + "+PONG\r\n"
+	compare(t, "with room in time", talk(t, p, strings.NewReader(in)), want)
+	compare(t, "with room", talk(t, p, strings.NewReader(in)), want)
+	compare(t, "held at the end", values.used, 0)
+	compare(t, "values held at the end", len(values.held), 0)
+}
+
+// What a transaction has queued counts as not answered.
+func TestRESPTransactionsAreBounded(t *testing.T) {
+	p := newParts(t)
+	p.cfg.clients.requests = newBudget(1 << 20)
+	key := strings.Repeat("k", 10000)
+	got := talk(t, p, strings.NewReader("MULTI\r\n"+strings.Repeat(request("GET", key), 1000)))
+	want := "+OK\r\n" + strings.Repeat("+QUEUED\r\n", 106) + "-ERR Protocol error: too much of all clients' requests is unanswered\r\n"
+	if n := strings.Count(got, "QUEUED"); n < 80 || n > 110 || !strings.HasSuffix(got, want[len(want)-60:]) {
+		t.Errorf("got %d commands queued, and at the end %.80q; want about 100, and an error", n, got[len(got)-80:])
+	}
+	compare(t, "held at the end", p.cfg.clients.requests.used, 0)
+	in := "MULTI\r\n" + strings.Repeat(request("GET", key), 50) + "DISCARD\r\n"
+	got = talk(t, p, strings.NewReader(strings.Repeat(in, 10)+"PING\r\n"))
+	compare(t, "after transactions that have ended", got[len(got)-12:], "+OK\r\n+PONG\r\n")
+}
 
 // An MGET whose answers are large is written as they come: an error is an element then.
 func TestRESPWritesLargeMGETsAsTheyCome(t *testing.T) {
@@ -1622,7 +1819,7 @@ func playRedis(t testing.TB, reply func(conn int, args []string) string) (flags 
 
 func playConn(nc net.Conn, reply func(args []string) string) {
 	defer nc.Close()
-	r := reader{src: nc, buf: make([]byte, readBuffer)}
+	r := reader{src: nc, buf: make([]byte, readBuffer), budget: newBudget(2 * maxRequest)}
 	for r.fill() == nil {
 		for args, err := r.read(); args != nil && err == nil; args, err = r.read() {
 			s, last := strings.CutSuffix(reply(strs(args)), hungUp)
@@ -1963,7 +2160,7 @@ func BenchmarkCacheMemory(b *testing.B) {
 
 func BenchmarkReader(b *testing.B) {
 	in := strings.NewReader(strings.Repeat(request("GET", "key:000000000000"), 16))
-	r := reader{src: in, buf: make([]byte, readBuffer)}
+	r := reader{src: in, buf: make([]byte, readBuffer), budget: newBudget(2 * maxRequest)}
 	b.ReportAllocs()
 	b.SetBytes(in.Size())
 	for b.Loop() {

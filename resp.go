@@ -12,7 +12,6 @@ import (
 	"io"
 	"maps"
 	"math"
-	"net"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,16 +21,28 @@ import (
 )
 
 const (
-	// readBuffer is what a connection has to read into, and pipelineBuffer while it sends more than that.
-	// A request that does not fit gets as much as it needs.
+	// readBuffer is what a connection has to read into, and pipelineBuffer while it sends more than that. One
+	// whose requests wait for Redis has wideBuffer, so that they wait together. A request that does not fit
+	// gets as much as it needs. What is over pipelineBuffer counts against the budget of requests.
 	readBuffer     = 2 << 10
 	pipelineBuffer = 16 << 10
-	// maxRequest bounds a request: all its arguments and their framing.
-	maxRequest = 1 << 20
+	wideBuffer     = 256 << 10
+	// maxRequest bounds a request: all its arguments and their framing. argSize is what an argument costs
+	// beside its bytes.
+	maxRequest = 64 << 20
+	argSize    = 40
+	// requestTime is how long a client may take for a request, and a second more for each MB of it.
+	requestTime = 10 * time.Second
 	// maxInline bounds a line: an inline request, a count or a length (PROTO_INLINE_MAX_SIZE).
 	maxInline = 64 << 10
 	// maxAhead bounds the keys that a client asks for before it waits.
 	maxAhead = 1 << 14
+	// answerSize is what an answer costs that has no value.
+	answerSize = 96
+	// maxWord is longer than any word that means something.
+	maxWord = 64
+	// maxName bounds what a client says about itself. Redis has no such bound.
+	maxName = 4 << 10
 	// redisVersion is the Redis whose answers these are.
 	redisVersion = "7.0.15"
 )
@@ -41,6 +52,11 @@ type protocolError string
 
 func (e protocolError) Error() string { return "Protocol error: " + string(e) }
 
+const (
+	errTooLarge = protocolError("request larger than 64 MB")
+	errTooMuch  = protocolError("too much of all clients' requests is unanswered")
+)
+
 // A reader splits what a client sends into requests.
 type reader struct {
 	src    io.Reader
@@ -48,38 +64,55 @@ type reader struct {
 	start  int    // of the current request
 	end    int
 	next   int  // where parsing goes on, from start
+	need   int  // how long the current request is at least, where it says so; or 0
 	last   int  // how much was read since a read last left room in buf
 	left   int  // arguments still to come; 0 between requests
 	strict bool // the client has not authenticated
+	wide   bool // the client's requests wait for Redis
+	broken error
 	spans  []span
 	args   [][]byte
+	budget *budget
+	held   int // of the budget
+	queued int // bytes of the transaction that the client has begun
 }
 
 // A span is where an argument lies, from the start of its request.
-type span struct{ from, to int }
+type span struct{ from, to int32 }
 
 // fill reads once. What read has returned is invalid afterwards.
 func (r *reader) fill() error {
-	rest, size := r.buf[r.start:r.end], len(r.buf)
-	full := r.end == size
+	rest, size, full := r.buf[r.start:r.end], len(r.buf), r.end == len(r.buf)
 	switch {
 	case full && size < pipelineBuffer:
 		size = pipelineBuffer // more is coming
 	case full && len(rest) == size:
-		size *= 2 // requests that are too long are refused before they get here
-	case len(rest) == 0 && (r.last < readBuffer || size > pipelineBuffer):
+		size = max(size+min(size, wideBuffer+size/4), min(r.need, 2*size+readBuffer))
+	case full && r.wide && size <= wideBuffer:
+		size = min(4*size, wideBuffer)
+	case len(rest) <= readBuffer/2 && (r.last < readBuffer || size > pipelineBuffer):
 		size = readBuffer
 	}
-	if size != len(r.buf) {
-		r.buf, r.args = make([]byte, size), nil // args has parts of the old buffer
+	if size != len(r.buf) || cap(r.args) > pipelineBuffer/argSize {
+		r.args = nil // it has parts of the old buffer
 		if r.left == 0 {
 			r.spans = nil
 		}
+	}
+	if !r.grant(size, len(r.spans)) {
+		if len(rest) == len(r.buf) {
+			r.broken = errTooMuch
+			return nil
+		}
+		size = len(r.buf)
+	}
+	if size != len(r.buf) {
+		r.buf = make([]byte, size)
 		copy(r.buf, rest)
 	} else if r.start > 0 {
 		copy(r.buf, rest)
 	}
-	r.start, r.end = 0, len(rest)
+	r.start, r.end, r.need = 0, len(rest), 0
 	if !full {
 		r.last = 0
 	}
@@ -91,12 +124,28 @@ func (r *reader) fill() error {
 	return err
 }
 
+// grant counts a buffer and so many arguments against the budget, and reports whether there is room for them.
+func (r *reader) grant(size, args int) bool {
+	held := max(0, size+args*argSize+r.queued-pipelineBuffer)
+	switch {
+	case held > r.held && r.budget.hold("", held-r.held) != nil:
+		return false
+	case held < r.held:
+		r.budget.release("", r.held-held)
+	}
+	r.held = held
+	return true
+}
+
 // read returns the next request's arguments, or none if more must be read first.
 func (r *reader) read() ([][]byte, error) {
-	for r.start < r.end {
+	for r.start < r.end && r.broken == nil {
 		if r.left == 0 && r.buf[r.start] != '*' {
 			if ok, err := r.readInline(); !ok || err != nil {
 				return nil, err
+			}
+			if !r.grant(len(r.buf), 2*len(r.args)) {
+				return nil, errTooMuch
 			}
 			if len(r.args) > 0 {
 				return r.args, nil
@@ -116,7 +165,7 @@ func (r *reader) read() ([][]byte, error) {
 				return nil, protocolError("unauthenticated multibulk length")
 			}
 			if n > maxRequest/len("$0\r\n\r\n") {
-				return nil, protocolError("invalid multibulk length")
+				return nil, errTooLarge
 			}
 			r.left, r.spans = n, r.spans[:0]
 		}
@@ -125,14 +174,18 @@ func (r *reader) read() ([][]byte, error) {
 				return nil, err
 			}
 		}
-		r.args = r.args[:0]
+		if !r.grant(len(r.buf), len(r.spans)) {
+			return nil, errTooMuch
+		}
+		r.args = slices.Grow(r.args[:0], len(r.spans))
 		for _, s := range r.spans {
-			r.args = append(r.args, r.buf[r.start+s.from:r.start+s.to:r.start+s.to])
+			from, to := r.start+int(s.from), r.start+int(s.to)
+			r.args = append(r.args, r.buf[from:to:to])
 		}
 		r.consume()
 		return r.args, nil
 	}
-	return nil, nil
+	return nil, r.broken
 }
 
 // readGet returns the key if the next request is a whole GET of a common form; read takes all others.
@@ -164,17 +217,20 @@ func (r *reader) readBulk() (ok bool, err error) {
 	if !ok || err != nil {
 		return false, err
 	}
-	if n < 0 || r.next+n > maxRequest {
+	if n < 0 || n > 512<<20 {
 		return false, protocolError("invalid bulk length")
+	}
+	if r.next+n > maxRequest {
+		return false, errTooLarge
 	}
 	if n > 16384 && r.strict {
 		return false, protocolError("unauthenticated bulk length")
 	}
 	if r.start+r.next+n+2 > r.end {
-		r.next = header // the length is parsed again when more has come
+		r.next, r.need = header, r.next+n+2 // the length is parsed again when more has come
 		return false, nil
 	}
-	r.spans = append(r.spans, span{r.next, r.next + n})
+	r.spans = append(r.spans, span{int32(r.next), int32(r.next + n)})
 	r.next += n + 2 // whatever the terminator is: Redis does not look either
 	r.left--
 	return true, nil
@@ -228,7 +284,7 @@ func lineEnd(b []byte, end byte) int {
 
 // parseInt is Redis' string2ll: no sign but a minus, no leading zeros.
 func parseInt(b []byte) (n int64, ok bool) {
-	n, err := strconv.ParseInt(string(b), 10, 64)
+	n, err := strconv.ParseInt(string(b[:min(len(b), 21)]), 10, 64) // it copies what it does not understand
 	if err != nil || len(b) > 1 && b[0] == '0' || b[0] == '+' || b[0] == '-' && b[1] == '0' {
 		return 0, false
 	}
@@ -301,7 +357,7 @@ type resp struct {
 // A client is a connection that speaks RESP. Only its own goroutine uses it.
 type client struct {
 	resp     *resp
-	conn     net.Conn
+	conn     *conn
 	in       reader
 	id       int64
 	since    time.Time
@@ -312,7 +368,12 @@ type client struct {
 	asked    time.Duration // since when it waits for Redis, on the cache's clock
 	late     bool          // Redis was too slow for what has been read: the rest does not wait as long again
 	multi    *transaction  // nil outside MULTI
-	held     []answer      // to the keys of a transaction, in their order
+	moment   []answer      // to the keys of a transaction, in their order; nil outside EXEC
+	begun    time.Time     // when the request began that is not complete
+	counted  int           // keys that come next, are in the statistics, and had no room
+	few      int           // how many of them are asked for at once
+	free     int           // bytes of answers that are counted nowhere
+	gone     bool          // a write has failed
 	err      error         // ends the connection
 	*buffers               // while there is something to answer
 }
@@ -320,8 +381,8 @@ type client struct {
 // Buffers are what a client needs only while it is being answered, and borrows for that.
 type buffers struct {
 	keys    [][]byte // asked for by GETs whose replies are not written yet
-	answers []answer
-	out     []byte // replies that are not flushed yet
+	answers []answer // that are not written yet
+	out     []byte   // replies that are not flushed yet
 }
 
 var spareBuffers = sync.Pool{New: func() any { return &buffers{out: make([]byte, 0, flushAt)} }}
@@ -334,18 +395,40 @@ func newRESP(c *cache, pw *password, db int, figures func() []figure) *resp {
 }
 
 // refuse answers a connection that is one too many.
-func (s *resp) refuse(nc *conn) {
-	io.WriteString(nc, "-ERR max number of clients reached\r\n")
-}
+func (s *resp) refuse(nc *conn) { io.WriteString(nc, "-ERR max number of clients reached\r\n") }
 
 // serve answers a connection until it ends.
 func (s *resp) serve(nc *conn) {
-	defer nc.Close()
-	c := &client{resp: s, conn: nc, in: reader{src: nc, buf: make([]byte, readBuffer)}, id: s.nextID.Add(1), since: time.Now(), proto: 2}
+	in := reader{src: nc, buf: make([]byte, readBuffer), budget: nc.link.server.requests}
+	c := &client{resp: s, conn: nc, in: in, id: s.nextID.Add(1), since: time.Now(), proto: 2}
+	defer func() { c.in.queued = 0; c.in.grant(0, 0); nc.Close() }()
+	nc.link.readsOn = true
 	c.permit(!s.password.needed)
-	for c.err == nil && c.in.fill() == nil {
-		c.answer()
+	for c.err == nil {
+		c.pace()
+		if c.err = c.in.fill(); c.err == nil {
+			c.answer()
+		}
 	}
+	if _, ok := c.err.(protocolError); ok {
+		nc.linger()
+	}
+}
+
+// pace limits the time for a request that has begun.
+func (c *client) pace() {
+	if c.multi == nil {
+		c.in.queued = 0
+	}
+	n := c.in.end - c.in.start
+	if n == 0 {
+		c.conn.link.hurry(0)
+		return
+	}
+	if c.in.start > 0 || !c.conn.link.hurried {
+		c.begun = time.Now()
+	}
+	c.conn.link.hurry(max(1, time.Until(c.begun.Add(requestTime+time.Duration(n>>20)*time.Second))))
 }
 
 // permit sets whether the client may read. Until then Redis takes only short requests from it.
@@ -385,9 +468,6 @@ func (c *client) answer() {
 		default:
 			c.execute(args)
 		}
-		if len(c.out) > flushAt {
-			c.flush()
-		}
 	}
 	c.get()
 	c.flush()
@@ -402,9 +482,7 @@ func isGet(name []byte) bool {
 func (c *client) give() {
 	b := c.buffers
 	c.buffers = nil
-	clear(b.keys)
-	clear(b.answers)
-	b.keys, b.answers, b.out = b.keys[:0], b.answers[:0], b.out[:0]
+	b.out = b.out[:0]
 	if cap(b.out) <= 2*flushAt && cap(b.answers) <= 1024 {
 		spareBuffers.Put(b)
 	}
@@ -412,11 +490,11 @@ func (c *client) give() {
 
 // get answers the GETs that have been gathered.
 func (c *client) get() {
+	c.counted = 0
 	for keys := c.keys; len(keys) > 0 && c.err == nil; {
 		c.startWaiting()
-		answers := c.ask(keys)
-		keys = keys[len(answers):]
-		c.writeAnswers(answers)
+		keys = keys[len(c.ask(keys)):]
+		c.writeAnswers()
 	}
 	clear(c.keys)
 	c.keys = c.keys[:0]
@@ -429,23 +507,75 @@ func (c *client) startWaiting() {
 	}
 }
 
-// ask returns the answers to keys, or to the first of them. They hold until the next call.
+// ask adds the answers to keys, or to the first of them, to those that are to be written. It returns what it
+// has added: none if there is no room beside those that are there already.
 func (c *client) ask(keys [][]byte) []answer {
-	if len(c.held) >= len(keys) && len(keys) > 0 {
-		answers := c.held[:len(keys)]
-		c.held = c.held[len(keys):]
-		return answers
+	before, n := len(c.answers), len(keys)
+	if len(c.moment) >= n {
+		c.answers, c.moment = append(c.answers, c.moment[:n]...), c.moment[n:]
+		return c.answers[before:]
 	}
-	c.answers = slices.Grow(c.answers[:0], len(keys))[:len(keys)]
-	n := c.resp.cache.get(&c.resp.tally, c.asked, keys, c.answers)
-	clear(c.answers[n:])
-	return c.answers[:n]
+	t := &c.resp.tally
+	if c.counted > 0 {
+		t, n = new(tally), min(n, c.counted, c.few)
+	}
+	c.answers = slices.Grow(c.answers, n)
+	answers := c.answers[before : before+n]
+	got := c.resp.cache.get(t, c.asked, keys[:n], answers)
+	c.in.wide = answers[got-1].flight != nil
+	n = c.fit(keys, answers[:got])
+	clear(answers[n:])
+	c.answers = c.answers[:before+n]
+	if c.counted == 0 {
+		c.counted, c.few = got, max(n, 1)
+	}
+	c.counted -= n
+	return answers[:n]
 }
 
-// writeAnswers adds answers to the replies, and lets go of them.
-func (c *client) writeAnswers(answers []answer) {
+// fit counts answers against the budget of values, and returns for how many of them there is room. The first
+// flushAt bytes of those that are not written need none.
+func (c *client) fit(keys [][]byte, answers []answer) int {
+	free, size, link := 0, c.free, c.conn.link
 	for i := range answers {
-		switch a := &answers[i]; {
+		if size += len(answers[i].data) + answerSize; size <= flushAt {
+			free, c.free = i+1, size
+		}
+	}
+	switch {
+	case free == len(answers) || len(answers) > 1 && link.hold("", size) == nil:
+		return len(answers)
+	case free > 0 || link.holding || c.free > 0 && len(answers[0].data) <= flushAt:
+		return free
+	}
+	c.await(keys[:1], answers[:1])
+	return 1
+}
+
+// await waits for room for one large value, as long as for Redis. It does not hold the value meanwhile.
+func (c *client) await(key [][]byte, a []answer) {
+	late := time.NewTimer(c.resp.cache.timeout)
+	defer late.Stop()
+	for {
+		full := c.conn.link.hold(a[0].data, 0)
+		if full == nil {
+			return
+		}
+		a[0] = answer{err: errCrowded}
+		select {
+		case <-late.C:
+			return
+		case <-full:
+			c.startWaiting()
+			c.resp.cache.get(new(tally), c.asked, key, a)
+		}
+	}
+}
+
+// writeAnswers adds the answers to the replies, and lets go of them.
+func (c *client) writeAnswers() {
+	for i := range c.answers {
+		switch a := &c.answers[i]; {
 		case c.err != nil:
 		case a.err == nil:
 			c.write(a.bulk())
@@ -455,16 +585,23 @@ func (c *client) writeAnswers(answers []answer) {
 			c.late = c.late || a.err == errTimeout
 			c.fail(respError(a.err))
 		}
-		if len(c.out) > flushAt {
-			c.flush()
-		}
-		answers[i] = answer{}
+		c.answers[i] = answer{}
+	}
+	c.letGo()
+}
+
+// letGo lets go of the answers. Those of a transaction hold until its end.
+func (c *client) letGo() {
+	clear(c.answers)
+	c.answers, c.free = c.answers[:0], 0
+	if c.moment == nil {
+		c.conn.link.letGo()
 	}
 }
 
 // respError returns the error reply for an answer. Redis' own error replies pass as they are.
 func respError(err error) string {
-	if err == errUnavailable || err == errTimeout {
+	if err == errUnavailable || err == errTimeout || err == errCrowded {
 		return "ERR " + err.Error()
 	}
 	return err.Error()
@@ -483,12 +620,12 @@ func (c *client) write(s string) {
 }
 
 func (c *client) flush() {
-	if len(c.out) > 0 {
+	if len(c.out) > 0 && !c.gone {
 		if _, err := c.conn.Write(c.out); err != nil {
-			c.err = err
+			c.err, c.gone = err, true
 		}
-		c.out = c.out[:0]
 	}
+	c.out = c.out[:0]
 }
 
 // The following add a reply of a kind, all of them short.
@@ -504,14 +641,16 @@ func (c *client) fail(s string) { c.line('-', oneLine.Replace(s)) }
 var oneLine = strings.NewReplacer("\r", " ", "\n", " ")
 
 func (c *client) line(kind byte, s string) {
-	c.out = append(c.out, kind)
-	c.out = append(c.out, s...)
-	c.out = append(c.out, "\r\n"...)
+	if len(c.out) > flushAt {
+		c.flush()
+	}
+	c.out = append(append(append(c.out, kind), s...), "\r\n"...)
 }
 
 func (c *client) bulk(s string) {
 	c.line('$', strconv.Itoa(len(s)))
-	c.out = append(append(c.out, s...), "\r\n"...)
+	c.write(s)
+	c.write("\r\n")
 }
 
 func (c *client) bulks(all ...string) {
@@ -520,15 +659,23 @@ func (c *client) bulks(all ...string) {
 	}
 }
 
+// echo adds what the client sent, without a copy of the whole.
+func (c *client) echo(b []byte) {
+	c.line('$', strconv.Itoa(len(b)))
+	for part := range slices.Chunk(b, flushAt) {
+		c.write(string(part))
+	}
+	c.write("\r\n")
+}
+
 // verbatim is a text for people.
 func (c *client) verbatim(s string) {
 	if c.proto == 2 {
 		c.bulk(s)
 		return
 	}
-	start := len(c.out)
-	c.bulk("txt:" + s)
-	c.out[start] = '='
+	c.line('=', strconv.Itoa(len("txt:"+s)))
+	c.write("txt:" + s + "\r\n")
 }
 
 // mapping begins n pairs.
@@ -542,9 +689,9 @@ func (c *client) mapping(n int) {
 
 func (c *client) null() {
 	if c.proto == 2 {
-		c.out = append(c.out, "$-1\r\n"...)
+		c.line('$', "-1")
 	} else {
-		c.out = append(c.out, "_\r\n"...)
+		c.line('_', "")
 	}
 }
 
@@ -576,7 +723,7 @@ func init() {
 		"exec":    {arity: 1, run: (*client).exec},
 		"discard": {arity: 1, run: (*client).discard},
 		"ping":    {arity: -1, run: (*client).ping},
-		"echo":    {arity: 2, run: func(c *client, args [][]byte) { c.bulk(string(args[1])) }},
+		"echo":    {arity: 2, run: func(c *client, args [][]byte) { c.echo(args[1]) }},
 		"hello":   {arity: -1, run: (*client).hello},
 		"auth":    {arity: -2, run: (*client).auth},
 		"select":  {arity: 2, run: (*client).selectDB},
@@ -607,7 +754,7 @@ func init() {
 			"setname":  {arity: 3, run: (*client).setName},
 			"setinfo":  {arity: 4, run: (*client).setInfo},
 			"info":     {arity: 2, run: (*client).describe},
-			"list":     {arity: -2, run: (*client).describe},
+			"list":     {arity: -2, run: (*client).list},
 			"no-evict": {arity: 3, run: (*client).onOff},
 			"no-touch": {arity: 3, run: (*client).onOff},
 			"help": {arity: 2, run: help("CLIENT", "GETNAME", "Return the name of the current connection.",
@@ -634,15 +781,15 @@ func help(name string, lines ...string) func(*client, [][]byte) {
 // commandInfo answers COMMAND and COMMAND INFO in the form of Redis 7: name, arity, flags, first and last
 // key, step, ACL categories, tips, key specifications, subcommands.
 func (c *client) commandInfo(args [][]byte) {
-	names := slices.Sorted(maps.Keys(commands))
-	if len(args) > 2 {
-		names = nil
-		for _, arg := range args[2:] {
-			names = append(names, lower(string(arg)))
+	names := args[min(len(args), 2):]
+	if len(names) == 0 {
+		for _, name := range slices.Sorted(maps.Keys(commands)) {
+			names = append(names, []byte(name))
 		}
 	}
 	c.array(len(names))
-	for _, name := range names {
+	for _, arg := range names {
+		name := nameOf(arg)
 		cmd, ok := commands[name]
 		if !ok {
 			c.null()
@@ -682,7 +829,7 @@ func (c *client) commandList(args [][]byte) {
 
 // commandKeys answers COMMAND GETKEYS (db.c, getKeysSubcommandImpl).
 func (c *client) commandKeys(args [][]byte) {
-	switch cmd, ok := commands[lower(string(args[2]))]; {
+	switch cmd, ok := commands[nameOf(args[2])]; {
 	case !ok:
 		c.fail("ERR Invalid command specified")
 	case !cmd.keys:
@@ -692,7 +839,7 @@ func (c *client) commandKeys(args [][]byte) {
 	default:
 		c.array(len(args) - 3)
 		for _, key := range args[3:] {
-			c.bulk(string(key))
+			c.echo(key)
 		}
 	}
 }
@@ -700,7 +847,8 @@ func (c *client) commandKeys(args [][]byte) {
 // execute answers one command, or queues it in a transaction.
 func (c *client) execute(args [][]byte) {
 	if guard := word(args[0]); guard == "post" || guard == "host:" {
-		c.err = errQuit // a browser that was made to speak to a Redis (networking.c, securityWarningCommand)
+		// A browser that was made to speak to a Redis (networking.c, securityWarningCommand).
+		c.err = protocolError("no reply")
 		return
 	}
 	name, cmd, refusal := c.find(args)
@@ -714,8 +862,10 @@ func (c *client) execute(args [][]byte) {
 			c.multi.broken = true
 		}
 	case c.multi != nil && !slices.Contains([]string{"exec", "discard", "multi", "quit", "reset"}, name):
-		c.multi.add(cmd, args)
 		c.status("QUEUED")
+		if c.in.queued += c.multi.add(cmd, args); !c.in.grant(len(c.in.buf), len(c.in.spans)) {
+			c.in.broken = errTooMuch
+		}
 	default:
 		cmd.run(c, args)
 	}
@@ -723,13 +873,13 @@ func (c *client) execute(args [][]byte) {
 
 // find returns a command that may run, and its name, or the error reply.
 func (c *client) find(args [][]byte) (name string, cmd command, refusal string) {
-	name = lower(string(args[0]))
+	name = nameOf(args[0])
 	cmd, ok := commands[name]
 	if !ok {
 		return name, cmd, unknownCommand(args)
 	}
 	if cmd.sub != nil && len(args) > 1 {
-		sub := lower(string(args[1]))
+		sub := nameOf(args[1])
 		if cmd, ok = cmd.sub[sub]; !ok {
 			return name, cmd, fmt.Sprintf("ERR unknown subcommand '%s'. Try %s HELP.", cString(args[1], 128), strings.ToUpper(name))
 		}
@@ -751,16 +901,18 @@ type transaction struct {
 	broken bool     // a command was refused: EXEC discards the transaction
 }
 
-// add queues a copy of a command.
-func (t *transaction) add(cmd command, args [][]byte) {
+// add queues a copy of a command, and returns what it costs.
+func (t *transaction) add(cmd command, args [][]byte) (size int) {
 	own := make([][]byte, len(args))
 	for i, arg := range args {
 		own[i] = bytes.Clone(arg)
+		size += len(arg) + 2*argSize
 	}
 	t.run = append(t.run, func(c *client) { cmd.run(c, own) })
 	if cmd.keys {
 		t.keys = append(t.keys, own[1:]...)
 	}
+	return size
 }
 
 func (c *client) begin([][]byte) {
@@ -768,7 +920,7 @@ func (c *client) begin([][]byte) {
 		c.fail("ERR MULTI calls can not be nested")
 		return
 	}
-	c.multi = new(transaction)
+	c.multi, c.in.queued = new(transaction), 0
 	c.ok()
 }
 
@@ -794,12 +946,13 @@ func (c *client) exec([][]byte) {
 		c.fail("EXECABORT Transaction discarded because of previous errors.")
 		return
 	}
-	if len(t.keys) > 0 {
+	if n := len(t.keys); n > 0 && n <= maxAhead {
 		c.startWaiting()
-		if answers := c.ask(t.keys); len(answers) == len(t.keys) {
+		if answers := c.ask(t.keys); len(answers) == n {
 			c.resp.cache.again(t.keys, answers)
-			c.held = slices.Clone(answers)
+			c.moment = slices.Clone(answers)
 		}
+		c.letGo()
 	}
 	c.array(len(t.run))
 	for _, run := range t.run {
@@ -807,21 +960,24 @@ func (c *client) exec([][]byte) {
 			run(c)
 		}
 	}
-	c.held = nil
+	c.moment = nil
+	c.letGo()
 }
 
 // readOne answers a GET that is not one of a pipeline's.
 func (c *client) readOne(args [][]byte) {
 	c.startWaiting()
-	c.writeAnswers(c.ask(args[1:]))
+	c.ask(args[1:])
+	c.writeAnswers()
 }
 
 // exists counts the keys that Redis has, of whatever type.
 func (c *client) exists(args [][]byte) {
 	n := int64(0)
 	c.startWaiting()
-	for keys := args[1:]; len(keys) > 0; {
-		answers := c.ask(keys)
+	defer c.letGo()
+	for keys := args[1:]; len(keys) > 0; c.letGo() {
+		answers := c.ask(keys[:min(len(keys), maxAhead)])
 		keys = keys[len(answers):]
 		for i := range answers {
 			switch err := answers[i].err; {
@@ -865,15 +1021,14 @@ func lower(s string) string {
 	}, s)
 }
 
-// word is an option as strcasecmp reads it.
-func word(b []byte) string { return lower(cString(b, math.MaxInt)) }
+// word is an option as strcasecmp reads it, nameOf a command's name.
+func word(b []byte) string   { return lower(cString(b, maxWord)) }
+func nameOf(b []byte) string { return lower(string(b[:min(len(b), maxWord)])) }
 
 // mget answers MGET as Redis does: with null for a key that holds another type, and with an error instead of
 // the array. It holds the answers back for that, until they are too large together: an error that comes
 // then is an element.
 func (c *client) mget(args [][]byte) {
-	const answerSize = 256 // what an answer costs that has no value
-	var held []answer
 	size, begun := 0, false
 	c.startWaiting()
 	for keys := args[1:]; len(keys) > 0 && c.err == nil; {
@@ -888,20 +1043,18 @@ func (c *client) mget(args [][]byte) {
 			case a.err != nil && a.err != errAbsent && !begun:
 				c.late = c.late || a.err == errTimeout
 				c.fail(respError(a.err))
+				c.letGo()
 				return
 			}
 		}
-		held = append(held, answers...)
-		clear(answers)
-		if len(keys) > 0 && size < aheadBytes {
+		if len(keys) > 0 && len(answers) > 0 && size < aheadBytes {
 			continue
 		}
 		if !begun {
 			c.array(len(args) - 1)
 			begun = true
 		}
-		c.writeAnswers(held)
-		held = held[:0]
+		c.writeAnswers()
 		c.startWaiting() // the client took its time, not Redis
 	}
 }
@@ -911,7 +1064,7 @@ func (c *client) ping(args [][]byte) {
 	case 1:
 		c.status("PONG")
 	case 2:
-		c.bulk(string(args[1]))
+		c.echo(args[1])
 	default:
 		c.fail("ERR wrong number of arguments for 'ping' command")
 	}
@@ -947,7 +1100,7 @@ func (c *client) hello(args [][]byte) {
 			}
 			i++
 		default:
-			c.fail("ERR Syntax error in HELLO option '" + cString(args[i], math.MaxInt) + "'")
+			c.fail("ERR Syntax error in HELLO option '" + cString(args[i], maxInline) + "'")
 			return
 		}
 	}
@@ -1032,28 +1185,32 @@ func (c *client) setName(args [][]byte) {
 
 // rename sets the client's name, or says why not.
 func (c *client) rename(name []byte) bool {
-	if confuses(name) {
-		c.fail("ERR Client names cannot contain spaces, newlines or special characters.")
+	if !c.accepts("Client names", name) {
 		return false
 	}
 	c.name = string(name)
 	return true
 }
 
-// confuses tells whether a word would confuse who reads CLIENT LIST.
-func confuses(word []byte) bool {
-	return bytes.ContainsFunc(word, func(r rune) bool { return r < '!' || r > '~' })
+// accepts reports whether a word may stand in CLIENT LIST, or says why not.
+func (c *client) accepts(what string, word []byte) bool {
+	switch {
+	case len(word) > maxName:
+		c.fail(fmt.Sprintf("ERR %s cannot be longer than %d bytes.", what, maxName))
+	case bytes.ContainsFunc(word, func(r rune) bool { return r < '!' || r > '~' }):
+		c.fail("ERR " + what + " cannot contain spaces, newlines or special characters.")
+	default:
+		return true
+	}
+	return false
 }
 
 func (c *client) setInfo(args [][]byte) {
 	attr := word(args[2])
 	i := slices.Index([]string{"lib-name", "lib-ver"}, attr)
-	switch {
-	case i < 0:
-		c.fail("ERR Unrecognized option '" + cString(args[2], math.MaxInt) + "'")
-	case confuses(args[3]):
-		c.fail("ERR " + attr + " cannot contain spaces, newlines or special characters.")
-	default:
+	if i < 0 {
+		c.fail("ERR Unrecognized option '" + cString(args[2], maxInline) + "'")
+	} else if c.accepts(attr, args[3]) {
 		c.library[i] = string(args[3])
 		c.ok()
 	}
@@ -1068,11 +1225,41 @@ func (c *client) onOff(args [][]byte) {
 	}
 }
 
-// describe answers CLIENT INFO, and CLIENT LIST too: a client is told of nobody but itself.
+// describe answers CLIENT INFO.
 func (c *client) describe([][]byte) {
 	c.verbatim(fmt.Sprintf("id=%d addr=%s laddr=%s fd=0 name=%s age=%d idle=0 flags=N db=0 sub=0 psub=0 ssub=0 multi=-1 qbuf=0 qbuf-free=0 "+
 		"argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=0 tot-mem=0 events=r cmd=client user=default redir=-1 resp=%d lib-name=%s lib-ver=%s\n",
 		c.id, c.conn.RemoteAddr(), c.conn.LocalAddr(), c.name, time.Since(c.since)/time.Second, c.proto, c.library[0], c.library[1]))
+}
+
+// list answers CLIENT LIST: a client is told of nobody but itself, and once.
+func (c *client) list(args [][]byte) {
+	asked := len(args) == 2
+	switch {
+	case asked:
+	case len(args) == 4 && word(args[2]) == "type":
+		if asked = word(args[3]) == "normal"; !asked && !slices.Contains([]string{"master", "replica", "slave", "pubsub"}, word(args[3])) {
+			c.fail("ERR Unknown client type '" + cString(args[3], maxInline) + "'")
+			return
+		}
+	case len(args) > 3 && word(args[2]) == "id":
+		for _, arg := range args[3:] {
+			id, ok := parseInt(arg)
+			if !ok {
+				c.fail("ERR Invalid client ID")
+				return
+			}
+			asked = asked || id == c.id
+		}
+	default:
+		c.fail("ERR syntax error")
+		return
+	}
+	if asked {
+		c.describe(args)
+	} else {
+		c.verbatim("")
+	}
 }
 
 // info answers INFO with the sections that were asked for, in the order in which they first appear.

@@ -21,6 +21,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 )
 
 const (
@@ -41,6 +42,8 @@ const (
 	// drainTime is how much longer clients are read from when the server stops: what they have sent by
 	// then is answered.
 	drainTime = 100 * time.Millisecond
+	// stallTime is after how long a client counts as one that takes nothing of its replies for now.
+	stallTime = 250 * time.Millisecond
 	// flushAt is how many bytes of answers are gathered before they are written.
 	flushAt = 16 << 10
 )
@@ -197,7 +200,11 @@ func (s *server) handle(l *link) {
 // protocol finds out what a connection speaks, and takes off TLS.
 func (s *server) protocol(c *conn) (protocol, error) {
 	if s.tls == nil {
-		return c.detect(protocolOf)
+		proto, err := c.detect(protocolOf)
+		if err == nil && c.unread[0] == 0x16 {
+			err = errors.New("TLS, and there is no certificate")
+		}
+		return proto, err
 	}
 	if _, err := c.detect(func(begin []byte) (protocol, bool) { return 0, len(begin) > 0 }); err != nil {
 		return 0, err
@@ -303,7 +310,7 @@ func (c *conn) detect(decide func([]byte) (protocol, bool)) (protocol, error) {
 // lines come before the first line in both protocols (RFC 9112 §2.2), and say nothing.
 func protocolOf(begin []byte) (proto protocol, ok bool) {
 	first := afterEmptyLines(begin[:min(len(begin), maxFirstLine)])
-	if len(first) > 0 && first[0] == '*' || len(begin)-len(first) > maxEmptyLines {
+	if len(first) > 0 && (first[0] == '*' || first[0] == 0x16) || len(begin)-len(first) > maxEmptyLines {
 		return protoRESP, true
 	}
 	line, _, whole := bytes.Cut(first, []byte("\n"))
@@ -362,6 +369,10 @@ type link struct {
 	hurried  bool          // the read deadline is that of hurry
 	writeBy  time.Time     // the write deadline that is set
 	closing  bool          // crypto/tls has set the write deadline, for its last words
+	readsOn  bool          // no goroutine reads while one writes: Write may read on
+	ahead    [][]byte      // what it has read; its capacity counts against the budget of requests
+	holds    []hold        // of values on their way to the client
+	holding  bool          // there are such
 	released bool          // net/http sets the read deadlines; the server's lock guards it
 }
 
@@ -402,6 +413,16 @@ func (l *link) hurry(d time.Duration) {
 // Read fails when the client is silent for its idle time, or up to a quarter longer: a deadline costs as
 // much as a short request, and is not set anew for each.
 func (l *link) Read(p []byte) (int, error) {
+	if len(l.ahead) > 0 {
+		n, used := copy(p, l.ahead[0]), cap(l.ahead[0])
+		if l.ahead[0] = l.ahead[0][n:]; len(l.ahead[0]) > 0 {
+			used = n
+		} else {
+			l.ahead = l.ahead[1:]
+		}
+		l.server.requests.release("", used)
+		return n, nil
+	}
 	if l.idle > 0 && !l.hurried {
 		if now := time.Now(); l.readBy.Sub(now) < l.idle {
 			l.readBy = now.Add(l.idle + l.idle/4)
@@ -411,9 +432,10 @@ func (l *link) Read(p []byte) (int, error) {
 	return l.Conn.Read(p)
 }
 
-// Write fails when the client takes no byte for the write time-out, or up to a quarter longer.
+// Write fails when the client takes no byte for the write time-out, or stallTime longer. It reads on
+// meanwhile: the client may be one that sends all its requests before it takes the first reply.
 func (l *link) Write(p []byte) (written int, err error) {
-	slice := l.server.writeTimeout / 8
+	slice := min(l.server.writeTimeout/8, stallTime)
 	taken := time.Now()
 	for now := taken; ; now = time.Now() {
 		if !l.closing && l.writeBy.Sub(now) < slice/2 {
@@ -429,9 +451,59 @@ func (l *link) Write(p []byte) (written int, err error) {
 			return written, err
 		case n > 0:
 			taken = time.Now()
-		case time.Since(taken) >= l.server.writeTimeout:
+		case time.Since(taken) >= l.patience():
 			return written, err
 		}
+		for began := time.Now(); l.readsOn && l.readOn() && time.Since(began) < stallTime; {
+		}
+	}
+}
+
+// patience returns how long the client may take nothing: a second if others have wanted room for values since
+// the last were released, and it holds some.
+func (l *link) patience() time.Duration {
+	v := l.server.values
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if l.holding && v.freed != nil {
+		return min(l.server.writeTimeout, time.Second)
+	}
+	return l.server.writeTimeout
+}
+
+// readOn reads once what the client sends, for Read to return later, and reports whether anything came soon.
+func (l *link) readOn() bool {
+	buf := make([]byte, 512+min(len(l.ahead), 1)*(flushAt-512)) // most stalled clients send nothing
+	if l.server.draining.Load() != nil || l.server.requests.hold("", cap(buf)) != nil {
+		return false
+	}
+	l.hurry(stallTime / 16)
+	n, _ := l.Conn.Read(buf)
+	l.hurry(0)
+	if n == 0 {
+		l.server.requests.release("", cap(buf))
+	} else {
+		l.ahead = append(l.ahead, buf[:n])
+	}
+	return n > 0
+}
+
+// hold counts a value and more bytes on their way to the client until letGo. See budget.hold.
+func (l *link) hold(value string, more int) (full <-chan struct{}) {
+	if full = l.server.values.hold(value, more); full == nil {
+		l.holds, l.holding = append(l.holds, hold{value, more}), true
+	}
+	return full
+}
+
+// letGo ends the holds.
+func (l *link) letGo() {
+	for i, h := range l.holds {
+		l.server.values.release(h.value, h.more)
+		l.holds[i].value = ""
+	}
+	if len(l.holds) > 0 {
+		l.holds, l.holding = l.holds[:0], false
 	}
 }
 
@@ -453,6 +525,10 @@ func (l *link) CloseWrite() error {
 func (l *link) Close() error {
 	if l.server.remove(l) {
 		l.server.log.Debug("closed", "client", l.RemoteAddr().String())
+		l.letGo()
+		for _, buf := range l.ahead {
+			l.server.requests.release("", cap(buf))
+		}
 	}
 	return l.Conn.Close()
 }
@@ -467,16 +543,25 @@ type budget struct {
 	freed chan struct{} // closed when bytes come back; nil unless they were wanted
 }
 
+// A hold is a value and other bytes that a budget counts.
+type hold struct {
+	value string
+	more  int
+}
+
+var errCrowded = errors.New("too many large values on their way")
+
 func newBudget(max int) *budget { return &budget{max: max, held: make(map[*byte]int)} }
 
-// hold counts n bytes until release, and returns nil. Several clients' holds of the value that begins at id
-// count once; nil is no value. If there is no room, hold returns what is closed when there may be. More than
-// the whole budget is held alone.
-func (b *budget) hold(id *byte, n int) (full <-chan struct{}) {
+// hold counts a value and more bytes until release, and returns nil. Several holds of one value count once.
+// If there is no room, hold returns what is closed when there may be. In a budget half empty there is room for
+// any value.
+func (b *budget) hold(value string, more int) (full <-chan struct{}) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if id == nil || b.held[id] == 0 {
-		if b.used > 0 && b.used+n > b.max {
+	n, id := len(value)+more, unsafe.StringData(value)
+	if value == "" || b.held[id] == 0 {
+		if b.used+n > b.max && b.used > b.max/2 {
 			if b.freed == nil {
 				b.freed = make(chan struct{})
 			}
@@ -484,19 +569,23 @@ func (b *budget) hold(id *byte, n int) (full <-chan struct{}) {
 		}
 		b.used += n
 	}
-	b.held[id]++
+	if value != "" {
+		b.held[id]++
+	}
 	return nil
 }
 
 // release ends a hold.
-func (b *budget) release(id *byte, n int) {
+func (b *budget) release(value string, more int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.held[id]--; id != nil && b.held[id] > 0 {
-		return
+	if id := unsafe.StringData(value); value != "" {
+		if b.held[id]--; b.held[id] > 0 {
+			return
+		}
+		delete(b.held, id)
 	}
-	delete(b.held, id)
-	b.used -= n
+	b.used -= len(value) + more
 	if b.freed != nil {
 		close(b.freed)
 		b.freed = nil
