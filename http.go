@@ -397,7 +397,7 @@ func (w *web) appendCacheStatus(b []byte, a *answer, now time.Duration) []byte {
 }
 
 // header returns what HTTP says about the value of an answer, a field a line: its tag (tagField), type and
-// length. The cache keeps it.
+// length. The tag is the same on every replica. The cache keeps the header.
 func (w *web) header(a *answer) string {
 	if a.header == "" {
 		content := a.content()
@@ -405,8 +405,8 @@ func (w *web) header(a *answer) string {
 		if utf8.ValidString(content) {
 			kind = "text/plain; charset=utf-8"
 		}
-		digest := sha256.New()                                    // the same on every replica
-		for part := range slices.Chunk(bytesOf(content), 1<<20) { // no goroutine is preempted within a part
+		digest := sha256.New()
+		for part := range slices.Chunk(bytesOf(content), 1<<20) { // a goroutine is not preempted within one
 			digest.Write(part)
 		}
 		a.header = fmt.Sprintf("Etag: \"%x\"\r\nContent-Type: %s\r\nContent-Length: %d\r\n", digest.Sum(nil)[:16], kind, len(content))

@@ -238,13 +238,13 @@ func (c *cache) get(t *tally, since time.Duration, keys [][]byte, answers []answ
 // keys it handled, and how many of them were hits.
 func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n, hits int) {
 	var begun []*flight
-	flights := 0
+	flights, used := 0, make([]*list.Element, 0, 32)
 	now := c.now()
 	c.mu.Lock()
 	ahead, typical := aheadBytes, int(c.typical.Load())
 	for i, key := range keys {
 		a := &answers[i]
-		e, live := c.lookUp(now, key)
+		e, live := c.find(now, key)
 		size := max(1, typical)
 		if live {
 			size = len(e.data)
@@ -254,6 +254,9 @@ func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n,
 		}
 		n++
 		if live {
+			if used = append(used, e.used); len(used) == cap(used) {
+				used = c.use(used)
+			}
 			*a = answer{value: e.value}
 			if hits++; e.absent() {
 				hits--
@@ -273,6 +276,7 @@ func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n,
 		}
 		a.flight.until = max(a.flight.until, since+c.timeout)
 	}
+	c.use(used)
 	c.mu.Unlock()
 	if len(begun) > 0 {
 		c.carryOut(begun)
@@ -471,13 +475,26 @@ func (c *cache) figures() []figure {
 
 // The following need the lock.
 
-// lookUp returns the entry for a key, or nil, and whether it may answer. That counts as a use.
-func (c *cache) lookUp(now time.Duration, key []byte) (e *entry, live bool) {
+// find returns the entry for a key, or nil, and whether it may answer.
+func (c *cache) find(now time.Duration, key []byte) (e *entry, live bool) {
 	e = c.entries[string(key)]
-	if live = e != nil && !c.expired(e, now); live {
+	return e, e != nil && !c.expired(e, now)
+}
+
+// lookUp is find, and counts as a use.
+func (c *cache) lookUp(now time.Duration, key []byte) (e *entry, live bool) {
+	if e, live = c.find(now, key); live {
 		c.used.MoveToFront(e.used)
 	}
 	return e, live
+}
+
+// use counts uses, in their order. Many at once are quicker: each waits for memory, and not for the one before.
+func (c *cache) use(es []*list.Element) (none []*list.Element) {
+	for _, e := range es {
+		c.used.MoveToFront(e)
+	}
+	return es[:0]
 }
 
 // begin makes a flight that is to be carried out.
