@@ -806,23 +806,28 @@ func TestIntegrationClientThatDoesNotRead(t *testing.T) {
 func TestIntegrationSlowReaderIsServed(t *testing.T) {
 	t.Parallel()
 	const stuck = time.Second
-	val := strings.Repeat("0123456789abcdef", 2<<20)
+	val := strings.Repeat("0123456789abcdef", 1<<20)
 	flags := playRedis(t, func(int, []string) string { return bulk(val) })
 	p := runProxy(t, flags, func(cfg *config) { cfg.clients.writeTimeout = stuck })
-	quick := dial(t, p.addr).send(plainRequest("k")).expect("HTTP/1.1 200 OK\r\n")
-	handed := dial(t, p.addr).send("GET /k HTTP/1.0\r\n\r\n").expect("HTTP/1.0 200 OK\r\n")
+	slow := func() *rawClient {
+		c := dial(t, p.addr)
+		c.Conn.(*net.TCPConn).SetReadBuffer(64 << 10) // or the system might take the whole value
+		return c
+	}
+	quick := slow().send(plainRequest("k")).expect("HTTP/1.1 200 OK\r\n")
+	handed := slow().send("GET /k HTTP/1.0\r\n\r\n").expect("HTTP/1.0 200 OK\r\n")
 	for _, c := range []*rawClient{quick, handed} {
 		for line := ""; line != "\r\n"; {
 			line, _ = c.ReadString('\n')
 		}
 	}
-	resp := dial(t, p.addr).send(request("GET", "k")).expect(fmt.Sprintf("$%d\r\n", len(val)))
-	const parts = 20 // twice the time after which a client that reads nothing is given up
+	resp := slow().send(request("GET", "k")).expect(fmt.Sprintf("$%d\r\n", len(val)))
+	const parts = 40 // in three times as long as a client that reads nothing has
 	var readers sync.WaitGroup
 	for name, c := range map[string]*rawClient{"RESP": resp, "HTTP": quick, "HTTP by net/http": handed} {
 		readers.Go(func() {
 			for part := range slices.Chunk([]byte(val), len(val)/parts+1) {
-				time.Sleep(2 * stuck / parts)
+				time.Sleep(3 * stuck / parts)
 				if sameContent(c, part) != len(part) {
 					t.Errorf("over %s: not the whole value", name)
 					return
