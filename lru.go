@@ -115,6 +115,8 @@ type flight struct {
 	value
 	err    error
 	stored bool // in the cache
+
+	tried bool // a connection broke under it once; only the worker that has the flight looks at it
 }
 
 // spoil keeps the replies to f and to older flights for its key out of the cache. It needs the cache's lock.

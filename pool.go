@@ -7,12 +7,14 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"runtime"
@@ -81,13 +83,17 @@ func isHost(s string) bool {
 // A pool carries flights out. It is safe for concurrent use.
 type pool struct {
 	poolSettings
-	cache *cache
-	log   *slog.Logger
-	node  *node
-	track *tracker // nil: no tracking
+	cache         *cache
+	log           *slog.Logger
+	ctx           context.Context // done when the pool is closed
+	stop          context.CancelFunc
+	invalidations atomic.Int64 // changes that Redis reported
 
-	mu         sync.Mutex // guards the following, and the queue of a node; the cache's lock may not be taken under it
-	queueBytes int        // of keys, over all queues
+	// mu guards the following, and the queue of a node. The cache's lock may not be taken under it.
+	mu         sync.Mutex
+	nodes      map[string]*node // by address
+	queued     int              // flights, over all queues
+	queueBytes int              // of their keys
 	poolCounts
 }
 
@@ -104,55 +110,48 @@ var latencyBounds = []time.Duration{
 }
 
 func newPool(s poolSettings, c *cache, log *slog.Logger) *pool {
-	p := &pool{poolSettings: s, cache: c, log: log}
+	p := &pool{poolSettings: s, cache: c, log: log, nodes: make(map[string]*node)}
 	p.latency = histogram{bounds: latencyBounds, counts: make([]int64, len(latencyBounds)+1)}
-	p.node = p.newNode(s.redis.address())
-	if s.tracking {
-		p.track = startTracker(c, log, func(ctx context.Context) func() (*upstream, error) {
-			return p.dialer(ctx, p.node.addr, s.timeout+pingEvery)
-		})
-	}
+	p.ctx, p.stop = context.WithCancel(context.Background())
+	p.nodeLocked(s.redis.address())
 	return p
 }
 
-// dialer returns a function that makes connections to a node. It gives up when that takes longer than the
-// timeout, or when ctx is done meanwhile. A read or write on them fails after patience.
-func (p *pool) dialer(ctx context.Context, addr string, patience time.Duration) func() (*upstream, error) {
-	return func() (*upstream, error) {
-		ctx, cancel := context.WithTimeout(ctx, p.timeout)
-		defer cancel()
-		c, err := dialInTurn(ctx, addr)
-		if err != nil {
+// dial makes a connection, which is closed when ctx is done. It gives up when that takes longer than the
+// timeout or than patience. A read or write on it fails after patience.
+func (p *pool) dial(ctx context.Context, addr string, patience time.Duration, opts ...redis.DialOption) (*upstream, error) {
+	soon, cancel := context.WithTimeout(ctx, min(p.timeout, patience))
+	defer cancel()
+	c, err := dialInTurn(soon, addr)
+	if err != nil {
+		return nil, err
+	}
+	defer context.AfterFunc(soon, func() { c.Close() })() // redigo's AUTH and SELECT do not look at a context
+	g := &guard{Conn: wire{c, patience}}
+	if tcp, ok := c.(*net.TCPConn); ok && !p.redis.tls {
+		g.raw, _ = tcp.SyscallConn()
+	}
+	if p.redis.tls {
+		host, _, _ := net.SplitHostPort(addr)
+		conf := cmp.Or(p.tls, new(tls.Config)).Clone()
+		conf.ServerName = host
+		t := tls.Client(g.Conn, conf)
+		if err := t.HandshakeContext(soon); err != nil {
+			c.Close()
 			return nil, err
 		}
-		defer context.AfterFunc(ctx, func() { c.Close() })() // redigo's AUTH and SELECT do not look at ctx
-		g := &guard{Conn: wire{c, patience}}
-		if tcp, ok := c.(*net.TCPConn); ok && !p.redis.tls {
-			g.raw, _ = tcp.SyscallConn()
-		}
-		if p.redis.tls {
-			host, _, _ := net.SplitHostPort(addr)
-			conf := p.tls.Clone()
-			if conf == nil {
-				conf = new(tls.Config)
-			}
-			conf.ServerName = host
-			t := tls.Client(g.Conn, conf)
-			if err := t.HandshakeContext(ctx); err != nil {
-				c.Close()
-				return nil, err
-			}
-			g.Conn = t
-		}
-		g.in = bufio.NewReaderSize(g.Conn, 16<<10)
-		conn, err := redis.Dial("tcp", addr,
-			redis.DialContextFunc(func(context.Context, string, string) (net.Conn, error) { return g, nil }),
-			redis.DialUsername(p.redis.user), redis.DialPassword(p.redis.password), redis.DialDatabase(p.redis.db))
-		if err != nil && ctx.Err() != nil {
-			err = ctx.Err() // a time-out, which closed the connection
-		}
-		return &upstream{Conn: conn, guard: g}, err
+		g.Conn = t
 	}
+	g.in = bufio.NewReaderSize(g.Conn, 16<<10)
+	conn, err := redis.Dial("tcp", addr, append([]redis.DialOption{
+		redis.DialContextFunc(func(context.Context, string, string) (net.Conn, error) { return g, nil }),
+		redis.DialUsername(p.redis.user), redis.DialPassword(p.redis.password), redis.DialDatabase(p.redis.db)}, opts...)...)
+	if err != nil && soon.Err() != nil {
+		return nil, soon.Err() // a time-out, which closed the connection
+	} else if err != nil {
+		return nil, err
+	}
+	return &upstream{conn, g, context.AfterFunc(ctx, func() { c.Close() }), nil, 0}, nil
 }
 
 // dialInTurn connects to the first address of a name that answers. Each has its share of the time that is
@@ -176,26 +175,45 @@ func dialInTurn(ctx context.Context, addr string) (c net.Conn, err error) {
 	return nil, err
 }
 
-// close stops the tracker and drops the idle connections; those in use go when their batch ends.
+// close drops all nodes, and their connections.
 func (p *pool) close() {
-	p.track.close()
-	p.node.conns.Close()
+	p.stop()
+	p.mu.Lock()
+	nodes := slices.Collect(maps.Values(p.nodes))
+	p.mu.Unlock()
+	for _, n := range nodes {
+		n.close()
+	}
 }
 
-// enqueue queues flights, which a worker carries out. It does not block.
+// nodeLocked returns the node with this address.
+func (p *pool) nodeLocked(addr string) *node {
+	n := p.nodes[addr]
+	if n == nil {
+		n = p.newNode(addr)
+		p.nodes[addr] = n
+	}
+	return n
+}
+
+// routeLocked returns the node that is to carry out a flight.
+func (p *pool) routeLocked(f *flight) *node { return p.nodeLocked(p.redis.address()) }
+
+// enqueue queues flights, each at its node, whose workers carry them out. It does not block.
 func (p *pool) enqueue(fs []*flight) {
 	var refused []*flight
 	p.mu.Lock()
-	n := p.node
 	for _, f := range fs {
-		if len(n.queue) >= maxQueue || p.queueBytes+len(f.key) > maxQueueBytes {
+		if p.queued >= maxQueue || p.queueBytes+len(f.key) > maxQueueBytes {
 			refused = append(refused, f)
 			continue
 		}
+		n := p.routeLocked(f)
 		n.queue = append(n.queue, f)
+		p.queued++
 		p.queueBytes += len(f.key)
+		n.startLocked()
 	}
-	n.startLocked()
 	p.mu.Unlock()
 	for _, f := range refused {
 		p.cache.finish(f, value{}, errTimeout)
@@ -205,10 +223,13 @@ func (p *pool) enqueue(fs []*flight) {
 // try connects once, so that the log says what is wrong before the first request.
 func (p *pool) try() {
 	began := p.cache.now()
-	conn := p.node.conns.Get()
+	p.mu.Lock()
+	n := p.routeLocked(new(flight))
+	p.mu.Unlock()
+	conn := n.conns.Get()
 	defer conn.Close()
 	if err := conn.Err(); err != nil {
-		p.node.health.failed(began, err)
+		n.health.failed(began, err)
 	}
 }
 
@@ -232,28 +253,36 @@ func (p *pool) figures() []figure {
 	p.mu.Lock()
 	n := p.poolCounts
 	n.latency.counts = slices.Clone(n.latency.counts)
+	connections, used, state := 0, 0, trackingOff
+	for _, n := range p.nodes {
+		connections += n.conns.ActiveCount()
+		used += len(n.slots)
+		state = max(state, n.tracker.state())
+	}
 	p.mu.Unlock()
-	state, invalidations := p.track.state()
 	const failures = "Flights that failed, or were answered by an error that is not about the key."
 	return []figure{
-		{"Cache", "upstream_connections", "upstream_connections", "Connections to Redis.", p.node.conns.ActiveCount()},
-		{"Cache", "upstream_connections_used", "upstream_connections_used", "Connections to Redis in use.", len(p.node.slots)},
+		{"Cache", "upstream_connections", "upstream_connections", "Connections to Redis.", connections},
+		{"Cache", "upstream_connections_used", "upstream_connections_used", "Connections to Redis in use.", used},
 		{"Cache", "upstream_fetches", "upstream_fetches_total", "GETs taken up by a connection to Redis.", n.flights},
 		{"Cache", "upstream_batches", "upstream_batches_total", "Pipelines of them.", n.batches},
 		{"Cache", "upstream_errors", "upstream_errors_total", failures, n.errors},
 		{"Cache", "tracking", "tracking", "Whether Redis reports changes: 0 is off, 1 down, 2 live.", state},
-		{"Cache", "tracking_invalidations", "invalidations_total", "Changes that Redis reported.", invalidations},
+		{"Cache", "tracking_invalidations", "invalidations_total", "Changes that Redis reported.", p.invalidations.Load()},
 		{"", "", "upstream_seconds", "Time from taking up a batch of GETs to its last reply, connecting included.", n.latency},
 	}
 }
 
 // A node is one Redis server, the connections to it, and the flights that wait for one of them.
 type node struct {
-	pool   *pool
-	addr   string
-	conns  *redis.Pool
-	slots  chan struct{} // holds an element for each connection in use
-	health health
+	pool    *pool
+	addr    string
+	ctx     context.Context // done when the node is closed
+	stop    context.CancelFunc
+	conns   *redis.Pool
+	slots   chan struct{} // holds an element for each connection in use
+	health  health
+	tracker *tracker // nil: no tracking
 
 	// The pool's lock guards the following.
 	queue  []*flight
@@ -264,11 +293,11 @@ type node struct {
 
 func (p *pool) newNode(addr string) *node {
 	n := &node{pool: p, addr: addr, most: firstBatch, slots: make(chan struct{}, p.limit), health: health{log: p.log, now: p.cache.now}}
-	dial := p.dialer(context.Background(), addr, p.timeout+grace)
+	n.ctx, n.stop = context.WithCancel(p.ctx)
 	n.conns = &redis.Pool{
 		MaxIdle: p.limit,
 		Dial: func() (redis.Conn, error) {
-			c, err := dial()
+			c, err := n.dial(p.timeout + grace)
 			if err != nil {
 				return nil, err
 			}
@@ -283,7 +312,22 @@ func (p *pool) newNode(addr string) *node {
 			return c.(*upstream).guard.quiet()
 		},
 	}
+	if p.tracking {
+		n.tracker = startTracker(n)
+	}
 	return n
+}
+
+// dial makes a connection on which a read or write fails after patience.
+func (n *node) dial(patience time.Duration) (*upstream, error) {
+	return n.pool.dial(n.ctx, n.addr, patience)
+}
+
+// close closes all connections, those in use too, and waits for the tracker.
+func (n *node) close() {
+	n.stop()
+	n.tracker.wait()
+	n.conns.Close()
 }
 
 // startLocked starts a worker for the queue, unless one is on its way to it. If no slot is free, the
@@ -323,6 +367,7 @@ func (n *node) take() (fs []*flight, any bool) {
 	for _, f := range fs {
 		p.queueBytes -= len(f.key)
 	}
+	p.queued -= len(fs)
 	n.coming = false
 	n.startLocked() // what does not fit is another worker's
 	p.mu.Unlock()
@@ -336,46 +381,34 @@ func (n *node) take() (fs []*flight, any bool) {
 
 // batch takes a connection, and then all that has been queued meanwhile, and carries it out. It reports
 // whether there was anything.
-//
-// If the connection breaks, the rest is tried once more on another: it may have died while it was idle,
-// and GET does no harm twice. The same goes where the connection could not be made, but another was made
-// meanwhile.
 func (n *node) batch() bool {
-	began := n.pool.cache.now()
+	p := n.pool
+	began := p.cache.now()
 	conn := n.conns.Get()
-	defer func() { conn.Close() }()
+	defer conn.Close()
 	fs, any := n.take()
 	if len(fs) == 0 {
 		return any
 	}
 	made := conn.Err() == nil
-	size := len(fs)
+	size, failed := len(fs), 0
 	rest, err := n.exchange(conn, fs)
-	if err != nil && n.broken(made, began) && rest[len(rest)-1].began >= n.pool.cache.now()-2*n.pool.timeout {
-		conn.Close()
-		conn = n.conns.Get()
-		rest, err = n.exchange(conn, rest)
-	}
 	if err != nil {
-		n.health.failed(began, err)
-		failure := asAnswer(err)
-		for _, f := range rest {
-			n.pool.cache.finish(f, value{}, failure)
-		}
+		failed = n.broken(rest, err, made, began)
 	}
-	n.count(began, size, len(rest))
+	n.count(began, size-len(rest)+failed, failed, err)
 	return true
 }
 
 // count adds a batch to the statistics, and decides how large the next may be.
-func (n *node) count(began time.Duration, size, failed int) {
+func (n *node) count(began time.Duration, size, failed int, err error) {
 	p := n.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.batches++
 	p.flights += int64(size)
 	p.errors += int64(failed)
-	if failed > 0 {
+	if err != nil {
 		n.most = firstBatch
 		return
 	}
@@ -385,15 +418,37 @@ func (n *node) count(began time.Duration, size, failed int) {
 	p.latency.add(p.cache.now() - began)
 }
 
-// broken notes that a connection broke, or could not be made since it began, and reports whether another
-// may do.
-func (n *node) broken(made bool, began time.Duration) bool {
-	n.pool.mu.Lock()
-	defer n.pool.mu.Unlock()
+// broken ends the flights of a connection that broke, or could not be made, since it began. It returns how
+// many.
+//
+// The others are tried once more on another connection: this one may have died while it was idle, and GET
+// does no harm twice. The same goes where it could not be made, but another was made meanwhile.
+func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) (failed int) {
+	p := n.pool
+	var again, ended []*flight
+	p.mu.Lock()
 	if made {
 		n.broke = time.Now()
 	}
-	return made || n.health.workedSince(began)
+	may := made || n.health.workedSince(began)
+	for _, f := range fs {
+		if may && !f.tried && f.began >= p.cache.now()-2*p.timeout {
+			f.tried = true
+			again = append(again, f)
+		} else {
+			ended = append(ended, f)
+		}
+	}
+	p.mu.Unlock()
+	p.enqueue(again)
+	if len(ended) > 0 {
+		n.health.failed(began, err)
+	}
+	failure := asAnswer(err)
+	for _, f := range ended {
+		p.cache.finish(f, value{}, failure)
+	}
+	return len(ended)
 }
 
 // exchange sends a GET for each flight and finishes it with the reply. It lets go of the flights that it
@@ -571,9 +626,15 @@ func (h *health) refused(reply redis.Error) {
 // concurrent use.
 type upstream struct {
 	redis.Conn
-	guard *guard
-	due   []byte // the first letters of the commands whose replies are still to come
-	next  int    // of due
+	guard   *guard
+	release func() bool // its context
+	due     []byte      // the first letters of the commands whose replies are still to come
+	next    int         // of due
+}
+
+func (u *upstream) Close() error {
+	u.release()
+	return u.Conn.Close()
 }
 
 func (u *upstream) Send(command string, args ...any) error {
@@ -739,39 +800,32 @@ func (s trackingState) String() string { return [...]string{"off", "down", "live
 // A tracker has Redis report every key that changes, and has the cache forget it. It only sharpens the
 // TTL: while its connection is down, entries live on by that.
 type tracker struct {
-	cache         *cache
-	log           *slog.Logger
-	dial          func() (*upstream, error)
-	live          atomic.Bool
-	invalidations atomic.Int64 // changes that Redis reported
-	stop          context.CancelFunc
-	done          chan struct{} // closed when it has stopped
+	node *node
+	live atomic.Bool
+	done chan struct{} // closed when it has stopped
 }
 
-func startTracker(c *cache, log *slog.Logger, dialer func(context.Context) func() (*upstream, error)) *tracker {
-	ctx, stop := context.WithCancel(context.Background())
-	t := &tracker{cache: c, log: log, dial: dialer(ctx), stop: stop, done: make(chan struct{})}
-	go t.run(ctx) // ends with close
+func startTracker(n *node) *tracker {
+	t := &tracker{node: n, done: make(chan struct{})}
+	go t.run(n.ctx) // ends when the node is closed
 	return t
 }
 
-// close stops the tracker and waits for it.
-func (t *tracker) close() {
+// wait waits until the tracker has stopped.
+func (t *tracker) wait() {
 	if t != nil {
-		t.stop()
 		<-t.done
 	}
 }
 
-// state returns the state of tracking, and how many changes Redis reported.
-func (t *tracker) state() (state trackingState, invalidations int64) {
+func (t *tracker) state() trackingState {
 	switch {
 	case t == nil:
-		return trackingOff, 0
+		return trackingOff
 	case t.live.Load():
-		return trackingLive, t.invalidations.Load()
+		return trackingLive
 	}
-	return trackingDown, t.invalidations.Load()
+	return trackingDown
 }
 
 // run follows the reports until ctx is done, over a new connection whenever one breaks. It pauses longer
@@ -780,13 +834,13 @@ func (t *tracker) run(ctx context.Context) {
 	defer close(t.done)
 	pause, logged := time.Duration(0), false
 	for ctx.Err() == nil {
-		began := t.cache.now()
-		err := t.follow(ctx)
-		if t.live.Swap(false) && t.cache.now()-began > 2*pingEvery {
+		began := t.node.pool.cache.now()
+		err := t.follow()
+		if t.live.Swap(false) && t.node.pool.cache.now()-began > 2*pingEvery {
 			pause, logged = 0, false
 		}
 		if !logged && ctx.Err() == nil {
-			t.log.Warn("tracking is down; entries live until their TTL", "error", err)
+			t.node.pool.log.Warn("tracking is down; entries live until their TTL", "error", err)
 			logged = true
 		}
 		pause = min(max(2*pause, 50*time.Millisecond), 5*time.Second)
@@ -800,14 +854,13 @@ func (t *tracker) run(ctx context.Context) {
 // follow tracks over one connection, until that breaks. The connection redirects to itself: Redis
 // reports changes only to RESP3 clients or to subscribers, and redigo speaks RESP2. It is live with the
 // first answer to PING, which shows that Redis lets it go on.
-func (t *tracker) follow(ctx context.Context) error {
-	u, err := t.dial()
+func (t *tracker) follow() error {
+	u, err := t.node.dial(t.node.pool.timeout + pingEvery)
 	if err != nil {
 		return err
 	}
+	defer u.Close()
 	c := u.Conn
-	defer c.Close()
-	defer context.AfterFunc(ctx, func() { c.Close() })()
 	if err := subscribe(c); err != nil {
 		return err
 	}
@@ -833,17 +886,17 @@ func (t *tracker) follow(ctx context.Context) error {
 		if u.guard.bulk != nil { // a key that is too long for the report
 			keys, u.guard.bulk = nil, nil
 		}
-		t.invalidations.Add(int64(max(len(keys), 1)))
-		t.cache.forget(keys)
+		t.node.pool.invalidations.Add(int64(max(len(keys), 1)))
+		t.node.pool.cache.forget(keys)
 	}
 }
 
 // goLive drops all that the cache has, once: whatever changed until now was not reported.
 func (t *tracker) goLive() {
 	if !t.live.Load() {
-		t.cache.forget(nil)
+		t.node.pool.cache.forget(nil)
 		t.live.Store(true)
-		t.log.Info("tracking is live")
+		t.node.pool.log.Info("tracking is live")
 	}
 }
 
