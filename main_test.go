@@ -1684,9 +1684,9 @@ func TestPoolDoesNotRetryForNobody(t *testing.T) {
 // A dial that began while Redis was down does not fail those who ask when it is back.
 func TestPoolHasNoErrorAfterTheFirstSuccess(t *testing.T) {
 	p := newParts(t, playRedis(t, func(int, []string) string { return bulk("value") })...)
-	dial, dialling, refuse := p.pool.routeLocked(nil).conns.Dial, make(chan struct{}), make(chan struct{})
+	dial, dialling, refuse := p.pool.routeLocked(new(flight)).conns.Dial, make(chan struct{}), make(chan struct{})
 	var dials atomic.Int64
-	p.pool.routeLocked(nil).conns.Dial = func() (redis.Conn, error) {
+	p.pool.routeLocked(new(flight)).conns.Dial = func() (redis.Conn, error) {
 		if dials.Add(1) > 1 {
 			return dial()
 		}
@@ -1696,7 +1696,7 @@ func TestPoolHasNoErrorAfterTheFirstSuccess(t *testing.T) {
 	}
 	asked := askFor(p, "key")
 	<-dialling
-	p.pool.routeLocked(nil).health.worked() // over another connection
+	p.pool.routeLocked(new(flight)).health.worked() // over another connection
 	close(refuse)
 	p.wait(asked)
 	compare(t, "answer", outcomeOf(asked[0]), "value")
@@ -1704,16 +1704,16 @@ func TestPoolHasNoErrorAfterTheFirstSuccess(t *testing.T) {
 
 func TestPoolBoundsWhatWaits(t *testing.T) {
 	p := newParts(t)
-	for range cap(p.pool.routeLocked(nil).slots) {
-		p.pool.routeLocked(nil).slots <- struct{}{} // no connection is free
+	for range cap(p.pool.routeLocked(new(flight)).slots) {
+		p.pool.routeLocked(new(flight)).slots <- struct{}{} // no connection is free
 	}
 	for i := range maxQueue {
 		askFor(p, fmt.Sprint(i))
 	}
 	compare(t, "one too many", outcomeOf(p.get("x")), errTimeout.Error())
-	p.pool.routeLocked(nil).queue, p.pool.queued, p.pool.queueBytes = nil, 0, maxQueueBytes-5
+	p.pool.routeLocked(new(flight)).queue, p.pool.queued, p.pool.queueBytes = nil, 0, maxQueueBytes-5
 	compare(t, "keys too large", outcomeOf(p.get("longer")), errTimeout.Error())
-	p.pool.routeLocked(nil).queue, p.pool.queueBytes = nil, 0
+	p.pool.routeLocked(new(flight)).queue, p.pool.queueBytes = nil, 0
 }
 
 func TestRefusedMarksWhatConcernsTheProxy(t *testing.T) {

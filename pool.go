@@ -47,6 +47,10 @@ const (
 	// report of changes that is believed.
 	maxReply    = 512 << 20
 	maxElements = 1 << 20
+	// slots is into how many parts a cluster divides the keys. Each has an owner.
+	slots = 1 << 14
+	// retryPause is the longest pause before a flight is tried again that no node takes.
+	retryPause = 50 * time.Millisecond
 	// growBy is how many bytes of a reply are believed before they have come.
 	growBy = 64 << 10
 	// pingEvery is how often the tracking connection is tried.
@@ -92,6 +96,9 @@ type pool struct {
 	// mu guards the following, and the queue of a node. The cache's lock may not be taken under it.
 	mu         sync.Mutex
 	nodes      map[string]*node // by address
+	seeds      []string         // addresses where to begin
+	seed       int              // which of them is in use
+	owners     []*node          // of each slot, nil where it is not known; none at all before Redis says that it is a cluster
 	queued     int              // flights, over all queues
 	queueBytes int              // of their keys
 	poolCounts
@@ -99,8 +106,8 @@ type pool struct {
 
 // poolCounts count what became of flights.
 type poolCounts struct {
-	flights, batches, errors int64
-	latency                  histogram // of batches
+	flights, batches, errors, redirects int64
+	latency                             histogram // of batches
 }
 
 var latencyBounds = []time.Duration{
@@ -110,10 +117,10 @@ var latencyBounds = []time.Duration{
 }
 
 func newPool(s poolSettings, c *cache, log *slog.Logger) *pool {
-	p := &pool{poolSettings: s, cache: c, log: log, nodes: make(map[string]*node)}
+	p := &pool{poolSettings: s, cache: c, log: log, nodes: make(map[string]*node), seeds: []string{s.redis.address()}}
 	p.latency = histogram{bounds: latencyBounds, counts: make([]int64, len(latencyBounds)+1)}
 	p.ctx, p.stop = context.WithCancel(context.Background())
-	p.nodeLocked(s.redis.address())
+	p.nodeLocked(p.seeds[0])
 	return p
 }
 
@@ -186,18 +193,59 @@ func (p *pool) close() {
 	}
 }
 
-// nodeLocked returns the node with this address.
+// nodeLocked returns the node with this address, which has been named.
 func (p *pool) nodeLocked(addr string) *node {
 	n := p.nodes[addr]
 	if n == nil {
 		n = p.newNode(addr)
 		p.nodes[addr] = n
 	}
+	n.named = time.Now()
 	return n
 }
 
 // routeLocked returns the node that is to carry out a flight.
-func (p *pool) routeLocked(f *flight) *node { return p.nodeLocked(p.redis.address()) }
+func (p *pool) routeLocked(f *flight) *node {
+	if f.asking != "" {
+		return p.nodeLocked(f.asking)
+	}
+	if p.owners != nil {
+		if n := p.owners[slot(f.key)]; n != nil {
+			return n
+		}
+	}
+	return p.nodeLocked(p.seeds[p.seed])
+}
+
+// slot returns the slot of a key: CRC16 (XMODEM) of its hash tag, if it has one, or of all of it.
+func slot(key string) int {
+	if _, rest, ok := strings.Cut(key, "{"); ok {
+		if tag, _, ok := strings.Cut(rest, "}"); ok && tag != "" {
+			key = tag
+		}
+	}
+	var crc uint16
+	for _, b := range []byte(key) {
+		x := crc>>8 ^ uint16(b)
+		x ^= x >> 4
+		crc = crc<<8 ^ x<<12 ^ x<<5 ^ x
+	}
+	return int(crc % slots)
+}
+
+// resolve returns the address that the server at from means by a host and a port: its own host and port
+// where they are missing, and none where it does not know.
+func resolve(from, host, port string) (addr string) {
+	ownHost, ownPort, _ := net.SplitHostPort(from)
+	host = cmp.Or(host, ownHost)
+	if port == "0" {
+		port = ownPort
+	}
+	if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 || host == "?" || !isHost(host) {
+		return ""
+	}
+	return net.JoinHostPort(host, port)
+}
 
 // enqueue queues flights, each at its node, whose workers carry them out. It does not block.
 func (p *pool) enqueue(fs []*flight) {
@@ -267,6 +315,8 @@ func (p *pool) figures() []figure {
 		{"Cache", "upstream_fetches", "upstream_fetches_total", "GETs taken up by a connection to Redis.", n.flights},
 		{"Cache", "upstream_batches", "upstream_batches_total", "Pipelines of them.", n.batches},
 		{"Cache", "upstream_errors", "upstream_errors_total", failures, n.errors},
+		{"Cache", "upstream_nodes", "upstream_nodes", "Nodes of Redis that are known.", len(p.nodes)},
+		{"Cache", "upstream_redirects", "upstream_redirects_total", "GETs that a node sent to another one.", n.redirects},
 		{"Cache", "tracking", "tracking", "Whether Redis reports changes: 0 is off, 1 down, 2 live.", state},
 		{"Cache", "tracking_invalidations", "invalidations_total", "Changes that Redis reported.", p.invalidations.Load()},
 		{"", "", "upstream_seconds", "Time from taking up a batch of GETs to its last reply, connecting included.", n.latency},
@@ -289,6 +339,7 @@ type node struct {
 	coming bool      // a worker is about to take the queue
 	most   int       // GETs in one batch
 	broke  time.Time // when a connection last did; others that have been idle since before may be dead
+	named  time.Time // when Redis last named it, or it was made use of
 }
 
 func (p *pool) newNode(addr string) *node {
@@ -372,7 +423,7 @@ func (n *node) take() (fs []*flight, any bool) {
 	n.startLocked() // what does not fit is another worker's
 	p.mu.Unlock()
 	any = len(fs) > 0
-	fs, unwanted := p.cache.wanted(fs)
+	fs, unwanted := p.cache.wanted(fs, 0)
 	for _, f := range unwanted {
 		p.cache.finish(f, value{}, errTimeout)
 	}
@@ -433,7 +484,7 @@ func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) (
 	may := made || n.health.workedSince(began)
 	for _, f := range fs {
 		if may && !f.tried && f.began >= p.cache.now()-2*p.timeout {
-			f.tried = true
+			f.tried, f.asking = true, ""
 			again = append(again, f)
 		} else {
 			ended = append(ended, f)
@@ -455,12 +506,16 @@ func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) (
 // finished, and returns the rest.
 func (n *node) exchange(conn redis.Conn, fs []*flight) (rest []*flight, err error) {
 	sent := n.pool.cache.now()
+	commands := []string{"GET", "PTTL"}
+	if !n.pool.keyTTL {
+		commands = commands[:1]
+	}
 	for _, f := range fs {
-		if err := conn.Send("GET", f.key); err != nil {
-			return fs, err
-		}
-		if n.pool.keyTTL {
-			conn.Send("PTTL", f.key) // if that fails, so does Flush
+		for _, command := range commands {
+			if f.asking != "" {
+				conn.Send("ASKING") // it is for the next command only
+			}
+			conn.Send(command, f.key) // if that fails, so does Flush
 		}
 	}
 	if err := conn.Flush(); err != nil {
@@ -476,6 +531,9 @@ func (n *node) exchange(conn redis.Conn, fs []*flight) (rest []*flight, err erro
 		v, err := n.receive(conn, f, sent)
 		refusal, isReply := err.(redis.Error)
 		switch {
+		case isReply && n.redirect(f, refusal):
+			fs[i] = nil
+			continue // another worker may have it
 		case isReply:
 			n.refuse(f, refusal)
 		case err == nil || err == errAbsent:
@@ -508,6 +566,53 @@ func (n *node) receive(conn redis.Conn, f *flight, sent time.Duration) (v value,
 		v.expires = sent + time.Duration(max(left, 0))*time.Millisecond
 	}
 	return v, err
+}
+
+// redirect has a flight carried out where an error reply says, or later where it says that this may help.
+// It reports whether it did; else the flight is to end with the reply. Nodes that name each other for ever
+// are asked less and less often, until no request waits any more.
+func (n *node) redirect(f *flight, reply redis.Error) bool {
+	p := n.pool
+	code, rest, _ := strings.Cut(string(reply), " ")
+	addr, pause := "", retryPause
+	switch code {
+	case "MOVED", "ASK":
+		_, target, _ := strings.Cut(rest, " ")
+		colon := strings.LastIndexByte(target, ':')
+		if addr = resolve(n.addr, target[:max(colon, 0)], target[colon+1:]); addr != "" {
+			pause = min(pause, time.Duration(f.hops*f.hops/2)*time.Millisecond)
+		}
+	case "CLUSTERDOWN", "TRYAGAIN":
+		if wanted, _ := p.cache.wanted([]*flight{f}, pause); len(wanted) == 0 {
+			return false
+		}
+	default:
+		return false
+	}
+	f.hops++
+	f.asking = ""
+	p.mu.Lock()
+	if p.owners == nil {
+		p.owners = make([]*node, slots)
+	}
+	if addr != "" {
+		p.redirects++
+	}
+	if code == "ASK" {
+		f.asking = addr
+	} else if addr != "" {
+		p.owners[slot(f.key)] = p.nodeLocked(addr)
+	}
+	if addr == n.addr { // it may be another server by now: connections that are in use are not used again
+		n.broke = time.Now().Add(retryPause)
+	}
+	p.mu.Unlock()
+	if pause == 0 {
+		p.enqueue([]*flight{f})
+	} else {
+		time.AfterFunc(pause, func() { p.enqueue([]*flight{f}) })
+	}
+	return true
 }
 
 // refuse finishes a flight with an error reply.
@@ -643,8 +748,24 @@ func (u *upstream) Send(command string, args ...any) error {
 }
 
 // Receive reads a reply: bytes or nil for GET, a number for PTTL, or an error. Any other reply breaks the
-// connection, as the replies after it might be taken for those of other keys.
+// connection, as the replies after it might be taken for those of other keys. If the ASKING before a command
+// was refused, that is the reply.
 func (u *upstream) Receive() (reply any, err error) {
+	asking := u.due[u.next] == 'A'
+	if reply, err = u.receive(); !asking {
+		return reply, err
+	}
+	refusal, isReply := err.(redis.Error)
+	if err != nil && !isReply {
+		return nil, err
+	}
+	if reply, err = u.Receive(); isReply && u.Err() == nil {
+		return nil, refusal
+	}
+	return reply, err
+}
+
+func (u *upstream) receive() (reply any, err error) {
 	command := u.due[u.next]
 	if u.next++; u.next == len(u.due) {
 		u.due, u.next = u.due[:0], 0
@@ -658,6 +779,8 @@ func (u *upstream) Receive() (reply any, err error) {
 	}
 	fits := reply == nil
 	switch reply.(type) {
+	case string:
+		fits = command == 'A' && reply == "OK"
 	case []byte:
 		fits = command == 'G'
 	case int64:
