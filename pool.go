@@ -15,6 +15,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"net/netip"
 	"runtime"
@@ -49,6 +50,17 @@ const (
 	maxElements = 1 << 20
 	// slots is into how many parts a cluster divides the keys. Each has an owner.
 	slots = 1 << 14
+	// Who owns what is asked for at most once in learnPause: at a hint, every failingTick while a node fails
+	// or has failed less than failingFor ago, every tick of a cluster, and every sentinelTick of sentinels.
+	// No server may take longer than askTimeout to answer.
+	learnPause   = 250 * time.Millisecond
+	failingTick  = 500 * time.Millisecond
+	failingFor   = 5 * time.Second
+	sentinelTick = time.Second
+	clusterTick  = 10 * time.Second
+	askTimeout   = 500 * time.Millisecond
+	// strayTime is how long a node is kept that owns no slot, since it was last named.
+	strayTime = 10 * time.Second
 	// retryPause is the longest pause before a flight is tried again that no node takes.
 	retryPause = 50 * time.Millisecond
 	// growBy is how many bytes of a reply are believed before they have come.
@@ -69,14 +81,14 @@ type poolSettings struct {
 
 // A redisAddress says how to reach the backing Redis.
 type redisAddress struct {
-	host           string
-	port           int
+	hosts          string // host:port of a Redis, of nodes of a cluster or of sentinels, with commas between them
 	user, password string
 	db             int
 	tls            bool
-}
 
-func (a redisAddress) address() string { return net.JoinHostPort(a.host, strconv.Itoa(a.port)) }
+	master                         string // the name that sentinels know it by; none: hosts are not sentinels
+	sentinelUser, sentinelPassword string
+}
 
 // isHost reports whether s is an IP address or may be a host name.
 func isHost(s string) bool {
@@ -91,7 +103,10 @@ type pool struct {
 	log           *slog.Logger
 	ctx           context.Context // done when the pool is closed
 	stop          context.CancelFunc
-	invalidations atomic.Int64 // changes that Redis reported
+	invalidations atomic.Int64  // changes that Redis reported
+	hints         chan string   // it is time to learn, perhaps from the server at this address
+	learnt        chan struct{} // closed when that was tried once
+	watched       chan struct{} // closed when watch has ended
 
 	// mu guards the following, and the queue of a node. The cache's lock may not be taken under it.
 	mu         sync.Mutex
@@ -99,6 +114,9 @@ type pool struct {
 	seeds      []string         // addresses where to begin
 	seed       int              // which of them is in use
 	owners     []*node          // of each slot, nil where it is not known; none at all before Redis says that it is a cluster
+	masters    map[*node]bool   // the owners that settle has seen last
+	sentinels  []string         // their addresses, one that answered in front; only watch touches them
+	unknown    error            // why no sentinel has named a master
 	queued     int              // flights, over all queues
 	queueBytes int              // of their keys
 	poolCounts
@@ -106,8 +124,8 @@ type pool struct {
 
 // poolCounts count what became of flights.
 type poolCounts struct {
-	flights, batches, errors, redirects int64
-	latency                             histogram // of batches
+	flights, batches, errors, redirects, refreshes int64
+	latency                                        histogram // of batches
 }
 
 var latencyBounds = []time.Duration{
@@ -117,10 +135,16 @@ var latencyBounds = []time.Duration{
 }
 
 func newPool(s poolSettings, c *cache, log *slog.Logger) *pool {
-	p := &pool{poolSettings: s, cache: c, log: log, nodes: make(map[string]*node), seeds: []string{s.redis.address()}}
+	p := &pool{poolSettings: s, cache: c, log: log, nodes: make(map[string]*node), seeds: strings.Split(s.redis.hosts, ","),
+		unknown: errors.New("the sentinels name another master"), hints: make(chan string, 1), learnt: make(chan struct{}), watched: make(chan struct{})}
 	p.latency = histogram{bounds: latencyBounds, counts: make([]int64, len(latencyBounds)+1)}
 	p.ctx, p.stop = context.WithCancel(context.Background())
-	p.nodeLocked(p.seeds[0])
+	if s.redis.master != "" {
+		p.seeds, p.sentinels = []string{""}, p.seeds // the master is unknown until a sentinel answers
+	}
+	p.masters = p.mastersLocked()
+	p.hintLocked("")
+	go p.watch() // ends with close
 	return p
 }
 
@@ -150,9 +174,8 @@ func (p *pool) dial(ctx context.Context, addr string, patience time.Duration, op
 		g.Conn = t
 	}
 	g.in = bufio.NewReaderSize(g.Conn, 16<<10)
-	conn, err := redis.Dial("tcp", addr, append([]redis.DialOption{
-		redis.DialContextFunc(func(context.Context, string, string) (net.Conn, error) { return g, nil }),
-		redis.DialUsername(p.redis.user), redis.DialPassword(p.redis.password), redis.DialDatabase(p.redis.db)}, opts...)...)
+	conn, err := redis.Dial("tcp", addr, append(opts,
+		redis.DialContextFunc(func(context.Context, string, string) (net.Conn, error) { return g, nil }))...)
 	if err != nil && soon.Err() != nil {
 		return nil, soon.Err() // a time-out, which closed the connection
 	} else if err != nil {
@@ -185,6 +208,7 @@ func dialInTurn(ctx context.Context, addr string) (c net.Conn, err error) {
 // close drops all nodes, and their connections.
 func (p *pool) close() {
 	p.stop()
+	<-p.watched
 	p.mu.Lock()
 	nodes := slices.Collect(maps.Values(p.nodes))
 	p.mu.Unlock()
@@ -193,14 +217,13 @@ func (p *pool) close() {
 	}
 }
 
-// nodeLocked returns the node with this address, which has been named.
+// nodeLocked returns the node with this address.
 func (p *pool) nodeLocked(addr string) *node {
 	n := p.nodes[addr]
 	if n == nil {
 		n = p.newNode(addr)
 		p.nodes[addr] = n
 	}
-	n.named = time.Now()
 	return n
 }
 
@@ -247,6 +270,11 @@ func resolve(from, host, port string) (addr string) {
 	return net.JoinHostPort(host, port)
 }
 
+// login returns what a connection to Redis begins with.
+func (p *pool) login() []redis.DialOption {
+	return []redis.DialOption{redis.DialUsername(p.redis.user), redis.DialPassword(p.redis.password), redis.DialDatabase(p.redis.db)}
+}
+
 // enqueue queues flights, each at its node, whose workers carry them out. It does not block.
 func (p *pool) enqueue(fs []*flight) {
 	var refused []*flight
@@ -276,7 +304,7 @@ func (p *pool) try() {
 	p.mu.Unlock()
 	conn := n.conns.Get()
 	defer conn.Close()
-	if err := conn.Err(); err != nil {
+	if err := conn.Err(); err != nil && n.ctx.Err() == nil {
 		n.health.failed(began, err)
 	}
 }
@@ -301,13 +329,22 @@ func (p *pool) figures() []figure {
 	p.mu.Lock()
 	n := p.poolCounts
 	n.latency.counts = slices.Clone(n.latency.counts)
-	connections, used, state := 0, 0, trackingOff
-	for _, n := range p.nodes {
+	masters, nodes := p.mastersLocked(), slices.Collect(maps.Values(p.nodes))
+	p.mu.Unlock()
+	connections, used, down, state := 0, 0, 0, trackingOff
+	if p.tracking {
+		state = trackingLive
+	}
+	for _, n := range nodes {
 		connections += n.conns.ActiveCount()
 		used += len(n.slots)
-		state = max(state, n.tracker.state())
+		if masters[n] && p.tracking && (n.tracker == nil || !n.tracker.live.Load()) {
+			state = trackingDown
+		}
+		if masters[n] && n.health.down() {
+			down++
+		}
 	}
-	p.mu.Unlock()
 	const failures = "Flights that failed, or were answered by an error that is not about the key."
 	return []figure{
 		{"Cache", "upstream_connections", "upstream_connections", "Connections to Redis.", connections},
@@ -315,11 +352,229 @@ func (p *pool) figures() []figure {
 		{"Cache", "upstream_fetches", "upstream_fetches_total", "GETs taken up by a connection to Redis.", n.flights},
 		{"Cache", "upstream_batches", "upstream_batches_total", "Pipelines of them.", n.batches},
 		{"Cache", "upstream_errors", "upstream_errors_total", failures, n.errors},
-		{"Cache", "upstream_nodes", "upstream_nodes", "Nodes of Redis that are known.", len(p.nodes)},
+		{"Cache", "upstream_nodes", "upstream_nodes", "Nodes of Redis that are known.", len(nodes)},
+		{"Cache", "upstream_nodes_down", "upstream_nodes_down", "Owners of keys that could not be read last time.", down},
+		{"Cache", "upstream_refreshes", "upstream_refreshes_total", "Times that Redis was asked who owns which keys.", n.refreshes},
 		{"Cache", "upstream_redirects", "upstream_redirects_total", "GETs that a node sent to another one.", n.redirects},
 		{"Cache", "tracking", "tracking", "Whether Redis reports changes: 0 is off, 1 down, 2 live.", state},
 		{"Cache", "tracking_invalidations", "invalidations_total", "Changes that Redis reported.", p.invalidations.Load()},
 		{"", "", "upstream_seconds", "Time from taking up a batch of GETs to its last reply, connecting included.", n.latency},
+	}
+}
+
+// aloneLocked reports whether there is a single Redis. It must not be sent any command that only nodes of
+// a cluster and sentinels know.
+func (p *pool) aloneLocked() bool {
+	return p.owners == nil && len(p.seeds) == 1 && p.redis.master == ""
+}
+
+// hint has watch learn soon, from the server at an address if that is one. It does not block.
+func (p *pool) hint(addr string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.hintLocked(addr)
+}
+
+func (p *pool) hintLocked(addr string) {
+	if p.aloneLocked() {
+		return
+	}
+	select {
+	case p.hints <- addr:
+	default:
+	}
+}
+
+// leaveLocked goes on to the next seed, if it is n that is in use.
+func (p *pool) leaveLocked(n *node) {
+	if p.seeds[p.seed] == n.addr {
+		p.seed = (p.seed + 1) % len(p.seeds)
+	}
+}
+
+// watch learns who owns which keys, at hints and now and then, once at a time.
+func (p *pool) watch() {
+	defer close(p.watched)
+	known := sync.OnceFunc(func() { close(p.learnt) })
+	defer known()
+	for {
+		hint := ""
+		select {
+		case <-p.ctx.Done():
+			return
+		case hint = <-p.hints:
+		case <-time.After(p.tick() - learnPause):
+		}
+		if p.redis.master != "" {
+			p.askSentinels()
+		} else {
+			p.askNodes(hint)
+		}
+		p.settle()
+		known()
+		select {
+		case <-p.ctx.Done():
+		case <-time.After(learnPause):
+		}
+	}
+}
+
+// tick returns how long to wait for a hint.
+func (p *pool) tick() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.aloneLocked() {
+		return math.MaxInt64
+	}
+	for n := range p.mastersLocked() {
+		if time.Since(n.failed) < failingFor {
+			return failingTick
+		}
+	}
+	if p.redis.master != "" {
+		return sentinelTick
+	}
+	return clusterTick
+}
+
+// ask sends a server one command, over a connection of its own.
+func (p *pool) ask(addr string, login []redis.DialOption, command string, args ...any) ([]any, error) {
+	ctx, cancel := context.WithTimeout(p.ctx, 2*askTimeout)
+	defer cancel()
+	u, err := p.dial(ctx, addr, askTimeout, login...)
+	if err != nil {
+		return nil, err
+	}
+	defer u.Close()
+	return redis.Values(u.Do(command, args...))
+}
+
+// askNodes learns the owners of all slots from the first node that knows them: the one that was hinted at,
+// the owners that are known, those that failed last, or those that the URL names.
+func (p *pool) askNodes(hint string) {
+	p.mu.Lock()
+	masters := slices.SortedFunc(maps.Keys(p.mastersLocked()), func(a, b *node) int { return a.failed.Compare(b.failed) })
+	p.mu.Unlock()
+	addrs := []string{hint}
+	for _, n := range masters {
+		addrs = append(addrs, n.addr)
+	}
+	addrs = append(addrs, p.seeds...)
+	for i, addr := range addrs {
+		if addr == "" || slices.Contains(addrs[:i], addr) {
+			continue
+		}
+		rows, err := p.ask(addr, p.login(), "CLUSTER", "SLOTS")
+		if err == nil && p.adopt(addr, rows) {
+			return
+		}
+	}
+}
+
+// adopt takes the owners of slots over from an answer to CLUSTER SLOTS. Slots that it does not name keep
+// theirs. It reports whether it named any.
+func (p *pool) adopt(from string, rows []any) (named bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, row := range rows {
+		var first, last, port int
+		var host string
+		var master []any
+		span, _ := redis.Values(row, nil)
+		_, err := redis.Scan(span, &first, &last, &master)
+		if err == nil {
+			_, err = redis.Scan(master, &host, &port)
+		}
+		addr := resolve(from, host, strconv.Itoa(port))
+		if err != nil || addr == "" || first < 0 || last >= slots {
+			continue
+		}
+		if p.owners == nil {
+			p.owners = make([]*node, slots)
+		}
+		n := p.nodeLocked(addr)
+		for i := first; i <= last; i++ {
+			p.owners[i] = n
+		}
+		named = true
+	}
+	return named
+}
+
+// askSentinels learns the master from the first sentinel that knows it, and asks that one first next time.
+func (p *pool) askSentinels() {
+	login := []redis.DialOption{redis.DialUsername(p.redis.sentinelUser), redis.DialPassword(p.redis.sentinelPassword)}
+	var unknown error
+	for i, addr := range p.sentinels {
+		named, err := redis.Strings(p.ask(addr, login, "SENTINEL", "get-master-addr-by-name", p.redis.master))
+		if err == nil && len(named) == 2 {
+			p.sentinels[0], p.sentinels[i] = addr, p.sentinels[0]
+			p.mu.Lock()
+			p.seeds[0] = resolve(addr, named[0], named[1])
+			p.mu.Unlock()
+			return
+		}
+		if err == redis.ErrNil {
+			unknown = fmt.Errorf("no sentinel knows the master %q", p.redis.master)
+		} else if unknown == nil {
+			unknown = fmt.Errorf("no sentinel answers: %w", err)
+		}
+	}
+	p.mu.Lock()
+	p.unknown = unknown
+	p.mu.Unlock()
+}
+
+// mastersLocked returns the nodes that own slots, or the one in use where there are none.
+func (p *pool) mastersLocked() map[*node]bool {
+	masters := make(map[*node]bool)
+	var last *node
+	if p.owners == nil {
+		masters[p.nodeLocked(p.seeds[p.seed])] = true
+	}
+	for _, n := range p.owners {
+		if n == nil {
+			n = p.nodeLocked(p.seeds[p.seed])
+		}
+		if n != last {
+			masters[n] = true
+		}
+		last = n
+	}
+	return masters
+}
+
+// settle follows a change of the owners. Flights that wait are queued at those of today, and a node is
+// closed that owns nothing any more, or that has owned nothing and was not named for a while.
+func (p *pool) settle() {
+	var queued []*flight
+	var gone []*node
+	p.mu.Lock()
+	p.refreshes++
+	masters := p.mastersLocked()
+	changed := !maps.Equal(masters, p.masters)
+	for addr, n := range p.nodes {
+		queued = append(queued, n.queue...)
+		n.queue = nil
+		if !masters[n] && (p.masters[n] || time.Since(n.named) > strayTime) {
+			delete(p.nodes, addr)
+			gone = append(gone, n)
+		}
+	}
+	p.queued, p.queueBytes = 0, 0
+	p.masters = masters
+	p.mu.Unlock()
+	p.enqueue(queued)
+	if changed {
+		var addrs []string
+		for n := range masters {
+			addrs = append(addrs, n.addr)
+		}
+		slices.Sort(addrs)
+		p.log.Info("other nodes own the keys now", "nodes", strings.Join(addrs, " "))
+	}
+	for _, n := range gone {
+		n.close()
 	}
 }
 
@@ -339,11 +594,13 @@ type node struct {
 	coming bool      // a worker is about to take the queue
 	most   int       // GETs in one batch
 	broke  time.Time // when a connection last did; others that have been idle since before may be dead
-	named  time.Time // when Redis last named it, or it was made use of
+	named  time.Time // when MOVED or ASK last did, or it was made
+	failed time.Time // when a batch last did
 }
 
 func (p *pool) newNode(addr string) *node {
-	n := &node{pool: p, addr: addr, most: firstBatch, slots: make(chan struct{}, p.limit), health: health{log: p.log, now: p.cache.now}}
+	n := &node{pool: p, addr: addr, most: firstBatch, named: time.Now(), slots: make(chan struct{}, p.limit), health: health{now: p.cache.now}}
+	n.health.log = n.log
 	n.ctx, n.stop = context.WithCancel(p.ctx)
 	n.conns = &redis.Pool{
 		MaxIdle: p.limit,
@@ -363,15 +620,49 @@ func (p *pool) newNode(addr string) *node {
 			return c.(*upstream).guard.quiet()
 		},
 	}
-	if p.tracking {
+	if p.tracking && addr != "" {
 		n.tracker = startTracker(n)
 	}
 	return n
 }
 
-// dial makes a connection on which a read or write fails after patience.
+// log names the node, where there are or may be several.
+func (n *node) log() *slog.Logger {
+	n.pool.mu.Lock()
+	defer n.pool.mu.Unlock()
+	if n.pool.aloneLocked() {
+		return n.pool.log
+	}
+	return n.pool.log.With("node", n.addr)
+}
+
+// dial makes a connection on which a read or write fails after patience. Where sentinels named the node, it
+// must say itself that it is a master.
 func (n *node) dial(patience time.Duration) (*upstream, error) {
-	return n.pool.dial(n.ctx, n.addr, patience)
+	p := n.pool
+	if n.addr == "" {
+		<-p.learnt
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return nil, p.unknown
+	}
+	u, err := p.dial(n.ctx, n.addr, patience, p.login()...)
+	if err != nil || p.redis.master == "" {
+		return u, err
+	}
+	role := ""
+	reply, err := redis.Values(u.Do("ROLE"))
+	if err == nil {
+		_, err = redis.Scan(reply, &role)
+	}
+	if err == nil && role != "master" {
+		err = errors.New("the sentinels name a server that is no master")
+	}
+	if err != nil {
+		u.Close()
+		return nil, err
+	}
+	return u, nil
 }
 
 // close closes all connections, those in use too, and waits for the tracker.
@@ -473,23 +764,29 @@ func (n *node) count(began time.Duration, size, failed int, err error) {
 // many.
 //
 // The others are tried once more on another connection: this one may have died while it was idle, and GET
-// does no harm twice. The same goes where it could not be made, but another was made meanwhile.
+// does no harm twice. The same goes where it could not be made, but another was made meanwhile, or where
+// another node is to be asked by now.
 func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) (failed int) {
 	p := n.pool
 	var again, ended []*flight
 	p.mu.Lock()
+	n.failed = time.Now()
 	if made {
-		n.broke = time.Now()
+		n.broke = n.failed
 	}
+	p.leaveLocked(n)
 	may := made || n.health.workedSince(began)
 	for _, f := range fs {
-		if may && !f.tried && f.began >= p.cache.now()-2*p.timeout {
-			f.tried, f.asking = true, ""
+		f.asking = ""
+		elsewhere := p.routeLocked(f) != n && f.hops < len(p.seeds)+2
+		if f.began >= p.cache.now()-2*p.timeout && (may && !f.tried || elsewhere) {
+			f.tried, f.hops = f.tried || may, f.hops+1
 			again = append(again, f)
 		} else {
 			ended = append(ended, f)
 		}
 	}
+	p.hintLocked("")
 	p.mu.Unlock()
 	p.enqueue(again)
 	if len(ended) > 0 {
@@ -582,6 +879,15 @@ func (n *node) redirect(f *flight, reply redis.Error) bool {
 		if addr = resolve(n.addr, target[:max(colon, 0)], target[colon+1:]); addr != "" {
 			pause = min(pause, time.Duration(f.hops*f.hops/2)*time.Millisecond)
 		}
+	case "LOADING":
+		p.mu.Lock()
+		p.leaveLocked(n)
+		elsewhere := p.routeLocked(f) != n
+		p.mu.Unlock()
+		if !elsewhere {
+			return false
+		}
+		fallthrough
 	case "CLUSTERDOWN", "TRYAGAIN":
 		if wanted, _ := p.cache.wanted([]*flight{f}, pause); len(wanted) == 0 {
 			return false
@@ -596,12 +902,17 @@ func (n *node) redirect(f *flight, reply redis.Error) bool {
 		p.owners = make([]*node, slots)
 	}
 	if addr != "" {
+		to := p.nodeLocked(addr)
+		to.named = time.Now()
 		p.redirects++
+		if code == "ASK" {
+			f.asking = addr
+		} else {
+			p.owners[slot(f.key)] = to
+		}
 	}
-	if code == "ASK" {
-		f.asking = addr
-	} else if addr != "" {
-		p.owners[slot(f.key)] = p.nodeLocked(addr)
+	if code != "ASK" {
+		p.hintLocked(n.addr)
 	}
 	if addr == n.addr { // it may be another server by now: connections that are in use are not used again
 		n.broke = time.Now().Add(retryPause)
@@ -669,7 +980,7 @@ func passedOn(reply redis.Error) replyError {
 
 // A health follows whether a node can be read, and is the only one to log it.
 type health struct {
-	log *slog.Logger
+	log func() *slog.Logger
 	now func() time.Duration
 
 	success atomic.Int64 // a time.Duration: when a reply came last that was no outage; 0: never
@@ -685,6 +996,12 @@ func (h *health) workedSince(began time.Duration) bool {
 	return time.Duration(h.success.Load()) > began
 }
 
+func (h *health) down() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.failure > 0
+}
+
 // failed logs the first failure after a success, but not every second one where the two alternate: what
 // began before a success says nothing about the time after it.
 func (h *health) failed(began time.Duration, err error) {
@@ -696,7 +1013,7 @@ func (h *health) failed(began time.Duration, err error) {
 	}
 	h.mu.Unlock()
 	if first {
-		h.log.Warn("Redis cannot be read; hits go on", "error", err)
+		h.log().Warn("Redis cannot be read; hits go on", "error", err)
 	}
 }
 
@@ -709,7 +1026,7 @@ func (h *health) worked() {
 	h.failure = 0
 	h.mu.Unlock()
 	if failure > 0 {
-		h.log.Info("Redis can be read again", "after", (now - failure).Round(time.Millisecond).String())
+		h.log().Info("Redis can be read again", "after", (now - failure).Round(time.Millisecond).String())
 	}
 }
 
@@ -723,7 +1040,7 @@ func (h *health) refused(reply redis.Error) {
 	}
 	h.mu.Unlock()
 	if first {
-		h.log.Warn("Redis refuses", "error", reply)
+		h.log().Warn("Redis refuses", "error", reply)
 	}
 }
 
@@ -941,16 +1258,6 @@ func (t *tracker) wait() {
 	}
 }
 
-func (t *tracker) state() trackingState {
-	switch {
-	case t == nil:
-		return trackingOff
-	case t.live.Load():
-		return trackingLive
-	}
-	return trackingDown
-}
-
 // run follows the reports until ctx is done, over a new connection whenever one breaks. It pauses longer
 // and longer between connections until one has lasted.
 func (t *tracker) run(ctx context.Context) {
@@ -962,8 +1269,9 @@ func (t *tracker) run(ctx context.Context) {
 		if t.live.Swap(false) && t.node.pool.cache.now()-began > 2*pingEvery {
 			pause, logged = 0, false
 		}
+		t.node.pool.hint("")
 		if !logged && ctx.Err() == nil {
-			t.node.pool.log.Warn("tracking is down; entries live until their TTL", "error", err)
+			t.node.log().Warn("tracking is down; entries live until their TTL", "error", err)
 			logged = true
 		}
 		pause = min(max(2*pause, 50*time.Millisecond), 5*time.Second)
@@ -1019,7 +1327,7 @@ func (t *tracker) goLive() {
 	if !t.live.Load() {
 		t.node.pool.cache.forget(nil)
 		t.live.Store(true)
-		t.node.pool.log.Info("tracking is live")
+		t.node.log().Info("tracking is live")
 	}
 }
 
