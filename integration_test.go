@@ -22,6 +22,7 @@ import (
 	"log/slog"
 	"maps"
 	"math/big"
+	mrand "math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -33,6 +34,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -112,14 +114,9 @@ func (r *redisServer) start() error {
 	r.cmd = exec.Command("redis-server", append(args, r.args...)...)
 	var out bytes.Buffer
 	r.cmd.Stdout, r.cmd.Stderr = &out, &out
-	if err := r.cmd.Start(); err != nil {
+	if err := r.launch(); err != nil {
 		return err
 	}
-	r.ended = make(chan struct{})
-	go func() { // ends with the process
-		defer close(r.ended)
-		r.cmd.Wait()
-	}()
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); {
 		select {
 		case <-r.ended:
@@ -146,6 +143,19 @@ func (r *redisServer) answers() bool {
 		return true
 	}
 	return err == nil && strings.Contains(info, fmt.Sprintf("\nprocess_id:%d\r", r.cmd.Process.Pid))
+}
+
+// launch starts cmd.
+func (r *redisServer) launch() error {
+	if err := r.cmd.Start(); err != nil {
+		return err
+	}
+	r.ended = make(chan struct{})
+	go func() { // ends with the process
+		defer close(r.ended)
+		r.cmd.Wait()
+	}()
+	return nil
 }
 
 func (r *redisServer) signal(s syscall.Signal) { r.cmd.Process.Signal(s) }
@@ -2919,6 +2929,2871 @@ func TestIntegrationTrackingOffCostsNoConnection(t *testing.T) {
 	}
 	if got := p.stat(t, "tracking"); got != "off" {
 		t.Errorf("tracking: got %s; want off", got)
+	}
+}
+
+// Cluster and Sentinel: real servers that are resharded, killed, stopped and failed over, and scripted
+// nodes for what real ones do not do on demand.
+
+const (
+	// afterKill and afterStop are how long after all nodes agree a killed and a stopped master may
+	// still cause errors.
+	afterKill, afterStop = 1500 * time.Millisecond, 2 * time.Second
+	// afterSwitch is how long after the sentinels name another master the former one may be read.
+	afterSwitch = 1200 * time.Millisecond
+	// soonStale bounds the age of a value after an acknowledged write, where tracking is on: p99.
+	soonStale = 20 * time.Millisecond
+	// atRest bounds it at the worst, on a machine under load.
+	atRest = 500 * time.Millisecond
+)
+
+// within waits until a condition holds, for so long.
+func within(t testing.TB, limit time.Duration, what string, cond func() bool) {
+	t.Helper()
+	for end := time.Now().Add(limit); !cond(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not within %v: %s", limit, what)
+		}
+	}
+}
+
+// serverPort returns a free port outside the range from which connections get theirs: a server that
+// is down for a while must find it free again.
+func serverPort() string {
+	for {
+		port := strconv.Itoa(11000 + mrand.IntN(20000))
+		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
+			l.Close()
+			return port
+		}
+	}
+}
+
+// startURL runs a proxy in front of what a URL names.
+func startURL(t testing.TB, url string, flags ...string) *testProxy {
+	t.Helper()
+	return runProxy(t, append([]string{"--redis-url", url, "--redis-timeout", "1s"}, flags...))
+}
+
+// startAt runs a proxy in front of the server at an address.
+func startAt(t testing.TB, addr string, flags ...string) *testProxy {
+	t.Helper()
+	return startURL(t, "redis://"+addr, flags...)
+}
+
+// figure reads one figure of INFO.
+func (p *testProxy) figure(t testing.TB, name string) (n int) {
+	t.Helper()
+	fmt.Sscan(p.stat(t, name), &n)
+	return n
+}
+
+// ask returns the bytes that answer a GET.
+func (p *testProxy) ask(t testing.TB, key string) string {
+	t.Helper()
+	return exchange(t, p.addr, request("GET", key))
+}
+
+// difference says where two texts begin to differ.
+func difference(got, want string) string {
+	at := 0
+	for at < len(got) && at < len(want) && got[at] == want[at] {
+		at++
+	}
+	at = max(0, at-20)
+	return fmt.Sprintf("from byte %d on got %.150q; want %.150q", at, got[min(at, len(got)):], want[min(at, len(want)):])
+}
+
+// percentile sorts durations and returns one of them.
+func percentile(ds []time.Duration, percent int) time.Duration {
+	if len(ds) == 0 {
+		return 0
+	}
+	slices.Sort(ds)
+	return ds[min(len(ds)*percent/100, len(ds)-1)]
+}
+
+// keySlot is the slot of a key, as the specification of Redis Cluster has it.
+func keySlot(key string) int {
+	if i := strings.IndexByte(key, '{'); i >= 0 {
+		if n := strings.IndexByte(key[i+1:], '}'); n > 0 {
+			key = key[i+1 : i+1+n]
+		}
+	}
+	var crc uint16
+	for i := range len(key) {
+		crc ^= uint16(key[i]) << 8
+		for range 8 {
+			high := crc&0x8000 != 0
+			if crc <<= 1; high {
+				crc ^= 0x1021
+			}
+		}
+	}
+	return int(crc % 16384)
+}
+
+// A testNode is a redis-server of a cluster.
+type testNode struct {
+	*redisServer
+	bus, id string
+	down    atomic.Bool // killed or stopped
+	stopped bool
+}
+
+// try sends the node one command, on a connection of its own, and does not wait for long.
+func (n *testNode) try(cmd string, args ...any) (any, error) {
+	patience := 2 * time.Second
+	c, err := redis.Dial("tcp", n.addr, redis.DialConnectTimeout(patience), redis.DialReadTimeout(patience), redis.DialWriteTimeout(patience))
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	return c.Do(cmd, args...)
+}
+
+func (n *testNode) do(t testing.TB, cmd string, args ...any) any {
+	t.Helper()
+	reply, err := n.try(cmd, args...)
+	if err != nil {
+		t.Fatalf("at %s: %s %.80s: %v", n.addr, cmd, fmt.Sprint(args...), err)
+	}
+	return reply
+}
+
+func (n *testNode) kill() {
+	n.down.Store(true)
+	n.redisServer.kill()
+}
+
+func (n *testNode) stop() {
+	n.down.Store(true)
+	n.stopped = true
+	n.signal(syscall.SIGSTOP)
+}
+
+// revive has a node that was stopped or killed go on.
+func (n *testNode) revive(t testing.TB) {
+	t.Helper()
+	if n.stopped {
+		n.signal(syscall.SIGCONT)
+	} else if err := n.start(); err != nil {
+		t.Fatalf("starting %s again: %v", n.addr, err)
+	}
+	n.stopped = false
+	n.down.Store(false)
+}
+
+// A testCluster is a Redis Cluster of processes on this machine.
+type testCluster struct {
+	nodes []*testNode
+	dir   string
+	args  []string
+	moves []func(t testing.TB) // that have begun, and end once
+}
+
+// startCluster starts a cluster of masters, with so many replicas each, and of some that own nothing.
+func startCluster(t testing.TB, masters, replicas, idle int, args ...string) *testCluster {
+	t.Helper()
+	c := &testCluster{dir: t.TempDir(), args: append([]string{
+		"--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-node-timeout", "2000",
+		"--cluster-allow-replica-migration", "no", "--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1",
+	}, args...)}
+	n := masters * (1 + replicas)
+	for range n + idle {
+		c.launch(t)
+	}
+	for i := range masters {
+		c.nodes[i].do(t, "CLUSTER", "ADDSLOTSRANGE", i*16384/masters, (i+1)*16384/masters-1)
+	}
+	c.meet(t)
+	for i := masters; i < n; i++ {
+		c.nodes[i].do(t, "CLUSTER", "REPLICATE", c.nodes[i%masters].id)
+	}
+	c.heal(t)
+	return c
+}
+
+// launch starts a node that nobody knows yet.
+func (c *testCluster) launch(t testing.TB) *testNode {
+	t.Helper()
+	port, bus := serverPort(), serverPort()
+	dir := filepath.Join(c.dir, port)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	r, err := launchRedis(dir, port, append([]string{"--cluster-port", bus}, c.args...)...)
+	if err != nil {
+		t.Fatalf("starting a node of the cluster: %v", err)
+	}
+	n := &testNode{redisServer: r, bus: bus}
+	t.Cleanup(n.kill)
+	c.nodes = append(c.nodes, n)
+	n.do(t, "CLUSTER", "SET-CONFIG-EPOCH", len(c.nodes))
+	n.id, _ = redis.String(n.do(t, "CLUSTER", "MYID"), nil)
+	return n
+}
+
+// meet has all nodes know each other.
+func (c *testCluster) meet(t testing.TB) {
+	t.Helper()
+	for i, n := range c.nodes {
+		for _, other := range c.nodes[:i] {
+			n.do(t, "CLUSTER", "MEET", "127.0.0.1", other.port, other.bus)
+		}
+	}
+	eventually(t, "all nodes of the cluster know each other", func() bool {
+		for _, n := range c.nodes {
+			list, _ := redis.String(n.do(t, "CLUSTER", "NODES"), nil)
+			if strings.Count(list, " connected") != len(c.nodes) || strings.Contains(list, "handshake") {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// view returns who owns which slots as a node has it, as one comparable text.
+func (n *testNode) view() (text string, owners []string, covered int) {
+	rows, _ := redis.Values(n.try("CLUSTER", "SLOTS"))
+	var parts []string
+	for _, row := range rows {
+		fields, _ := redis.Values(row, nil)
+		from, _ := redis.Int(fields[0], nil)
+		to, _ := redis.Int(fields[1], nil)
+		master, _ := redis.Values(fields[2], nil)
+		port, _ := redis.Int(master[1], nil)
+		parts = append(parts, fmt.Sprintf("%05d-%05d=%d", from, to, port))
+		owners = append(owners, fmt.Sprint(port))
+		covered += to - from + 1
+	}
+	slices.Sort(parts)
+	slices.Sort(owners)
+	return strings.Join(parts, " "), slices.Compact(owners), covered
+}
+
+// table returns the owner of every slot, as the first node has it that is up.
+func (c *testCluster) table(t testing.TB) []*testNode {
+	t.Helper()
+	for _, n := range c.nodes {
+		if n.down.Load() {
+			continue
+		}
+		owners := make([]*testNode, 16384)
+		text, _, covered := n.view()
+		for _, part := range strings.Fields(text) {
+			var from, to int
+			var port string
+			fmt.Sscanf(part, "%d-%d=%s", &from, &to, &port)
+			for slot := from; slot <= to; slot++ {
+				owners[slot] = c.at(port)
+			}
+		}
+		if covered == len(owners) {
+			return owners
+		}
+	}
+	t.Fatal("no node of the cluster knows an owner of every slot")
+	return nil
+}
+
+func (c *testCluster) owner(t testing.TB, slot int) *testNode {
+	t.Helper()
+	return c.table(t)[slot]
+}
+
+// at returns the node with this port.
+func (c *testCluster) at(port string) *testNode {
+	for _, n := range c.nodes {
+		if n.port == port {
+			return n
+		}
+	}
+	return nil
+}
+
+// masters returns the nodes that own slots.
+func (c *testCluster) masters(t testing.TB) (nodes []*testNode) {
+	t.Helper()
+	for _, n := range c.table(t) {
+		if !slices.Contains(nodes, n) {
+			nodes = append(nodes, n)
+		}
+	}
+	return nodes
+}
+
+// replica returns a replica of a master, which is up.
+func (c *testCluster) replica(t testing.TB, master *testNode) *testNode {
+	t.Helper()
+	for _, n := range c.nodes {
+		if n.down.Load() {
+			continue
+		}
+		if role, _ := redis.Values(n.try("ROLE")); len(role) == 5 && fmt.Sprint(role[2]) == master.port {
+			return n
+		}
+	}
+	t.Fatalf("%s has no replica", master.addr)
+	return nil
+}
+
+// disagreement returns "" if all nodes that are up have the same table, with an owner that is up for each
+// slot, and else what they say.
+func (c *testCluster) disagreement() (all string) {
+	first, same := "", true
+	for _, n := range c.nodes {
+		if n.down.Load() {
+			continue
+		}
+		text, owners, covered := n.view()
+		if first == "" {
+			first = text
+		}
+		state, _ := redis.String(n.try("CLUSTER", "INFO"))
+		state, _, _ = strings.Cut(state, "\r\n")
+		same = same && text == first && covered == 16384 && state == "cluster_state:ok"
+		for _, port := range owners {
+			n := c.at(port)
+			same = same && n != nil && !n.down.Load()
+		}
+		all += fmt.Sprintf("\n%s: %s, %d slots: %.200s", n.addr, state, covered, text)
+	}
+	if same {
+		return ""
+	}
+	return all
+}
+
+// agree waits until all nodes agree, and returns when they did.
+func (c *testCluster) agree(t testing.TB) time.Time {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		all := c.disagreement()
+		if all == "" {
+			return time.Now()
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the nodes of the cluster never agree who owns what:%s", all)
+		}
+	}
+}
+
+// heal revives every node, ends what a test has left half done, and waits until all agree and replicas
+// follow their masters.
+func (c *testCluster) heal(t testing.TB) {
+	t.Helper()
+	for _, n := range c.nodes {
+		if n.down.Load() {
+			n.revive(t)
+		}
+	}
+	c.agree(t)
+	for _, finish := range c.moves {
+		finish(t)
+	}
+	c.moves = nil
+	eventually(t, "all replicas follow their masters", func() bool {
+		for _, n := range c.nodes {
+			state, err := redis.String(n.try("INFO", "replication"))
+			if err != nil || strings.Contains(state, "master_link_status:down") {
+				return false
+			}
+		}
+		return true
+	})
+	c.agree(t)
+}
+
+// configure sets an option at every node.
+func (c *testCluster) configure(t testing.TB, name, val string) {
+	t.Helper()
+	for _, n := range c.nodes {
+		if !n.down.Load() {
+			n.do(t, "CONFIG", "SET", name, val)
+		}
+	}
+}
+
+// moveHalf moves half of the keys of a slot to another node, and returns what moves the rest and ends it.
+func (c *testCluster) moveHalf(t testing.TB, slot int, to *testNode) (finish func(t testing.TB)) {
+	t.Helper()
+	from := c.owner(t, slot)
+	to.do(t, "CLUSTER", "SETSLOT", slot, "IMPORTING", from.id)
+	from.do(t, "CLUSTER", "SETSLOT", slot, "MIGRATING", to.id)
+	move := func(t testing.TB, n int) (moved int) {
+		keys, _ := redis.Values(from.do(t, "CLUSTER", "GETKEYSINSLOT", slot, n), nil)
+		if len(keys) > 0 {
+			from.do(t, "MIGRATE", append([]any{"127.0.0.1", to.port, "", 0, 5000, "KEYS"}, keys...)...)
+		}
+		return len(keys)
+	}
+	n, _ := redis.Int(from.do(t, "CLUSTER", "COUNTKEYSINSLOT", slot), nil)
+	if n > 1 {
+		move(t, n/2)
+	}
+	ended := false
+	finish = func(t testing.TB) {
+		t.Helper()
+		if ended {
+			return
+		}
+		ended = true
+		for move(t, 100) > 0 {
+		}
+		// The target first, as redis-cli does it: the source has somewhere to send clients to.
+		for _, n := range append([]*testNode{to, from}, c.masters(t)...) {
+			n.do(t, "CLUSTER", "SETSLOT", slot, "NODE", to.id)
+		}
+	}
+	c.moves = append(c.moves, finish)
+	return finish
+}
+
+// move moves a slot.
+func (c *testCluster) move(t testing.TB, slot int, to *testNode) {
+	t.Helper()
+	if c.owner(t, slot) != to {
+		c.moveHalf(t, slot, to)(t)
+	}
+}
+
+// failover has a replica take over from its master, by hand, and waits until all agree.
+func (c *testCluster) failover(t testing.TB, replica *testNode) {
+	t.Helper()
+	var tried time.Time
+	eventually(t, replica.addr+" is a master", func() bool {
+		if time.Since(tried) > 6*time.Second { // Redis gives up after 5
+			tried = time.Now()
+			replica.do(t, "CLUSTER", "FAILOVER")
+		}
+		_, owners, _ := replica.view()
+		return slices.Contains(owners, replica.port)
+	})
+	c.agree(t)
+}
+
+// cut closes all connections of clients to a node: "normal" ones, or those of trackers, "pubsub".
+func (n *testNode) cut(t testing.TB, kind string) {
+	t.Helper()
+	n.do(t, "CLIENT", "KILL", "TYPE", kind)
+}
+
+// A clusterClient reads and writes keys at the nodes themselves. One goroutine may use it at a time.
+type clusterClient struct {
+	c      *testCluster
+	conns  map[string]redis.Conn
+	owners map[int]string
+}
+
+func (c *testCluster) client(t testing.TB) *clusterClient {
+	cc := &clusterClient{c, make(map[string]redis.Conn), make(map[int]string)}
+	t.Cleanup(func() {
+		for _, conn := range cc.conns {
+			conn.Close()
+		}
+	})
+	return cc
+}
+
+// try sends a command for a key to the node that owns it, again and again for as long as patience
+// says until one takes it.
+func (cc *clusterClient) try(patience time.Duration, cmd, key string, args ...any) (any, error) {
+	slot, addr, asking := keySlot(key), "", false
+	for end := time.Now().Add(patience); ; {
+		if addr == "" {
+			if addr = cc.owners[slot]; addr == "" {
+				up := slices.DeleteFunc(slices.Clone(cc.c.nodes), func(n *testNode) bool { return n.down.Load() })
+				addr = up[mrand.IntN(len(up))].addr
+			}
+		}
+		reply, err := cc.once(addr, asking, cmd, append([]any{key}, args...)...)
+		var refusal redis.Error
+		words := strings.Fields(fmt.Sprint(err))
+		switch isReply := errors.As(err, &refusal); {
+		case err == nil:
+			if !asking {
+				cc.owners[slot] = addr
+			}
+			return reply, nil
+		case isReply && words[0] == "MOVED":
+			addr, asking = words[2], false
+			cc.owners[slot] = addr
+		case isReply && words[0] == "ASK":
+			addr, asking = words[2], true
+		case isReply && !slices.Contains([]string{"CLUSTERDOWN", "TRYAGAIN", "LOADING", "READONLY"}, words[0]):
+			return nil, err
+		default:
+			addr, asking = "", false
+			delete(cc.owners, slot)
+			time.Sleep(5 * time.Millisecond)
+		}
+		if time.Now().After(end) {
+			return nil, fmt.Errorf("%s %s in vain for %v: %w", cmd, key, patience, err)
+		}
+	}
+}
+
+func (cc *clusterClient) once(addr string, asking bool, cmd string, args ...any) (any, error) {
+	conn, patience := cc.conns[addr], 300*time.Millisecond
+	if conn == nil || conn.Err() != nil {
+		var err error
+		if conn, err = redis.Dial("tcp", addr, redis.DialConnectTimeout(patience), redis.DialReadTimeout(patience), redis.DialWriteTimeout(patience)); err != nil {
+			return nil, err
+		}
+		cc.conns[addr] = conn
+	}
+	if asking {
+		if _, err := conn.Do("ASKING"); err != nil {
+			return nil, err
+		}
+	}
+	return conn.Do(cmd, args...)
+}
+
+func (cc *clusterClient) do(t testing.TB, cmd, key string, args ...any) any {
+	t.Helper()
+	reply, err := cc.try(10*time.Second, cmd, key, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return reply
+}
+
+// queue sends a command to a node, and flush waits for the replies to all that were sent.
+func (cc *clusterClient) queue(t testing.TB, to *testNode, cmd string, args ...any) {
+	t.Helper()
+	conn := cc.conns[to.addr]
+	if conn == nil {
+		var err error
+		if conn, err = redis.Dial("tcp", to.addr, redis.DialReadTimeout(10*time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		cc.conns[to.addr] = conn
+	}
+	if err := conn.Send(cmd, args...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (cc *clusterClient) flush(t testing.TB) {
+	t.Helper()
+	for addr, conn := range cc.conns {
+		if _, err := conn.Do(""); err != nil {
+			t.Fatalf("%s: %v", addr, err)
+		}
+	}
+}
+
+// keysOf returns n keys for each node that owns slots.
+func (c *testCluster) keysOf(t testing.TB, name string, n int) map[*testNode][]string {
+	t.Helper()
+	groups, table := make(map[*testNode][]string), c.table(t)
+	for i, full, owners := 0, 0, len(c.masters(t)); full < owners && i < 1<<20; i++ {
+		key := fmt.Sprint(name, ":", i)
+		owner := table[keySlot(key)]
+		if len(groups[owner]) < n {
+			if groups[owner] = append(groups[owner], key); len(groups[owner]) == n {
+				full++
+			}
+		}
+	}
+	return groups
+}
+
+// A clusterLoad writes to keys all the time, reads them through proxies, and checks every answer: it
+// must have been written at some time, and must not be older than the bound of its proxy, but for
+// writes that a failover may have lost.
+type clusterLoad struct {
+	t       *testing.T
+	c       *testCluster
+	readers []*loadReader
+	groups  map[*testNode][]string
+	ctx     context.Context
+	stop    context.CancelFunc
+	wg      sync.WaitGroup
+	pen     sync.RWMutex // write-locked while nothing is written
+
+	mu      sync.Mutex // guards the following
+	history map[string][]writing
+	losses  []interval // in which writes may have been lost
+	wrong   []string
+}
+
+// A writing's value is a number; its index is one less. acked is zero until Redis has acknowledged it.
+type writing struct{ acked time.Time }
+
+type interval struct{ from, to time.Time }
+
+// A loadReader is how one proxy is read, and what came of it.
+type loadReader struct {
+	name    string
+	p       *testProxy
+	bound   time.Duration // how old a value may be
+	answers atomic.Int64
+
+	mu     sync.Mutex // guards the following
+	errors []failedRead
+	took   []tookRead // successful reads
+}
+
+type failedRead struct {
+	key, err     string
+	began, ended time.Time
+}
+
+type tookRead struct {
+	owner *testNode // at the start
+	began time.Time
+	took  time.Duration
+}
+
+func (f failedRead) String() string {
+	return fmt.Sprintf("GET %s (slot %d) at %s: %s", f.key, keySlot(f.key), f.ended.Format("05.000"), f.err)
+}
+
+// load begins to write to keys, and to read them.
+func (c *testCluster) load(t *testing.T, groups map[*testNode][]string, readers ...*loadReader) *clusterLoad {
+	t.Helper()
+	l := &clusterLoad{t: t, c: c, groups: groups, readers: readers, history: make(map[string][]writing)}
+	l.ctx, l.stop = context.WithCancel(context.Background())
+	t.Cleanup(l.end)
+	first := c.client(t)
+	for _, keys := range groups {
+		for _, key := range keys {
+			l.write(first, key)
+		}
+	}
+	for _, r := range readers {
+		for _, keys := range groups { // all have been seen once
+			for _, key := range keys {
+				got := r.p.ask(t, key)
+				if !strings.HasPrefix(got, "$") {
+					t.Fatalf("%s: GET %s: got %q; want a value", r.name, key, got)
+				}
+			}
+		}
+	}
+	for owner, keys := range groups {
+		client := c.client(t)
+		l.wg.Go(func() {
+			for i := 0; l.ctx.Err() == nil; i++ {
+				l.pen.RLock()
+				l.write(client, keys[i%len(keys)])
+				l.pen.RUnlock()
+				time.Sleep(3 * time.Millisecond)
+			}
+		})
+		for _, r := range readers {
+			for i := range 6 {
+				l.wg.Go(func() { l.read(r, owner, keys, i) })
+			}
+		}
+	}
+	return l
+}
+
+func (l *clusterLoad) end() {
+	l.stop()
+	l.wg.Wait()
+}
+
+func (l *clusterLoad) write(client *clusterClient, key string) {
+	l.mu.Lock()
+	l.history[key] = append(l.history[key], writing{})
+	n := len(l.history[key])
+	l.mu.Unlock()
+	if _, err := client.try(20*time.Second, "SET", key, fmt.Sprint(key, "=", n)); err != nil {
+		l.blame("writing: %v", err)
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.history[key][n-1].acked = time.Now()
+}
+
+func (l *clusterLoad) blame(format string, args ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.wrong) < 10 {
+		l.wrong = append(l.wrong, fmt.Sprintf(format, args...))
+	}
+}
+
+func (l *clusterLoad) read(r *loadReader, owner *testNode, keys []string, first int) {
+	var conn redis.Conn
+	defer func() {
+		if conn != nil {
+			conn.Close()
+		}
+	}()
+	for i := first * 7; l.ctx.Err() == nil; i++ {
+		time.Sleep(10 * time.Millisecond)
+		if conn == nil || conn.Err() != nil {
+			var err error
+			if conn, err = redis.Dial("tcp", r.p.addr, redis.DialReadTimeout(10*time.Second)); err != nil {
+				l.blame("%s: dialling the proxy: %v", r.name, err)
+				return
+			}
+		}
+		key := keys[i%len(keys)]
+		began := time.Now()
+		val, err := redis.String(conn.Do("GET", key))
+		ended := time.Now()
+		var reply redis.Error
+		switch {
+		case errors.As(err, &reply):
+			r.mu.Lock()
+			r.errors = append(r.errors, failedRead{key, string(reply), began, ended})
+			r.mu.Unlock()
+		case err != nil && err != redis.ErrNil:
+			l.blame("%s: GET %s: the proxy did not answer: %v", r.name, key, err)
+		default:
+			r.answers.Add(1)
+			r.mu.Lock()
+			r.took = append(r.took, tookRead{owner, began, ended.Sub(began)})
+			r.mu.Unlock()
+			if fault := l.judge(key, val, began, r.bound); fault != "" {
+				l.blame("%s: GET %s at %s: got %q: %s", r.name, key, began.Format("05.000"), val, fault)
+			}
+		}
+	}
+}
+
+// judge returns what is wrong with a value, if anything is.
+func (l *clusterLoad) judge(key, val string, began time.Time, bound time.Duration) string {
+	after, ok := strings.CutPrefix(val, key+"=")
+	n, err := strconv.Atoi(after)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	all := l.history[key]
+	if !ok || err != nil || n < 1 || n > len(all) {
+		return fmt.Sprintf("it was never written; the last is %d", len(all))
+	}
+	for w, newer := range all[n:] {
+		lost := slices.ContainsFunc(l.losses, func(i interval) bool {
+			return newer.acked.After(i.from) && (i.to.IsZero() || newer.acked.Before(i.to))
+		})
+		if age := began.Sub(newer.acked); !newer.acked.IsZero() && !lost && age > bound {
+			return fmt.Sprintf("%d was acknowledged %v before; want at most %v", n+w+1, age.Round(time.Millisecond), bound)
+		}
+	}
+	return ""
+}
+
+// disturb notes that from now on, until the returned function is called, writes may get lost.
+func (l *clusterLoad) disturb() (over func()) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	i := len(l.losses)
+	l.losses = append(l.losses, interval{from: time.Now().Add(-500 * time.Millisecond)})
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.losses[i].to = time.Now()
+	}
+}
+
+// more waits for so many more answers through every proxy.
+func (l *clusterLoad) more(n int64) {
+	l.t.Helper()
+	for _, r := range l.readers {
+		begun := r.answers.Load()
+		within(l.t, 15*time.Second, fmt.Sprintf("%d more answers through the %s proxy", n, r.name), func() bool { return r.answers.Load() >= begun+n })
+	}
+}
+
+// quiet has nothing written, and every proxy agree with Redis soon.
+func (l *clusterLoad) quiet() {
+	l.t.Helper()
+	l.pen.Lock()
+	defer l.pen.Unlock()
+	client := l.c.client(l.t)
+	end := time.Now().Add(2 * time.Second)
+	for _, keys := range l.groups {
+		for _, key := range keys {
+			want, err := redis.String(client.do(l.t, "GET", key), nil)
+			if err != nil {
+				l.t.Errorf("GET %s at Redis itself: %v", key, err)
+				continue
+			}
+			for _, r := range l.readers {
+				for got := ""; got != bulk(want); time.Sleep(time.Millisecond) {
+					if got = r.p.ask(l.t, key); got != bulk(want) && time.Now().After(end) {
+						l.t.Errorf("%s: GET %s, when all is quiet: got %q; want %q", r.name, key, got, want)
+						break
+					}
+				}
+			}
+		}
+	}
+}
+
+// finish ends the load and reports every wrong answer, and every error that is not excused.
+func (l *clusterLoad) finish(excused func(r *loadReader, f failedRead) bool) {
+	l.t.Helper()
+	l.end()
+	for _, w := range l.wrong {
+		l.t.Error(w)
+	}
+	for _, r := range l.readers {
+		shown, not := 0, 0
+		for _, f := range r.errors {
+			if excused == nil || !excused(r, f) {
+				if not++; shown < 3 {
+					shown++
+					l.t.Errorf("%s: %v", r.name, f)
+				}
+			}
+		}
+		if not > shown {
+			l.t.Errorf("%s: … and %d more errors that must not be", r.name, not-shown)
+		}
+		if log := r.p.log.String(); not > 0 {
+			l.t.Logf("the end of its log:\n%s", log[max(0, len(log)-2000):])
+		}
+		l.t.Logf("%s: %d answers, %d errors", r.name, r.answers.Load(), len(r.errors))
+	}
+}
+
+// latency returns the 99th percentile of reads of keys that other nodes own, begun inside an interval.
+func (r *loadReader) latency(not *testNode, from, to time.Time) time.Duration {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var ds []time.Duration
+	for _, s := range r.took {
+		if s.owner != not && s.began.After(from) && s.began.Before(to) {
+			ds = append(ds, s.took)
+		}
+	}
+	return percentile(ds, 99)
+}
+
+// staleness returns how long after acknowledged writes to all masters the last old value is read.
+func (c *testCluster) staleness(t testing.TB, p *testProxy, keys []string) []time.Duration {
+	t.Helper()
+	client, reader := c.client(t), dial(t, p.addr)
+	defer reader.Close()
+	var ds []time.Duration
+	for n := range 200 {
+		key, want := keys[n%len(keys)], fmt.Sprint("fresh ", n)
+		reader.send(request("GET", key))
+		if line, _ := reader.ReadString('\n'); strings.HasPrefix(line, "$") && line != "$-1\r\n" {
+			reader.ReadString('\n')
+		}
+		client.do(t, "SET", key, want)
+		acked := time.Now()
+		for got := ""; got != want; {
+			line, _ := reader.send(request("GET", key)).ReadString('\n')
+			if got = line; strings.HasPrefix(line, "$") && line != "$-1\r\n" {
+				got, _ = reader.ReadString('\n')
+			}
+			if got = strings.TrimSpace(got); time.Since(acked) > 2*time.Second {
+				t.Fatalf("GET %s, %v after the write: got %q; want %q", key, time.Since(acked), got, want)
+			}
+		}
+		ds = append(ds, time.Since(acked))
+	}
+	return ds
+}
+
+// coherent checks the staleness through a tracking proxy. A machine under load may be slow once or twice.
+func (c *testCluster) coherent(t testing.TB, p *testProxy) {
+	t.Helper()
+	within(t, 5*time.Second, "tracking is live", func() bool { return p.stat(t, "tracking") == "live" })
+	var keys []string
+	for _, group := range c.keysOf(t, t.Name()+" fresh", 5) {
+		keys = append(keys, group...)
+	}
+	var worst time.Duration
+	for range 3 {
+		ds := c.staleness(t, p, keys)
+		if worst = percentile(ds, 99); worst < soonStale {
+			t.Logf("stale after a write: p50 %v, p99 %v, max %v", percentile(ds, 50), worst, ds[len(ds)-1])
+			return
+		}
+	}
+	t.Errorf("stale after a write: p99 %v; want less than %v", worst, soonStale)
+}
+
+// TestIntegrationCluster has a real cluster of three masters with a replica each, in turn for each subject.
+func TestIntegrationCluster(t *testing.T) {
+	c := startCluster(t, 3, 1, 1)
+	witness := startAt(t, c.nodes[0].addr, "--tracking", "--cache-timeout", "1h") // sees all that happens
+	hasLeft := leavingNode(t)
+	for _, subject := range []struct {
+		name string
+		test func(*testing.T, *testCluster)
+	}{
+		{"the harness", testClusterHarness},
+		{"every slot", testClusterEverySlot},
+		{"answers in order", testClusterAnswersInOrder},
+		{"at rest", testClusterAtRest},
+		{"addresses", testClusterAddresses},
+		{"rights", testClusterRights},
+		{"tracking", testClusterTracking},
+		{"slots moved", testClusterSlotsMoved},
+		{"a slot half moved", testClusterSlotHalfMoved},
+		{"failed over by hand", testClusterFailoverByHand},
+		{"a master killed", testClusterMasterKilled},
+		{"a master stopped", testClusterMasterStopped},
+		{"at random", testClusterAtRandom},
+	} {
+		t.Run(subject.name, func(t *testing.T) {
+			c.heal(t)
+			subject.test(t, c)
+		})
+	}
+	c.heal(t)
+	t.Run("a node has left", hasLeft)
+	t.Run("all was seen", func(t *testing.T) { c.coherent(t, witness) })
+}
+
+// threeProxies are a plain proxy that misses nearly always, one that may answer stale, and one that tracks.
+func threeProxies(t *testing.T, c *testCluster, flags ...string) (plain, stale, tracking *loadReader) {
+	t.Helper()
+	start := func(more ...string) *testProxy { return startAt(t, c.nodes[0].addr, append(more, flags...)...) }
+	plain = &loadReader{name: "plain", p: start("--cache-timeout", "1ms", "--client-limit", "4"), bound: 100 * time.Millisecond}
+	stale = &loadReader{name: "stale", p: start("--cache-timeout", "1ms", "--stale-timeout", "1m"), bound: time.Minute}
+	tracking = &loadReader{name: "tracking", p: start("--tracking", "--cache-timeout", "1h"), bound: atRest}
+	eventually(t, "tracking is live", func() bool { return tracking.p.stat(t, "tracking") == "live" })
+	return plain, stale, tracking
+}
+
+// The harness itself: slots are counted as Redis does, and a slot held half moved is.
+func testClusterHarness(t *testing.T, c *testCluster) {
+	client := c.client(t)
+	for i := range 300 {
+		key := fmt.Sprint(string(allBytes()[i%256]), "{", i, "}")[i%4:]
+		if want, _ := redis.Int(c.nodes[0].do(t, "CLUSTER", "KEYSLOT", key), nil); keySlot(key) != want {
+			t.Fatalf("slot of %q: got %d; want %d", key, keySlot(key), want)
+		}
+	}
+	for i := range 20 {
+		client.do(t, "SET", fmt.Sprint("{harness}", i), i)
+	}
+	from := c.owner(t, keySlot("{harness}"))
+	to := c.another(t, from)
+	finish := c.moveHalf(t, keySlot("{harness}"), to)
+	asked := 0
+	for i := range 20 {
+		key := fmt.Sprint("{harness}", i)
+		if _, err := from.try("GET", key); err != nil && strings.HasPrefix(err.Error(), "ASK ") {
+			asked++
+		}
+		if got, _ := redis.Int(client.do(t, "GET", key), nil); got != i {
+			t.Errorf("GET %s: got %d", key, got)
+		}
+	}
+	if asked != 10 {
+		t.Errorf("half moved: %d keys are asked for elsewhere; want 10", asked)
+	}
+	finish(t)
+	c.agree(t)
+	if c.owner(t, keySlot("{harness}")) != to {
+		t.Error("the slot has not moved")
+	}
+}
+
+// another returns a master that is not this one.
+func (c *testCluster) another(t testing.TB, not *testNode) *testNode {
+	t.Helper()
+	masters := c.masters(t)
+	return masters[(slices.Index(masters, not)+1)%len(masters)]
+}
+
+// sum adds up a figure of INFO over all nodes.
+func (c *testCluster) sum(t testing.TB, section, pattern string) (sum int) {
+	t.Helper()
+	for _, n := range c.nodes {
+		info, _ := redis.String(n.do(t, "INFO", section), nil)
+		if m := regexp.MustCompile(pattern).FindStringSubmatch(info); m != nil {
+			i, _ := strconv.Atoi(m[1])
+			sum += i
+		}
+	}
+	return sum
+}
+
+const getCalls = `cmdstat_get:calls=(\d+)`
+
+// A key in every slot: each is fetched once, and from the right node as soon as the proxy knows the cluster.
+func testClusterEverySlot(t *testing.T, c *testCluster) {
+	keys := make([]string, 16384)
+	for i, found := 0, 0; found < len(keys); i++ {
+		key := fmt.Sprint("slot:", i)
+		if at := keySlot(key); keys[at] == "" {
+			keys[at] = key
+			found++
+		}
+	}
+	client, table := c.client(t), c.table(t)
+	var send, want strings.Builder
+	for slot, key := range keys {
+		client.queue(t, table[slot], "SET", key, "value of "+key)
+		send.WriteString(request("GET", key))
+		want.WriteString(bulk("value of " + key))
+	}
+	client.flush(t)
+	p := startAt(t, c.nodes[1].addr, "--cache-timeout", "1ms", "--redis-timeout", "10s")
+	for _, n := range c.nodes {
+		n.do(t, "CONFIG", "RESETSTAT")
+	}
+	same := func(got string) {
+		t.Helper()
+		if got != want.String() {
+			t.Fatal(difference(got, want.String()))
+		}
+	}
+	same(exchange(t, p.addr, send.String()))
+	if got := c.sum(t, "commandstats", getCalls); got != len(keys) {
+		t.Errorf("%d keys cost Redis %d GETs; want one each", len(keys), got)
+	}
+	eventually(t, "the proxy knows three nodes", func() bool { return p.stat(t, "upstream_nodes") == "3" })
+	redirected := p.figure(t, "upstream_redirects")
+	same(exchange(t, p.addr, send.String()))
+	if got := p.figure(t, "upstream_redirects"); got != redirected || redirected == 0 {
+		t.Errorf("upstream_redirects: got %d, then %d; want some until the slots are known, none afterwards", redirected, got)
+	}
+	for slot := 0; slot < len(keys); slot += 64 {
+		if resp, body := httpDo(t, "GET", "http://"+p.addr+"/"+keys[slot]); resp.StatusCode != 200 || body != "value of "+keys[slot] {
+			t.Fatalf("over HTTP, slot %d: got %d %q; want the value", slot, resp.StatusCode, body)
+		}
+	}
+	// Keys whose slot is that of a part of them, or seems to be.
+	for _, key := range []string{"", "{a}b", "b{a}", "{}a", "a{}{b}", "{{a}}b", "a{b", "a}b{", "{a}{b}", "}{", "{\x00}\xff", "Grüße{世界}"} {
+		client.do(t, "SET", key, "tagged "+key)
+		before := p.figure(t, "upstream_redirects")
+		if got := p.ask(t, key); got != bulk("tagged "+key) {
+			t.Errorf("GET %q: got %q; want its value", key, got)
+		}
+		if got := p.figure(t, "upstream_redirects"); got != before {
+			t.Errorf("GET %q went to the wrong node first", key)
+		}
+		client.do(t, "DEL", key)
+	}
+}
+
+// Pipelines and MGETs over all nodes are answered in order, whatever the keys hold, and keys that many ask for
+// are fetched once.
+func testClusterAnswersInOrder(t *testing.T, c *testCluster) {
+	client := c.client(t)
+	const wrong = "-WRONGTYPE Operation against a key holding the wrong kind of value\r\n"
+	var keys []string
+	var pipeline, inPipeline, inMGET string
+	for i := range 300 {
+		key := fmt.Sprint("order:", i)
+		keys = append(keys, key)
+		pipeline += request("GET", key)
+		client.do(t, "DEL", key)
+		switch i % 5 {
+		case 1:
+			inPipeline, inMGET = inPipeline+"$-1\r\n", inMGET+"$-1\r\n"
+		case 2:
+			client.do(t, "RPUSH", key, "x")
+			inPipeline, inMGET = inPipeline+wrong, inMGET+"$-1\r\n"
+		default:
+			client.do(t, "SET", key, i)
+			inPipeline, inMGET = inPipeline+bulk(fmt.Sprint(i)), inMGET+bulk(fmt.Sprint(i))
+		}
+	}
+	inMGET = fmt.Sprintf("*%d\r\n", len(keys)) + inMGET
+	p := startAt(t, c.nodes[2].addr)
+	for range 2 {
+		if got := exchange(t, p.addr, pipeline); got != inPipeline {
+			t.Fatalf("a pipeline: got %.300q…; want %.300q…", got, inPipeline)
+		}
+		if got := exchange(t, p.addr, request(append([]string{"MGET"}, keys...)...)); got != inMGET {
+			t.Fatalf("MGET: got %.300q…; want %.300q…", got, inMGET)
+		}
+	}
+	fresh := startAt(t, c.nodes[2].addr)
+	if got := exchange(t, fresh.addr, request(append([]string{"MGET"}, keys...)...)); got != inMGET {
+		t.Errorf("MGET first of all: got %.300q…; want %.300q…", got, inMGET)
+	}
+	for key, want := range map[string]int{"order:0": 200, "order:1": 404, "order:2": 409} {
+		if resp, body := httpDo(t, "GET", "http://"+p.addr+"/"+key); resp.StatusCode != want {
+			t.Errorf("%s over HTTP: got %d %q; want %d", key, resp.StatusCode, body, want)
+		}
+	}
+	// Twenty clients ask for the same values at once.
+	for _, n := range c.nodes {
+		n.do(t, "CONFIG", "RESETSTAT")
+	}
+	collapsing, values := startAt(t, c.nodes[2].addr), 0
+	pipeline, inPipeline = "", ""
+	for i := range keys {
+		if i%5 != 1 && i%5 != 2 {
+			values++
+			pipeline += request("GET", keys[i])
+			inPipeline += bulk(fmt.Sprint(i))
+		}
+	}
+	var clients sync.WaitGroup
+	for range 20 {
+		clients.Go(func() {
+			if got := exchange(t, collapsing.addr, pipeline); got != inPipeline {
+				t.Errorf("one of many clients: got %.300q…; want %.300q…", got, inPipeline)
+			}
+		})
+	}
+	clients.Wait()
+	if got := c.sum(t, "commandstats", getCalls); got != values {
+		t.Errorf("twenty clients cost Redis %d GETs of %d keys; want one each", got, values)
+	}
+}
+
+// A proxy at rest asks for nothing, and says what it knows.
+func testClusterAtRest(t *testing.T, c *testCluster) {
+	addr, admin := startAdmin(t, c.nodes[0].addr, "--cache-timeout", "1ms")
+	p := &testProxy{addr: addr}
+	client := c.client(t)
+	var keys []string
+	for _, group := range c.keysOf(t, "rest", 5) {
+		keys = append(keys, group...)
+	}
+	for _, key := range keys {
+		client.do(t, "SET", key, "value")
+	}
+	read := func() {
+		t.Helper()
+		for _, key := range keys {
+			if got := p.ask(t, key); got != bulk("value") {
+				t.Fatalf("GET %s: got %q; want its value", key, got)
+			}
+		}
+	}
+	read()
+	eventually(t, "three nodes are known", func() bool { return p.stat(t, "upstream_nodes") == "3" })
+	time.Sleep(300 * time.Millisecond) // for a hint that waits
+	refreshes := p.figure(t, "upstream_refreshes")
+	for began := time.Now(); time.Since(began) < time.Second; {
+		read()
+	}
+	if got := p.figure(t, "upstream_refreshes"); got > refreshes+1 {
+		t.Errorf("%d refreshes in a second in which nothing happened; want none", got-refreshes)
+	}
+	_, metrics := httpDo(t, "GET", admin+"/metrics")
+	for _, want := range []string{"redis_proxy_upstream_nodes 3", "redis_proxy_upstream_refreshes_total ", "redis_proxy_upstream_redirects_total ", "redis_proxy_upstream_nodes_down 0"} {
+		if !strings.Contains(metrics, "\n"+want) {
+			t.Errorf("/metrics has no %q", want)
+		}
+	}
+	if got := exchange(t, p.addr, request("INFO", "server")); !strings.Contains(got, "redis_mode:standalone") {
+		t.Errorf("INFO server: got %q; want redis_mode:standalone: clients must not take the proxy for a cluster", got)
+	}
+}
+
+// Any node, a replica, a node that is down beside others, and a name, are as good as any other address.
+// A database other than 0 is refused in Redis' own words.
+func testClusterAddresses(t *testing.T, c *testCluster) {
+	client := c.client(t)
+	var keys []string
+	for _, group := range c.keysOf(t, "address", 2) {
+		keys = append(keys, group...)
+	}
+	for _, key := range keys {
+		client.do(t, "SET", key, "value")
+	}
+	nobody := "127.0.0.1:" + serverPort()
+	replica := c.replica(t, c.masters(t)[0])
+	for name, url := range map[string]string{
+		"a replica":               "redis://" + replica.addr,
+		"a name":                  "redis://localhost:" + c.nodes[0].port,
+		"several":                 "redis://" + c.nodes[0].addr + "," + c.nodes[1].addr,
+		"several with a database": "redis://" + c.nodes[0].addr + "," + c.nodes[1].addr + "/0",
+		"the first is down":       "redis://" + nobody + "," + c.nodes[1].addr,
+		"two of three are down":   "redis://" + nobody + ",127.0.0.1:" + serverPort() + "," + c.nodes[1].addr,
+		"one in brackets, down":   "redis://[::1]:" + serverPort() + "," + c.nodes[2].addr,
+		"the last is down":        "redis://" + c.nodes[0].addr + "," + nobody,
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := startURL(t, url, "--cache-timeout", "1ms")
+			for range 2 {
+				for _, key := range keys {
+					if got := p.ask(t, key); got != bulk("value") {
+						t.Fatalf("%s: GET %s: got %q; want its value\nlog:\n%s", url, key, got, p.log)
+					}
+				}
+			}
+		})
+	}
+	p := startURL(t, "redis://"+c.nodes[0].addr+"/1")
+	if got := p.ask(t, keys[0]); got != "-ERR upstream refused: ERR SELECT is not allowed in cluster mode\r\n" {
+		t.Errorf("database 1: got %q; want it refused", got)
+	}
+	for _, url := range []string{"redis://:s3cret@h:1,", "redis://:s3cret@h:1,,h:2", "redis://:s3cret@h:x,h:2", "redis://:s3cret@h:1,[::1", "redis://:s3cret@h:1,h:2/x", "redis-sentinel://:s3cret@h:1,h:2", "redis-sentinel://:s3cret@h/name/x", "redis-sentinel://h/name?sentinel_password=s3cret%zz"} {
+		if _, err := parseConfig([]string{"--redis-url", url}, nil); err == nil {
+			t.Errorf("%s is accepted", url)
+		} else if strings.Contains(err.Error(), "s3cret") {
+			t.Errorf("%s: the error shows the password: %v", url, err)
+		}
+	}
+}
+
+// The least rights that will do.
+func testClusterRights(t *testing.T, c *testCluster) {
+	plain := []any{"reset", "on", ">s3cret", "~*", "+get", "+cluster|slots", "+asking"}
+	tracker := append(slices.Clone(plain), "+client|id", "+client|tracking", "+subscribe", "+ping", "&__redis__:invalidate")
+	for _, n := range c.nodes {
+		n.do(t, "ACL", append([]any{"SETUSER", "plain"}, plain...)...)
+		n.do(t, "ACL", append([]any{"SETUSER", "tracker"}, tracker...)...)
+	}
+	client := c.client(t)
+	for i := range 10 {
+		client.do(t, "SET", fmt.Sprint("{rights}", i), i)
+	}
+	from := c.owner(t, keySlot("{rights}"))
+	finish := c.moveHalf(t, keySlot("{rights}"), c.another(t, from))
+	for user, flags := range map[string][]string{"plain": nil, "tracker": {"--tracking"}} {
+		p := startURL(t, "redis://"+user+":s3cret@"+c.nodes[0].addr, flags...)
+		for i := range 10 {
+			if got := p.ask(t, fmt.Sprint("{rights}", i)); got != bulk(fmt.Sprint(i)) {
+				t.Errorf("user %s: GET {rights}%d: got %q; want %d\nlog:\n%s", user, i, got, i, p.log)
+			}
+		}
+		if flags != nil {
+			eventually(t, "tracking is live", func() bool { return p.stat(t, "tracking") == "live" })
+		}
+		if log := p.log.String(); strings.Contains(log, "NOPERM") || strings.Contains(log, "s3cret") {
+			t.Errorf("user %s: a right is missing, or the log shows the password:\n%s", user, log)
+		}
+	}
+	finish(t)
+	c.agree(t)
+}
+
+// Every master's changes are known, also those that it could not report as its tracker had gone.
+func testClusterTracking(t *testing.T, c *testCluster) {
+	p := startAt(t, c.nodes[0].addr, "--tracking", "--cache-timeout", "1h")
+	c.coherent(t, p)
+	client := c.client(t)
+	for master, keys := range c.keysOf(t, "unreported", 1) {
+		key := keys[0]
+		client.do(t, "SET", key, "old")
+		within(t, atRest, "the old value is cached", func() bool { return p.ask(t, key) == bulk("old") })
+		client.queue(t, master, "CLIENT", "KILL", "TYPE", "pubsub")
+		client.queue(t, master, "SET", key, "new")
+		client.flush(t)
+		within(t, 2*time.Second, "a change while "+master.addr+" had no tracker is known", func() bool { return p.ask(t, key) == bulk("new") })
+	}
+	c.coherent(t, p)
+}
+
+// Slots move to and fro under load: not one error, and nothing wrong or old.
+func testClusterSlotsMoved(t *testing.T, c *testCluster) {
+	plain, stale, tracking := threeProxies(t, c)
+	groups := c.keysOf(t, "moved", 20)
+	l := c.load(t, groups, plain, stale, tracking)
+	l.more(100)
+	from := c.masters(t)[0]
+	to := c.another(t, from)
+	for range soak(1, 20) {
+		for _, target := range []*testNode{to, from} {
+			for _, key := range groups[from] {
+				c.move(t, keySlot(key), target)
+			}
+			c.agree(t)
+			l.more(50)
+			l.quiet()
+		}
+	}
+	l.finish(nil)
+	for _, r := range l.readers {
+		if got := r.p.figure(t, "upstream_redirects"); got == 0 {
+			t.Errorf("%s: upstream_redirects: got 0; want some", r.name)
+		}
+	}
+	c.coherent(t, tracking.p)
+}
+
+// A slot is held half moved, to a master that owns nothing yet and that nobody hears of but by ASK.
+func testClusterSlotHalfMoved(t *testing.T, c *testCluster) {
+	joiner := c.nodes[len(c.nodes)-1]
+	plain, stale, tracking := threeProxies(t, c)
+	client := c.client(t)
+	keys, written := make([]string, 20), make([]string, 20)
+	for i := range keys {
+		keys[i], written[i] = fmt.Sprint("{half}", i), fmt.Sprint("{half}written", i)
+		client.do(t, "SET", keys[i], "x")
+		client.do(t, "SET", written[i], "old")
+	}
+	slot := keySlot("{half}")
+	from := c.owner(t, slot)
+	l := c.load(t, map[*testNode][]string{from: keys}, plain, stale, tracking)
+	l.more(50)
+	finish := c.moveHalf(t, slot, joiner)
+	l.more(200)
+	l.quiet()
+	for _, key := range written {
+		if got := tracking.p.ask(t, key); got != bulk("old") {
+			t.Errorf("GET %s: got %q; want the old value", key, got)
+		}
+	}
+	// Writes to either node are reported.
+	for i, key := range written {
+		want := fmt.Sprint("new ", i)
+		client.do(t, "SET", key, want)
+		within(t, atRest, "the proxy knows of a write to "+key, func() bool { return tracking.p.ask(t, key) == bulk(want) })
+	}
+	for key, want := range map[string]string{"{half}new": "new", "{half}absent": ""} { // known to nobody: created at the target
+		if reply := "$-1\r\n"; want != "" {
+			client.do(t, "SET", key, want)
+			if got := plain.p.ask(t, key); got != bulk(want) {
+				t.Errorf("GET %s: got %q; want its value", key, got)
+			}
+		} else if got := plain.p.ask(t, key); got != reply {
+			t.Errorf("GET %s: got %q; want none", key, got)
+		}
+	}
+	finish(t)
+	c.agree(t)
+	l.more(50)
+	l.quiet()
+	eventually(t, "the new master is one of the nodes", func() bool { return plain.p.stat(t, "upstream_nodes") == "4" })
+	c.coherent(t, tracking.p)
+	c.move(t, slot, from)
+	c.agree(t)
+	l.more(50)
+	l.quiet()
+	l.finish(nil)
+	if got := plain.p.figure(t, "upstream_redirects"); got < 20 {
+		t.Errorf("upstream_redirects: got %d; want one for each GET of a key that had moved", got)
+	}
+}
+
+// A failover by hand is seen by nobody.
+func testClusterFailoverByHand(t *testing.T, c *testCluster) {
+	plain, stale, tracking := threeProxies(t, c)
+	l := c.load(t, c.keysOf(t, "hand", 10), plain, stale, tracking)
+	l.more(100)
+	for range soak(2, 20) {
+		victim := c.masters(t)[0]
+		c.failover(t, c.replica(t, victim))
+		l.more(100)
+		l.quiet()
+		c.heal(t)
+	}
+	l.finish(nil)
+	c.coherent(t, tracking.p)
+}
+
+// An outage is what happens to a master, and how long it may be felt.
+type outage struct {
+	begin    func(*testNode)
+	coverage string        // cluster-require-full-coverage
+	timeout  string        // --redis-timeout
+	grace    time.Duration // for errors, after all nodes agree
+}
+
+// Without full coverage only the victim's slots are disturbed. With it, all nodes refuse all slots for a
+// while, and a client that waits long enough for that sees nothing of it.
+func testClusterMasterKilled(t *testing.T, c *testCluster) {
+	c.suffer(t, outage{(*testNode).kill, "yes", "8s", afterKill})
+	if soak(0, 1) == 1 {
+		c.heal(t)
+		c.suffer(t, outage{(*testNode).kill, "no", "1s", afterKill})
+	}
+}
+
+func testClusterMasterStopped(t *testing.T, c *testCluster) {
+	c.suffer(t, outage{(*testNode).stop, "no", "1s", afterStop})
+	if soak(0, 1) == 1 {
+		c.heal(t)
+		c.suffer(t, outage{(*testNode).stop, "yes", "8s", afterStop})
+	}
+}
+
+// suffer has a master suffer an outage under load, and come back.
+func (c *testCluster) suffer(t *testing.T, o outage) {
+	t.Helper()
+	c.configure(t, "cluster-require-full-coverage", o.coverage)
+	plain, stale, tracking := threeProxies(t, c, "--redis-timeout", o.timeout)
+	groups := c.keysOf(t, "outage", 20)
+	l := c.load(t, groups, plain, stale, tracking)
+	calm := time.Now()
+	l.more(300)
+	steady := plain.p.stat(t, "upstream_nodes_down")
+	refreshes := plain.p.figure(t, "upstream_refreshes")
+
+	victim := c.masters(t)[0]
+	over := l.disturb()
+	began := time.Now()
+	o.begin(victim)
+	if !victim.stopped {
+		within(t, 2*time.Second, "tracking is down as one master is", func() bool { return tracking.p.stat(t, "tracking") == "down" })
+	}
+	eventually(t, "upstream_nodes_down is not what it was", func() bool { return plain.p.stat(t, "upstream_nodes_down") != steady })
+	agreed := c.agree(t)
+	t.Logf("all nodes agree %v after the outage began", agreed.Sub(began))
+	time.Sleep(time.Until(agreed.Add(o.grace)))
+	over()
+	if got, most := plain.p.figure(t, "upstream_refreshes")-refreshes, int(4*time.Since(began).Seconds())+2; got > most || got == 0 {
+		t.Errorf("%d refreshes in %v; want some, and at most %d", got, time.Since(began), most)
+	}
+	l.more(100)
+	l.quiet()
+	within(t, time.Second, "upstream_nodes_down is what it was", func() bool { return plain.p.stat(t, "upstream_nodes_down") == steady })
+	if log := plain.p.log.String(); !strings.Contains(log, victim.addr) || strings.Count(log, "\n") > 25 {
+		t.Errorf("the log does not name %s, or has too much to say:\n%s", victim.addr, log)
+	}
+	c.coherent(t, tracking.p)
+
+	over = l.disturb() // a write that waits in a stopped master is lost when it wakes
+	victim.revive(t)
+	c.heal(t)
+	over()
+	t.Logf("all is well %v after the outage began", time.Since(began))
+	l.more(100)
+	l.quiet()
+	l.finish(func(r *loadReader, f failedRead) bool {
+		owned := slices.Contains(groups[victim], f.key)
+		outage := f.err == "ERR upstream unavailable" || f.err == "ERR upstream timed out" || strings.HasPrefix(f.err, "CLUSTERDOWN ")
+		return r != stale && owned && outage && f.ended.After(began) && f.ended.Before(agreed.Add(o.grace))
+	})
+	if len(plain.errors) > 0 {
+		t.Logf("errors from %v after the outage began to %v after all nodes agreed", plain.errors[0].ended.Sub(began), plain.errors[len(plain.errors)-1].ended.Sub(agreed))
+	} else {
+		t.Error("the outage was not felt at all; is the test one?")
+	}
+	if o.coverage == "no" {
+		before, during := plain.latency(victim, calm, began), plain.latency(victim, began, agreed)
+		t.Logf("p99 of other slots: %v before, %v during the outage", before, during)
+		if limit := max(100*time.Millisecond, 2*before); during > limit {
+			t.Errorf("p99 of other slots' misses in the outage: got %v; want less than %v (before: %v)", during, limit, before)
+		}
+	}
+}
+
+// Faults at random, under load, for minutes in the long form.
+func testClusterAtRandom(t *testing.T, c *testCluster) {
+	c.configure(t, "cluster-require-full-coverage", "no")
+	plain, stale, tracking := threeProxies(t, c)
+	plain.bound += 50 * time.Millisecond
+	groups := c.keysOf(t, "random", 10)
+	l := c.load(t, groups, plain, stale, tracking)
+	var mu sync.Mutex
+	var felt []interval // in which errors are excused
+	outage := func(fault func(*testNode), victim *testNode, grace time.Duration) {
+		over := l.disturb()
+		began := time.Now()
+		mu.Lock()
+		felt = append(felt, interval{from: began})
+		mu.Unlock()
+		fault(victim)
+		c.agree(t)
+		time.Sleep(grace)
+		over()
+		mu.Lock()
+		felt[len(felt)-1].to = time.Now()
+		mu.Unlock()
+	}
+	short := []func(victim *testNode){
+		func(victim *testNode) { // reshard
+			to := c.another(t, victim)
+			for _, key := range slices.Concat(slices.Collect(maps.Values(groups))...)[:10] {
+				c.move(t, keySlot(key), to)
+			}
+		},
+		func(victim *testNode) { c.failover(t, c.replica(t, victim)) },
+		func(victim *testNode) { victim.cut(t, "normal") },
+		func(victim *testNode) { victim.cut(t, "pubsub") },
+	}
+	long := append(slices.Clone(short),
+		func(victim *testNode) { outage((*testNode).kill, victim, afterKill) },
+		func(victim *testNode) { outage((*testNode).stop, victim, afterStop) },
+		func(victim *testNode) { // shorter than what the others call a failure
+			over := l.disturb()
+			began := time.Now()
+			victim.stop()
+			time.Sleep(time.Duration(mrand.IntN(1200)) * time.Millisecond)
+			victim.revive(t)
+			mu.Lock()
+			felt = append(felt, interval{from: began, to: time.Now().Add(time.Second)})
+			mu.Unlock()
+			time.Sleep(time.Second)
+			over()
+		},
+		func(victim *testNode) { // one slot is held half moved
+			for _, key := range slices.Concat(slices.Collect(maps.Values(groups))...) {
+				if c.owner(t, keySlot(key)) == victim {
+					finish := c.moveHalf(t, keySlot(key), c.another(t, victim))
+					l.more(50)
+					l.quiet()
+					finish(t)
+					return
+				}
+			}
+		})
+	faults := short
+	if soak(0, 1) == 1 {
+		faults = long
+	}
+	seed := uint64(time.Now().UnixNano())
+	random := mrand.New(mrand.NewPCG(seed, 1))
+	t.Logf("seed %d", seed)
+	for i := range soak(len(short), 60) {
+		masters := c.masters(t)
+		victim, fault := masters[random.IntN(len(masters))], i
+		if i >= len(short) {
+			fault = random.IntN(len(faults))
+		}
+		t.Logf("%s fault %d at %s", time.Now().Format("05.000"), fault, victim.addr)
+		faults[fault](victim)
+		l.more(50)
+		over := func() {}
+		if slices.ContainsFunc(c.nodes, func(n *testNode) bool { return n.down.Load() }) {
+			over = l.disturb() // a write that waits in a stopped master is lost when it wakes
+		}
+		c.heal(t)
+		over()
+		l.more(20)
+		l.quiet()
+		if t.Failed() {
+			break
+		}
+	}
+	l.finish(func(r *loadReader, f failedRead) bool {
+		in := slices.ContainsFunc(felt, func(i interval) bool { return f.ended.After(i.from) && f.ended.Before(i.to) })
+		return r != stale && in && !strings.HasPrefix(f.err, "MOVED") && !strings.HasPrefix(f.err, "ASK")
+	})
+	c.coherent(t, tracking.p)
+}
+
+// leavingNode has a scripted node lose its slots, while a proxy has connections to it, and returns what
+// checks, some time later, that none is left.
+func leavingNode(t *testing.T) (check func(*testing.T)) {
+	stays, leaves := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
+	left := false
+	slots := func() string {
+		if left {
+			return stays.owns()
+		}
+		return rows(row(0, 8191, bulk(stays.host), stays.port), row(8192, 16383, bulk(leaves.host), leaves.port))
+	}
+	var mu sync.Mutex // guards left
+	for _, n := range []*scriptedNode{stays, leaves} {
+		n.other = asTracked
+		n.play(func() string { mu.Lock(); defer mu.Unlock(); return slots() }, func(_ int, key string, _ bool) string {
+			mu.Lock()
+			defer mu.Unlock()
+			switch owner := keySlot(key) < 8192 || left; {
+			case owner && n == leaves:
+				return stays.moved(key)
+			case !owner && n == stays:
+				return leaves.moved(key)
+			}
+			return bulk("value")
+		})
+	}
+	p := startAt(t, stays.addr, "--tracking", "--cache-timeout", "1ms")
+	read := func(t *testing.T) {
+		t.Helper()
+		for i := range 20 {
+			expectValue(t, "two nodes, of which one leaves", p, fmt.Sprint(i), bulk("value"))
+		}
+	}
+	began := time.Now()
+	t.Run("a node leaves", func(t *testing.T) {
+		read(t)
+		eventually(t, "both are tracked", func() bool { return p.stat(t, "tracking") == "live" && leaves.times("SUBSCRIBE") > 0 })
+		mu.Lock()
+		left = true
+		mu.Unlock()
+		read(t)
+	})
+	return func(t *testing.T) {
+		if t.Logf("%v later", time.Since(began)); leaves.times("GET") == 0 {
+			return // it is known to have failed
+		}
+		within(t, 25*time.Second, "one node is left", func() bool { return p.stat(t, "upstream_nodes") == "1" })
+		within(t, 5*time.Second, "no connection to the other is left", func() bool { return leaves.open() == 0 })
+		read(t)
+	}
+}
+
+// A sentinelGroup is a master and a replica that sentinels know by a name.
+type sentinelGroup struct {
+	name            string
+	master, replica *redisServer
+}
+
+// startGroup starts a master and a replica of it.
+func startGroup(t testing.TB, name string, args ...string) *sentinelGroup {
+	t.Helper()
+	start := func(more ...string) *redisServer {
+		r, err := launchRedis(t.TempDir(), serverPort(), append(append([]string{"--repl-diskless-sync-delay", "0"}, more...), args...)...)
+		if err != nil {
+			t.Fatalf("starting redis-server: %v", err)
+		}
+		t.Cleanup(r.kill)
+		return r
+	}
+	g := &sentinelGroup{name: name, master: start()}
+	g.replica = start("--replicaof", "127.0.0.1 "+g.master.port)
+	return g
+}
+
+// A testSentinels is some sentinels that know some groups.
+type testSentinels struct {
+	dir     string
+	groups  []*sentinelGroup
+	servers []*redisServer
+}
+
+// startSentinels starts n sentinels that watch groups, and know all replicas and each other.
+func startSentinels(t testing.TB, n int, groups ...*sentinelGroup) *testSentinels {
+	t.Helper()
+	s := &testSentinels{dir: t.TempDir(), groups: groups}
+	for range n {
+		port := serverPort()
+		s.servers = append(s.servers, &redisServer{addr: "127.0.0.1:" + port, port: port})
+	}
+	for i, server := range s.servers {
+		conf := fmt.Sprintf("port %s\nbind 127.0.0.1\ndir %s\nsentinel myid %040d\n", server.port, s.dir, i+1)
+		for _, g := range groups {
+			conf += fmt.Sprintf("sentinel monitor %s 127.0.0.1 %s %d\n", g.name, g.master.port, n/2+1)
+			conf += fmt.Sprintf("sentinel down-after-milliseconds %s 1000\nsentinel failover-timeout %s 10000\n", g.name, g.name)
+			if g.replica != nil {
+				conf += fmt.Sprintf("sentinel known-replica %s 127.0.0.1 %s\n", g.name, g.replica.port)
+			}
+			for j, other := range s.servers {
+				if j != i {
+					conf += fmt.Sprintf("sentinel known-sentinel %s 127.0.0.1 %s %040d\n", g.name, other.port, j+1)
+				}
+			}
+		}
+		if err := os.WriteFile(s.conf(i), []byte(conf), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s.start(t, i)
+		t.Cleanup(func() { s.servers[i].kill() })
+	}
+	for _, g := range groups {
+		within(t, 15*time.Second, "all sentinels know the replica of "+g.name, func() bool {
+			for i := range s.servers {
+				if s.named(i, g.name) != g.master.addr || g.replica != nil && s.replicas(i, g.name) != 1 {
+					return false
+				}
+			}
+			return true
+		})
+	}
+	return s
+}
+
+func (s *testSentinels) conf(i int) string {
+	return filepath.Join(s.dir, fmt.Sprintf("sentinel-%d.conf", i))
+}
+
+// start starts a sentinel, again with what it has written into its configuration.
+func (s *testSentinels) start(t testing.TB, i int) {
+	t.Helper()
+	server := s.servers[i]
+	server.cmd = exec.Command("redis-server", s.conf(i), "--sentinel")
+	if err := server.launch(); err != nil {
+		t.Fatalf("starting a sentinel: %v", err)
+	}
+	within(t, 5*time.Second, "the sentinel listens", func() bool {
+		c, err := net.Dial("tcp", server.addr)
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
+	})
+}
+
+// try sends a sentinel one command, and does not wait for long.
+func (s *testSentinels) try(i int, cmd string, args ...any) (any, error) {
+	return (&testNode{redisServer: s.servers[i]}).try(cmd, args...)
+}
+
+// named returns the address of the master that a sentinel names.
+func (s *testSentinels) named(i int, name string) string {
+	parts, _ := redis.Strings(s.try(i, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", name))
+	return strings.Join(parts, ":")
+}
+
+// replicas returns how many healthy replicas a sentinel knows.
+func (s *testSentinels) replicas(i int, name string) (n int) {
+	list, _ := redis.Values(s.try(i, "SENTINEL", "REPLICAS", name))
+	for _, row := range list {
+		fields, _ := redis.StringMap(row, nil)
+		if fields["flags"] == "slave" && fields["master-link-status"] == "ok" {
+			n++
+		}
+	}
+	return n
+}
+
+// switched waits until all sentinels name the replica of a group as the master, and returns when they did.
+func (s *testSentinels) switched(t testing.TB, g *sentinelGroup) time.Time {
+	t.Helper()
+	within(t, 20*time.Second, "all sentinels name the other master of "+g.name, func() bool {
+		for i := range s.servers {
+			if s.named(i, g.name) != g.replica.addr {
+				return false
+			}
+		}
+		return true
+	})
+	return time.Now()
+}
+
+// failover has sentinels fail over by hand.
+func (s *testSentinels) failover(t testing.TB, g *sentinelGroup) {
+	t.Helper()
+	var err error
+	eventually(t, "a sentinel begins to fail over", func() bool {
+		_, err = s.try(0, "SENTINEL", "FAILOVER", g.name)
+		return err == nil
+	})
+}
+
+// url names the sentinels and a master.
+func (s *testSentinels) url(name string) string {
+	var hosts []string
+	for _, server := range s.servers {
+		hosts = append(hosts, server.addr)
+	}
+	return "redis-sentinel://" + strings.Join(hosts, ",") + "/" + name
+}
+
+// A watcher reads one key through a proxy all the time.
+type watcher struct {
+	name string
+	p    *testProxy
+
+	mu   sync.Mutex // guards the following
+	seen []seenReply
+}
+
+type seenReply struct {
+	began, ended time.Time
+	reply        string
+}
+
+// watch reads a key through a proxy until the test ends, or the returned function is called.
+func watch(t testing.TB, name string, p *testProxy, key string) (w *watcher, stop func()) {
+	t.Helper()
+	w = &watcher{name: name, p: p}
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		var conn redis.Conn
+		for ; ctx.Err() == nil; time.Sleep(2 * time.Millisecond) {
+			if conn == nil || conn.Err() != nil {
+				var err error
+				if conn, err = redis.Dial("tcp", p.addr, redis.DialReadTimeout(10*time.Second)); err != nil {
+					t.Errorf("%s: dialling the proxy: %v", name, err)
+					return
+				}
+			}
+			began := time.Now()
+			reply, err := redis.String(conn.Do("GET", key))
+			if err != nil {
+				reply = err.Error()
+			}
+			w.mu.Lock()
+			w.seen = append(w.seen, seenReply{began, time.Now(), reply})
+			w.mu.Unlock()
+		}
+		if conn != nil {
+			conn.Close()
+		}
+	})
+	stop = sync.OnceFunc(func() { cancel(); wg.Wait() })
+	t.Cleanup(stop)
+	return w, stop
+}
+
+// only checks that all replies to GETs sent after a moment are this one.
+func (w *watcher) only(t testing.TB, since time.Time, want, why string) {
+	t.Helper()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	bad, first, answers := 0, seenReply{}, 0
+	for _, s := range w.seen {
+		if s.began.Before(since) {
+			continue
+		}
+		if answers++; s.reply != want {
+			if bad++; bad == 1 {
+				first = s
+			}
+		}
+	}
+	if bad > 0 {
+		t.Errorf("%s: %s: %d of %d answers are wrong, the first %v after: got %q; want %q", w.name, why, bad, answers, first.began.Sub(since).Round(time.Millisecond), first.reply, want)
+	} else if answers == 0 {
+		t.Errorf("%s: %s: no answer at all", w.name, why)
+	}
+}
+
+// TestIntegrationSentinel has three sentinels, with a master and a replica for each subject.
+func TestIntegrationSentinel(t *testing.T) {
+	t.Parallel()
+	killed, stopped, byHand, calm := startGroup(t, "killed"), startGroup(t, "stopped"), startGroup(t, "by-hand"), startGroup(t, "calm")
+	s := startSentinels(t, 3, killed, stopped, byHand, calm)
+	t.Run("masters", func(t *testing.T) {
+		// All at once, and looked at in the order in which the sentinels switch.
+		subjects := []*sentinelSwitch{
+			{group: byHand, fail: func() { s.failover(t, byHand) }, after: func() {}},
+			// Started again, it says that it is a master until a sentinel has it follow the other.
+			{group: killed, fail: killed.master.kill, after: func() { restart(nil, killed.master) }},
+			{group: stopped, fail: func() { stopped.master.signal(syscall.SIGSTOP) }, after: func() { stopped.master.signal(syscall.SIGCONT) }},
+		}
+		for _, step := range []func(*sentinelSwitch, *testing.T, *testSentinels){
+			(*sentinelSwitch).prepare,
+			func(x *sentinelSwitch, _ *testing.T, _ *testSentinels) { x.began = time.Now(); x.fail() },
+			(*sentinelSwitch).switchOver,
+			(*sentinelSwitch).check,
+		} {
+			for _, x := range subjects {
+				step(x, t, s)
+			}
+		}
+	})
+	t.Run("addresses", func(t *testing.T) { testSentinelAddresses(t, s, calm) })
+	t.Run("sentinels", func(t *testing.T) { testSentinelsAway(t, s, calm) })
+}
+
+// A sentinelSwitch has sentinels switch to the replica. Its values are read soon, and the old master's never
+// again, though that answers on as a master for some seconds.
+type sentinelSwitch struct {
+	group           *sentinelGroup
+	fail            func() // from which on the sentinels are to switch
+	after           func() // what the old master does then
+	began, switched time.Time
+	watchers        []*watcher // of the plain, the stale and the tracking proxy
+}
+
+func (x *sentinelSwitch) prepare(t *testing.T, s *testSentinels) {
+	g := x.group
+	redisDo(t, g.master.addr, "SET", "k", "old")
+	eventually(t, "the replica has the value", func() bool {
+		val, _ := redis.String(redisDo(t, g.replica.addr, "GET", "k"), nil)
+		return val == "old"
+	})
+	for name, flags := range map[string][]string{
+		"plain": {"--cache-timeout", "1ms"}, "stale": {"--cache-timeout", "1ms", "--stale-timeout", "1m"}, "tracking": {"--tracking", "--cache-timeout", "1h"},
+	} {
+		p := startURL(t, s.url(g.name), flags...)
+		if got := p.ask(t, "k"); got != bulk("old") {
+			t.Fatalf("%s, %s: before: got %q; want the value\nlog:\n%s", g.name, name, got, p.log)
+		}
+		if name == "tracking" {
+			eventually(t, "tracking is live", func() bool { return p.stat(t, "tracking") == "live" })
+		}
+		w, _ := watch(t, name, p, "k")
+		x.watchers = append(x.watchers, w)
+	}
+}
+
+func (x *sentinelSwitch) switchOver(t *testing.T, s *testSentinels) {
+	g := x.group
+	x.switched = s.switched(t, g)
+	redisDo(t, g.replica.addr, "SET", "k", "new")
+	x.after()
+	t.Logf("%s: switched %v after it began", g.name, x.switched.Sub(x.began))
+	old := &testNode{redisServer: g.master}
+	eventually(t, "the old master answers again", func() bool { _, err := old.try("PING"); return err == nil })
+	if role, _ := redis.Values(old.try("ROLE")); len(role) > 0 && fmt.Sprintf("%s", role[0]) == "master" {
+		old.try("SET", "k", "of the old master")
+		t.Logf("%s: the old master says that it is one", g.name)
+	}
+}
+
+func (x *sentinelSwitch) check(t *testing.T, s *testSentinels) {
+	g := x.group
+	time.Sleep(time.Until(x.switched.Add(2 * time.Second)))
+	for _, w := range x.watchers {
+		w.name = g.name + ", " + w.name
+		w.only(t, x.switched.Add(afterSwitch), "new", "after the switch")
+		w.mu.Lock()
+		seen := slices.Clone(w.seen)
+		w.mu.Unlock()
+		first := slices.IndexFunc(seen, func(s seenReply) bool { return s.reply == "new" })
+		if first >= 0 {
+			t.Logf("%s: the new value is read %v after the switch", w.name, seen[first].ended.Sub(x.switched))
+		}
+		for _, reply := range seen {
+			if strings.HasSuffix(w.name, "stale") && strings.HasPrefix(reply.reply, "ERR") {
+				t.Errorf("%s: %v after it began: got %q; want a value that was seen before", w.name, reply.ended.Sub(x.began), reply.reply)
+				break
+			}
+		}
+	}
+	for _, w := range x.watchers {
+		if strings.HasSuffix(w.name, "tracking") { // coherent with the new one
+			within(t, 5*time.Second, "tracking is live again", func() bool { return w.p.stat(t, "tracking") == "live" })
+			for n := range 20 {
+				want := fmt.Sprint("newer ", n)
+				redisDo(t, g.replica.addr, "SET", "k", want)
+				within(t, atRest, "a write to the new master is known", func() bool { return w.p.ask(t, "k") == bulk(want) })
+			}
+		}
+		if got := w.p.stat(t, "upstream_nodes"); got != "1" {
+			t.Errorf("%s: upstream_nodes: got %s; want the new master only", w.name, got)
+		}
+		if log := w.p.log.String(); !strings.Contains(log, g.replica.addr) {
+			t.Errorf("%s: the log does not name the new master, %s:\n%s", w.name, g.replica.addr, log)
+		}
+	}
+}
+
+// All ways to write an address, the sentinels' own passwords, and names that nobody knows.
+func testSentinelAddresses(t *testing.T, s *testSentinels, g *sentinelGroup) {
+	redisDo(t, g.master.addr, "SET", "k", "value")
+	in3, err := redis.Dial("tcp", g.master.addr, redis.DialDatabase(3))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in3.Close()
+	in3.Do("SET", "k", "value in 3")
+	hosts := strings.TrimSuffix(strings.TrimPrefix(s.url(""), "redis-sentinel://"), "/")
+	nobody := "127.0.0.1:" + serverPort()
+	for url, want := range map[string]string{
+		"redis-sentinel://" + hosts + "/calm":                            "value",
+		"redis-sentinel://" + hosts + "/calm/0":                          "value",
+		"redis-sentinel://" + hosts + "/calm/3":                          "value in 3",
+		"redis+sentinel://" + hosts + "/calm/3":                          "value in 3",
+		"redis-sentinel://" + hosts + "/3#calm":                          "value in 3",
+		"redis-sentinel://" + hosts + "#calm":                            "value",
+		"redis-sentinel://" + nobody + "," + hosts + "/calm":             "value",
+		"redis-sentinel://localhost:" + s.servers[2].port + "/calm":      "value",
+		"redis-sentinel://[::1]:" + serverPort() + "," + hosts + "/calm": "value",
+	} {
+		if p := startURL(t, url); p.ask(t, "k") != bulk(want) {
+			t.Errorf("%s: got %q; want %q\nlog:\n%s", url, p.ask(t, "k"), bulk(want), p.log)
+		}
+	}
+	p := startURL(t, s.url("unheard-of"))
+	if got := p.ask(t, "k"); got != "-ERR upstream unavailable\r\n" {
+		t.Errorf("a master that nobody knows: got %q", got)
+	}
+	eventually(t, "the name that nobody knows in the log", func() bool { return strings.Contains(p.log.String(), "unheard-of") })
+	if got := p.ask(t, "k"); got != "-ERR upstream unavailable\r\n" {
+		t.Errorf("a master that nobody knows, again: got %q", got)
+	}
+
+	// Redis and the sentinel have passwords of their own, and give the least rights that will do.
+	secret := &sentinelGroup{name: "secret"}
+	if secret.master, err = launchRedis(t.TempDir(), serverPort()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(secret.master.kill)
+	redisDo(t, secret.master.addr, "SET", "k", "value")
+	redisDo(t, secret.master.addr, "ACL", "SETUSER", "reader", "on", ">s3cret", "~*", "+get", "+role")
+	guarded := startSentinels(t, 1, secret)
+	guarded.try(0, "ACL", "SETUSER", "asker", "on", ">h1dden", "+sentinel|get-master-addr-by-name")
+	if _, err := guarded.try(0, "ACL", "SETUSER", "default", "resetpass", ">other"); err != nil {
+		t.Fatal(err)
+	}
+	base := strings.Replace(guarded.url("secret"), "://", "://reader:s3cret@", 1)
+	for _, row := range []struct{ query, want string }{
+		{"?sentinel_username=asker&sentinel_password=h1dden", bulk("value")},
+		{"?sentinel_password=other", bulk("value")},
+		{"?sentinel_password=h1dden", ""},
+		{"", ""},
+	} {
+		p := startURL(t, base+row.query)
+		switch got := p.ask(t, "k"); {
+		case row.want != "" && got != row.want:
+			t.Errorf("%s: got %q; want %q\nlog:\n%s", row.query, got, row.want, p.log)
+		case row.want == "" && !strings.HasPrefix(got, "-ERR upstream "):
+			t.Errorf("%s: got %q; want an error of the proxy", row.query, got)
+		}
+		if log := p.log.String(); strings.Contains(log, "s3cret") || strings.Contains(log, "h1dden") {
+			t.Errorf("%s: the log shows a password:\n%s", row.query, log)
+		}
+	}
+}
+
+// Sentinels come and go; as long as the master is well, nobody notices.
+func testSentinelsAway(t *testing.T, s *testSentinels, g *sentinelGroup) {
+	redisDo(t, g.master.addr, "SET", "k", "value")
+	plain := startURL(t, s.url(g.name), "--cache-timeout", "1ms")
+	if got := plain.ask(t, "k"); got != bulk("value") {
+		t.Fatalf("before: got %q; want the value\nlog:\n%s", got, plain.log)
+	}
+	w, _ := watch(t, "plain", plain, "k")
+	began := time.Now()
+	for i := range s.servers { // one by one
+		s.servers[i].kill()
+		time.Sleep(300 * time.Millisecond)
+		s.start(t, i)
+	}
+	w.only(t, began, "value", "sentinels restarted one by one")
+	began = time.Now()
+	for i := range s.servers { // all at once
+		s.servers[i].kill()
+	}
+	time.Sleep(1500 * time.Millisecond)
+	redisDo(t, g.master.addr, "CLIENT", "KILL", "TYPE", "normal") // new connections are made
+	time.Sleep(500 * time.Millisecond)
+	w.only(t, began, "value", "all sentinels away")
+	late := startURL(t, s.url(g.name))
+	if got := late.ask(t, "k"); got != "-ERR upstream unavailable\r\n" {
+		t.Errorf("no sentinel at the start: got %q", got)
+	}
+	if log := late.log.String(); !strings.Contains(log, "sentinel") {
+		t.Errorf("no sentinel at the start: the log does not say so:\n%s", log)
+	}
+	for i := range s.servers {
+		s.start(t, i)
+	}
+	within(t, 3*time.Second, "the master is read, as sentinels are back", func() bool { return late.ask(t, "k") == bulk("value") })
+	w.only(t, began, "value", "all sentinels away, and back")
+}
+
+// A scriptedNode is a server that plays a node of a cluster, a sentinel or a Redis by functions.
+type scriptedNode struct {
+	host, port, addr string
+	slots            func() string                                 // answers CLUSTER SLOTS
+	get              func(conn int, key string, asked bool) string // asked: ASKING came just before
+	other            func(args []string) string                    // answers everything else
+
+	mu       sync.Mutex // guards the following
+	l        net.Listener
+	conns    []net.Conn
+	closed   int
+	asking   map[int]bool
+	commands map[string]int // and how often they came
+	serving  sync.WaitGroup
+}
+
+// scriptedAt listens; nothing is answered before play.
+func scriptedAt(t testing.TB, host string) *scriptedNode {
+	t.Helper()
+	l, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	n := &scriptedNode{host: host, port: port, addr: l.Addr().String(), l: l, asking: make(map[int]bool), commands: make(map[string]int)}
+	t.Cleanup(func() {
+		l.Close()
+		n.mu.Lock()
+		for _, c := range n.conns {
+			c.Close()
+		}
+		n.mu.Unlock()
+		n.serving.Wait()
+	})
+	return n
+}
+
+// scripts returns n scripted nodes.
+func scripts(t testing.TB, n int) (nodes []*scriptedNode) {
+	t.Helper()
+	for range n {
+		nodes = append(nodes, scriptedAt(t, "127.0.0.1"))
+	}
+	return nodes
+}
+
+// play begins to answer.
+func (n *scriptedNode) play(slots func() string, get func(conn int, key string, asked bool) string) {
+	n.slots, n.get = slots, get
+	n.serving.Go(func() { // ends when the listener is closed
+		for {
+			c, err := n.l.Accept()
+			if err != nil {
+				return
+			}
+			n.mu.Lock()
+			n.conns = append(n.conns, c)
+			id := len(n.conns)
+			n.mu.Unlock()
+			n.serving.Go(func() {
+				playConn(c, func(args []string) string { return n.reply(id, args) })
+				n.mu.Lock()
+				n.closed++
+				n.mu.Unlock()
+			})
+		}
+	})
+}
+
+func (n *scriptedNode) reply(conn int, args []string) string {
+	cmd := strings.ToUpper(args[0])
+	if cmd == "CLUSTER" || cmd == "SENTINEL" || cmd == "CLIENT" {
+		cmd += " " + strings.ToUpper(args[1])
+	}
+	n.mu.Lock()
+	n.commands[cmd]++
+	asked := n.asking[conn]
+	n.asking[conn] = cmd == "ASKING"
+	n.mu.Unlock()
+	switch {
+	case cmd == "ASKING":
+		return "+OK\r\n"
+	case cmd == "GET" && n.get != nil:
+		return n.get(conn, args[1], asked)
+	case cmd == "CLUSTER SLOTS" && n.slots != nil:
+		return n.slots()
+	case n.other != nil:
+		return n.other(args)
+	}
+	return "-ERR unknown command\r\n"
+}
+
+// open returns how many connections are.
+func (n *scriptedNode) open() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.conns) - n.closed
+}
+
+// asTracked answers what a tracker sends.
+func asTracked(args []string) string {
+	switch strings.ToUpper(args[0]) {
+	case "CLIENT":
+		if strings.ToUpper(args[1]) == "ID" {
+			return ":1\r\n"
+		}
+	case "SUBSCRIBE":
+		return "*3\r\n" + bulk("subscribe") + bulk(args[1]) + ":1\r\n"
+	case "PING":
+		return "*2\r\n" + bulk("pong") + bulk("")
+	}
+	return "+OK\r\n"
+}
+
+// times returns how often a command came.
+func (n *scriptedNode) times(cmd string) int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.commands[cmd]
+}
+
+// moved and ask are redirections.
+func (n *scriptedNode) moved(key string) string {
+	return fmt.Sprintf("-MOVED %d %s:%s\r\n", keySlot(key), n.host, n.port)
+}
+func (n *scriptedNode) ask(key string) string {
+	return fmt.Sprintf("-ASK %d %s:%s\r\n", keySlot(key), n.host, n.port)
+}
+
+// row is one of CLUSTER SLOTS, with the host as it is on the wire.
+func row(from, to int, host, port string) string {
+	return fmt.Sprintf("*3\r\n:%d\r\n:%d\r\n*4\r\n%s:%s\r\n%s*0\r\n", from, to, host, port, bulk(strings.Repeat("a", 40)))
+}
+
+func rows(rows ...string) string { return fmt.Sprintf("*%d\r\n", len(rows)) + strings.Join(rows, "") }
+
+// owns is a CLUSTER SLOTS that gives all slots to a node.
+func (n *scriptedNode) owns() string { return rows(row(0, 16383, bulk(n.host), n.port)) }
+
+const (
+	emptySlots = "*0\r\n"
+	nilHost    = "$-1\r\n"
+	timedOut   = "-ERR upstream timed out\r\n"
+)
+
+func always(s string) func() string { return func() string { return s } }
+
+func always3(s string) func(int, string, bool) string {
+	return func(int, string, bool) string { return s }
+}
+
+// timed returns an answer and how long it took.
+func (p *testProxy) timed(t testing.TB, key string) (string, time.Duration) {
+	t.Helper()
+	began := time.Now()
+	got := p.ask(t, key)
+	return got, time.Since(began)
+}
+
+func expectValue(t testing.TB, what string, p *testProxy, key, want string) {
+	t.Helper()
+	if got, took := p.timed(t, key); got != want {
+		t.Fatalf("%s: GET %s: got %q after %v; want %q\nlog:\n%.1500s", what, key, got, took, want, p.log)
+	}
+}
+
+// What real clusters do seldom, and not when they are asked to.
+func TestIntegrationClusterScripted(t *testing.T) {
+	t.Parallel()
+	value := bulk("value")
+	t.Run("two nodes name each other for a while", func(t *testing.T) {
+		t.Parallel()
+		a, b := scripts(t, 2)[0], scriptedAt(t, "127.0.0.1")
+		began := time.Now()
+		a.play(func() string { return b.owns() }, func(_ int, key string, _ bool) string { return b.moved(key) })
+		b.play(func() string { return a.owns() }, func(_ int, key string, _ bool) string {
+			if time.Since(began) < 300*time.Millisecond {
+				return a.moved(key)
+			}
+			return value
+		})
+		expectValue(t, "MOVED to and fro for 300ms", startAt(t, a.addr), "k", value)
+	})
+	t.Run("two nodes name each other for ever", func(t *testing.T) {
+		t.Parallel()
+		a, b := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
+		a.play(func() string { return b.owns() }, func(_ int, key string, _ bool) string { return b.moved(key) })
+		b.play(func() string { return a.owns() }, func(_ int, key string, _ bool) string { return a.moved(key) })
+		p := startAt(t, a.addr)
+		got, took := p.timed(t, "k")
+		if got != timedOut || took < 500*time.Millisecond || took > 1500*time.Millisecond {
+			t.Errorf("got %q after %v; want %q after about 1s", got, took, timedOut)
+		}
+		if gets, slots := a.times("GET")+b.times("GET"), a.times("CLUSTER SLOTS")+b.times("CLUSTER SLOTS"); gets > 30 || slots > 6 {
+			t.Errorf("%d GETs and %d CLUSTER SLOTS; want at most 30 and 6", gets, slots)
+		}
+	})
+	t.Run("two nodes ask each other for ever", func(t *testing.T) {
+		t.Parallel()
+		a, b := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
+		a.play(func() string { return a.owns() }, func(_ int, key string, _ bool) string { return b.ask(key) })
+		b.play(func() string { return a.owns() }, func(_ int, key string, _ bool) string { return a.ask(key) })
+		got, took := startAt(t, a.addr).timed(t, "k")
+		if gets := a.times("GET") + b.times("GET"); got != timedOut || took > 1500*time.Millisecond || gets > 30 {
+			t.Errorf("got %q after %v and %d GETs; want %q after about 1s and at most 30 GETs", got, took, gets, timedOut)
+		}
+	})
+	t.Run("a node names itself on its old connections", func(t *testing.T) {
+		a := scriptedAt(t, "127.0.0.1")
+		a.play(func() string { return a.owns() }, func(conn int, key string, _ bool) string {
+			if conn == 1 {
+				return a.moved(key)
+			}
+			return value
+		})
+		expectValue(t, "MOVED to itself", startAt(t, a.addr), "k", value)
+	})
+	t.Run("addresses", testScriptedAddresses)
+	t.Run("tables", testScriptedTables)
+	t.Run("an unknown node is to be asked", func(t *testing.T) {
+		a, b := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
+		a.play(func() string { return a.owns() }, func(_ int, key string, _ bool) string { return b.ask(key) })
+		b.play(func() string { return a.owns() }, func(_ int, key string, asked bool) string {
+			if !asked {
+				return a.moved(key)
+			}
+			return bulk("value of " + key)
+		})
+		p := startAt(t, a.addr)
+		var send, want string
+		for i := range 50 {
+			send += request("GET", fmt.Sprint(i))
+			want += bulk(fmt.Sprint("value of ", i))
+		}
+		if got := exchange(t, p.addr, send); got != want {
+			t.Errorf("got %.200q; want %.200q", got, want)
+		}
+		if a.times("GET") != 50 || b.times("GET") != 50 || b.times("ASKING") != 50 {
+			t.Errorf("GETs at the owner: %d; GETs and ASKINGs at the target: %d, %d; want 50 each", a.times("GET"), b.times("GET"), b.times("ASKING"))
+		}
+	})
+	t.Run("OK is no value", func(t *testing.T) {
+		a, b := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
+		a.play(func() string { return a.owns() }, func(_ int, key string, _ bool) string {
+			if key == "ask" {
+				return b.ask(key)
+			}
+			return bulk("value of " + key)
+		})
+		b.play(func() string { return a.owns() }, always3("+OK\r\n")) // beside the +OK to ASKING
+		p := startAt(t, a.addr)
+		got := exchange(t, p.addr, request("GET", "1")+request("GET", "ask")+request("GET", "2"))
+		if want := bulk("value of 1") + "-ERR upstream unavailable\r\n" + bulk("value of 2"); got != want {
+			t.Errorf("got %q; want %q", got, want)
+		}
+		expectValue(t, "afterwards", p, "3", bulk("value of 3"))
+	})
+	t.Run("a value is read before its node is tracked", func(t *testing.T) {
+		a, b := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
+		gate, val := make(chan struct{}), atomic.Value{}
+		open := sync.OnceFunc(func() { close(gate) })
+		t.Cleanup(open)
+		val.Store("old")
+		a.other = asTracked
+		b.other = func(args []string) string {
+			if strings.ToUpper(args[0]) == "CLIENT" {
+				<-gate
+			}
+			return asTracked(args)
+		}
+		a.play(func() string { return b.owns() }, func(_ int, key string, _ bool) string { return b.moved(key) })
+		b.play(func() string { return b.owns() }, func(int, string, bool) string { return bulk(val.Load().(string)) })
+		p := startAt(t, a.addr, "--tracking", "--cache-timeout", "1h")
+		within(t, 2*time.Second, "the first node is tracked", func() bool { return a.times("SUBSCRIBE") > 0 })
+		expectValue(t, "before it is tracked", p, "k", bulk("old"))
+		within(t, 2*time.Second, "a tracker on its way to the node", func() bool { return b.times("CLIENT ID") > 0 })
+		if got := p.stat(t, "tracking"); got != "down" {
+			t.Errorf("tracking, while the only owner is not tracked: got %s; want down", got)
+		}
+		val.Store("new")
+		open()
+		within(t, 2*time.Second, "tracking is live", func() bool { return p.stat(t, "tracking") == "live" })
+		expectValue(t, "after it is tracked", p, "k", bulk("new"))
+	})
+	t.Run("a pipeline of all kinds of replies", testScriptedMixture)
+	t.Run("the cluster is down for a while", func(t *testing.T) {
+		t.Parallel()
+		for _, reply := range []string{"-CLUSTERDOWN The cluster is down\r\n", "-CLUSTERDOWN Hash slot not served\r\n", "-TRYAGAIN Multiple keys request during rehashing of slot\r\n"} {
+			a := scriptedAt(t, "127.0.0.1")
+			began := time.Now()
+			a.play(func() string { return a.owns() }, func(int, string, bool) string {
+				if time.Since(began) < 300*time.Millisecond {
+					return reply
+				}
+				return value
+			})
+			expectValue(t, "for 300ms "+reply, startAt(t, a.addr), "k", value)
+			if gets := a.times("GET"); gets > 30 {
+				t.Errorf("%d GETs in 300ms; want at most 30", gets)
+			}
+		}
+		a := scriptedAt(t, "127.0.0.1")
+		a.play(always(emptySlots), always3("-CLUSTERDOWN Hash slot not served\r\n"))
+		got, took := startAt(t, a.addr).timed(t, "k")
+		if got != timedOut && got != "-CLUSTERDOWN Hash slot not served\r\n" || took > 1500*time.Millisecond {
+			t.Errorf("for ever: got %q after %v; want Redis' error or a time-out after about 1s", got, took)
+		}
+	})
+	t.Run("a seed hangs", func(t *testing.T) {
+		t.Parallel()
+		hung, a := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1") // hung never accepts
+		a.play(func() string { return a.owns() }, always3(value))
+		p := startURL(t, "redis://"+hung.addr+","+a.addr)
+		within(t, 3*time.Second, "the other one is found", func() bool { return p.ask(t, "first") == value })
+		began := time.Now()
+		for i := range 20 {
+			expectValue(t, "once it is found", p, fmt.Sprint(i), value)
+		}
+		if took := time.Since(began); took > 2*time.Second {
+			t.Errorf("20 misses took %v", took)
+		}
+	})
+	t.Run("a seed is loading", func(t *testing.T) {
+		loading, a := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
+		loading.play(always("-LOADING Redis is loading the dataset in memory\r\n"), always3("-LOADING Redis is loading the dataset in memory\r\n"))
+		a.play(func() string { return a.owns() }, always3(value))
+		p := startURL(t, "redis://"+loading.addr+","+a.addr)
+		within(t, 2*time.Second, "the other one is found", func() bool { return p.ask(t, "k") == value })
+	})
+	t.Run("a storm of MOVED", func(t *testing.T) {
+		a, b := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
+		wrong := func() string { return rows(row(0, 16383, bulk(a.host), a.port)) }
+		a.play(wrong, func(_ int, key string, _ bool) string { return b.moved(key) })
+		b.play(wrong, func(_ int, key string, _ bool) string { return bulk("value of " + key) })
+		p := startAt(t, a.addr)
+		began := time.Now()
+		for i := 0; time.Since(began) < 1500*time.Millisecond && a.times("GET") < 10000; i++ {
+			var send, want string
+			for j := range 500 {
+				send += request("GET", fmt.Sprint(i, ":", j))
+				want += bulk(fmt.Sprint("value of ", i, ":", j))
+			}
+			if got := exchange(t, p.addr, send); got != want {
+				t.Fatalf("got %.200q; want %.200q", got, want)
+			}
+		}
+		took := time.Since(began)
+		slots := a.times("CLUSTER SLOTS") + b.times("CLUSTER SLOTS")
+		t.Logf("%d GETs were moved in %v, %d CLUSTER SLOTS", a.times("GET"), took, slots)
+		if most := int(4*took.Seconds()) + 2; slots > most || slots == 0 {
+			t.Errorf("%d CLUSTER SLOTS in %v; want some, and at most %d", slots, took, most)
+		}
+		if got := p.figure(t, "upstream_refreshes"); got < slots/2 || got > slots {
+			t.Errorf("upstream_refreshes: got %d; want about %d", got, slots)
+		}
+		if lines := strings.Count(p.log.String(), "\n"); lines > 20 {
+			t.Errorf("the log has %d lines:\n%.2000s", lines, p.log)
+		}
+	})
+	t.Run("a node that hangs costs its own keys only", func(t *testing.T) {
+		a, hung := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1") // hung never accepts
+		a.play(func() string {
+			return rows(row(0, 8191, bulk(a.host), a.port), row(8192, 16383, bulk(hung.host), hung.port))
+		}, func(_ int, key string, _ bool) string {
+			if keySlot(key) > 8191 {
+				return hung.moved(key)
+			}
+			return value
+		})
+		p := startAt(t, a.addr, "--client-limit", "2", "--redis-timeout", "2s")
+		var here, there []string
+		for i := 0; len(here) < 50 || len(there) < 30; i++ {
+			if key := fmt.Sprint(i); keySlot(key) < 8192 {
+				here = append(here, key)
+			} else {
+				there = append(there, key)
+			}
+		}
+		var clients []*rawClient
+		for _, key := range there[:30] {
+			clients = append(clients, dial(t, p.addr).send(request("GET", key)))
+			time.Sleep(5 * time.Millisecond) // batches of their own
+		}
+		began := time.Now()
+		for _, key := range here[:50] {
+			expectValue(t, "beside a node that hangs", p, key, value)
+		}
+		if took := time.Since(began); took > 1500*time.Millisecond {
+			t.Errorf("50 misses at the other node took %v", took)
+		}
+		for _, c := range clients {
+			c.expect(timedOut)
+		}
+	})
+	t.Run("connections to each node", func(t *testing.T) {
+		// A limit of one, and each node answers only when the others have been asked too.
+		nodes := scripts(t, 3)
+		var table []string
+		for i, n := range nodes {
+			table = append(table, row(i*5461, i*5461+5460+i/2, bulk(n.host), n.port))
+		}
+		var asked atomic.Int64
+		all := make(chan struct{})
+		for i, n := range nodes {
+			n.play(always(rows(table...)), func(_ int, key string, _ bool) string {
+				if at := min(keySlot(key)/5461, 2); at != i {
+					return nodes[at].moved(key)
+				}
+				if strings.HasPrefix(key, "together") {
+					if asked.Add(1) == 3 {
+						close(all)
+					}
+					select {
+					case <-all:
+					case <-time.After(3 * time.Second):
+					}
+				}
+				return value
+			})
+		}
+		p := startAt(t, nodes[0].addr, "--client-limit", "1")
+		var send string
+		found := make([]bool, 3)
+		for i := 0; !found[0] || !found[1] || !found[2]; i++ {
+			key := fmt.Sprint("together", i)
+			if at := min(keySlot(key)/5461, 2); !found[at] {
+				found[at] = true
+				expectValue(t, "warming up", p, fmt.Sprint("{", key, "}"), value)
+				send += request("GET", key)
+			}
+		}
+		if got := exchange(t, p.addr, send); got != value+value+value {
+			t.Errorf("three nodes at once, a limit of one: got %q; want three values", got)
+		}
+	})
+}
+
+// Addresses in redirections that are not to be taken literally.
+func testScriptedAddresses(t *testing.T) {
+	value := bulk("value")
+	t.Run("no host is the same host", func(t *testing.T) {
+		a, b := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
+		a.play(func() string { return b.owns() }, func(_ int, key string, _ bool) string {
+			return fmt.Sprintf("-MOVED %d :%s\r\n", keySlot(key), b.port)
+		})
+		b.play(func() string { return b.owns() }, always3(value))
+		expectValue(t, "MOVED without host", startAt(t, a.addr), "k", value)
+	})
+	t.Run("IPv6 without brackets", func(t *testing.T) {
+		a, b := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "::1")
+		a.play(func() string { return b.owns() }, func(_ int, key string, _ bool) string { return b.moved(key) })
+		b.play(func() string { return b.owns() }, always3(value))
+		p := startAt(t, a.addr)
+		expectValue(t, "MOVED to ::1", p, "k", value)
+		eventually(t, "the table is learnt", func() bool { return p.figure(t, "upstream_refreshes") > 0 })
+		expectValue(t, "::1 in CLUSTER SLOTS", p, "k2", value)
+		c := scriptedAt(t, "127.0.0.1")
+		c.play(func() string { return c.owns() }, func(_ int, key string, _ bool) string { return b.ask(key) })
+		expectValue(t, "ASK to ::1", startAt(t, c.addr), "k", value)
+	})
+	t.Run("names", func(t *testing.T) {
+		a, b := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
+		b.host = "localhost"
+		a.play(func() string { return b.owns() }, func(_ int, key string, _ bool) string { return b.moved(key) })
+		b.play(func() string { return b.owns() }, always3(value))
+		expectValue(t, "MOVED to localhost", startAt(t, a.addr), "k", value)
+	})
+	for _, host := range []string{"?", "no port"} {
+		t.Run("unknown host "+host, func(t *testing.T) {
+			a, b := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
+			var asked atomic.Int64
+			a.play(func() string { return b.owns() }, func(_ int, key string, _ bool) string {
+				asked.Add(1)
+				if host == "?" {
+					return fmt.Sprintf("-MOVED %d ?:%s\r\n", keySlot(key), b.port)
+				}
+				return fmt.Sprintf("-MOVED %d\r\n", keySlot(key))
+			})
+			b.play(func() string { return b.owns() }, always3(value))
+			expectValue(t, "MOVED to nowhere, CLUSTER SLOTS knows better", startAt(t, a.addr), "k", value)
+		})
+	}
+}
+
+// Tables that are not to be taken literally.
+func testScriptedTables(t *testing.T) {
+	value := bulk("value")
+	// Two nodes: the first moves what is not its own, to the second.
+	for _, table := range []struct {
+		name  string
+		slots func(a, b *scriptedNode) string
+	}{
+		{"nil host", func(a, b *scriptedNode) string {
+			return rows(row(0, 8191, nilHost, a.port), row(8192, 16383, bulk(b.host), b.port))
+		}},
+		{"empty host", func(a, b *scriptedNode) string {
+			return rows(row(0, 8191, bulk(""), a.port), row(8192, 16383, bulk(b.host), b.port))
+		}},
+		{"port 0", func(a, b *scriptedNode) string {
+			return rows(row(0, 8191, bulk(a.host), "0"), row(8192, 16383, bulk(b.host), b.port))
+		}},
+		{"nil host and port 0", func(a, b *scriptedNode) string {
+			return rows(row(0, 8191, nilHost, "0"), row(8192, 16383, bulk(b.host), b.port))
+		}},
+		{"unknown host", func(a, b *scriptedNode) string {
+			return rows(row(0, 8191, bulk(a.host), a.port), row(8192, 16383, bulk("?"), b.port))
+		}},
+		{"empty list", func(a, b *scriptedNode) string { return emptySlots }},
+		{"a hole", func(a, b *scriptedNode) string { return rows(row(0, 8191, bulk(a.host), a.port)) }},
+		{"an error", func(a, b *scriptedNode) string { return "-NOPERM this user has no permissions\r\n" }},
+		{"no table", func(a, b *scriptedNode) string { return "+OK\r\n" }},
+		{"no numbers", func(a, b *scriptedNode) string { return rows("*3\r\n+x\r\n$-1\r\n*0\r\n", "*0\r\n", ":1\r\n") }},
+		{"slots out of range", func(a, b *scriptedNode) string {
+			return rows(row(-5, 99999999, bulk(a.host), a.port), row(8192, 16383, bulk(b.host), b.port))
+		}},
+	} {
+		t.Run(table.name, func(t *testing.T) {
+			t.Parallel()
+			a, b := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
+			slots := func() string { return table.slots(a, b) }
+			a.play(slots, func(_ int, key string, _ bool) string {
+				if keySlot(key) > 8191 {
+					return b.moved(key)
+				}
+				return value
+			})
+			b.play(func() string { return emptySlots }, func(_ int, key string, _ bool) string {
+				if keySlot(key) < 8192 {
+					return a.moved(key)
+				}
+				return value
+			})
+			p := startAt(t, a.addr)
+			for i := range 20 {
+				expectValue(t, "before the table is learnt", p, fmt.Sprint(i), value)
+			}
+			eventually(t, "the table is asked for", func() bool { return a.times("CLUSTER SLOTS")+b.times("CLUSTER SLOTS") > 0 })
+			for i := range 40 {
+				time.Sleep(time.Millisecond)
+				expectValue(t, "after the table is learnt", p, fmt.Sprint("again", i), value)
+			}
+		})
+	}
+}
+
+// A batch with values, keys that are absent, errors about keys, and keys that other nodes have is answered
+// in order, each key as it is.
+func testScriptedMixture(t *testing.T) {
+	nodes := scripts(t, 3)
+	a, b, c := nodes[0], nodes[1], nodes[2]
+	slots := func() string { return a.owns() }
+	own := func(key string) string {
+		switch n, _ := strconv.Atoi(key); n % 8 {
+		case 0:
+			return "$-1\r\n"
+		case 1:
+			return "-WRONGTYPE Operation against a key holding the wrong kind of value\r\n"
+		case 2:
+			return bulk("")
+		case 3:
+			return "-ERR of this key\r\n"
+		}
+		return bulk("value of " + key)
+	}
+	a.play(slots, func(_ int, key string, _ bool) string {
+		switch n, _ := strconv.Atoi(key); n % 7 {
+		case 0:
+			return b.moved(key)
+		case 1:
+			return c.ask(key)
+		case 2:
+			return b.ask(key)
+		case 3:
+			return c.moved(key)
+		}
+		return own(key)
+	})
+	var once sync.Map // refused once each
+	for _, n := range []*scriptedNode{b, c} {
+		n.play(slots, func(_ int, key string, asked bool) string {
+			i, _ := strconv.Atoi(key)
+			wantAsked := i%7 == 1 || i%7 == 2
+			if asked != wantAsked {
+				return fmt.Sprintf("-ERR asked is %v\r\n", asked)
+			}
+			if _, again := once.LoadOrStore(key, true); !again && i%5 == 0 && !asked {
+				return "-CLUSTERDOWN The cluster is down\r\n"
+			}
+			return own(key)
+		})
+	}
+	p := startAt(t, a.addr, "--redis-timeout", "5s")
+	var send, want string
+	for i := range 256 {
+		send += request("GET", fmt.Sprint(i))
+		want += own(fmt.Sprint(i))
+	}
+	// A refused key goes to its owner by then, who may be the first again: a MOVED corrects that.
+	if got := exchange(t, p.addr, send); got != want {
+		t.Error(difference(got, want))
+	}
+}
+
+// A single Redis is sent nothing but what it was always sent, whatever happens to it.
+func TestIntegrationClusterSingleRedisIsSentNothingNew(t *testing.T) {
+	a := scriptedAt(t, "127.0.0.1")
+	var sick atomic.Value
+	sick.Store("")
+	a.other = asTracked
+	a.play(nil, func(_ int, key string, _ bool) string {
+		if s := sick.Load().(string); s != "" {
+			return s
+		}
+		return bulk("value")
+	})
+	for name, start := range map[string]func() *testProxy{
+		"host and port": func() *testProxy {
+			return startAt(t, a.addr, "--tracking", "--cache-timeout", "1ms", "--redis-timeout", "100ms")
+		},
+		"URL": func() *testProxy {
+			return startURL(t, "redis://user:s3cret@"+a.addr+"/0", "--cache-timeout", "1ms", "--redis-timeout", "100ms")
+		},
+	} {
+		p := start()
+		for _, s := range []string{"", hungUp, "", "-LOADING Redis is loading the dataset in memory\r\n", "$5\r\nab", "", "-NOAUTH Authentication required.\r\n", "-ERR max number of clients reached\r\n", "+OK\r\n", ""} {
+			sick.Store(s)
+			for i := range 3 {
+				got := p.ask(t, fmt.Sprint(s, i))
+				if s == "" && i == 2 && got != bulk("value") {
+					t.Errorf("%s: got %q; want the value", name, got)
+				}
+			}
+		}
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for cmd, n := range a.commands {
+		if !slices.Contains([]string{"GET", "AUTH", "CLIENT ID", "CLIENT TRACKING", "SUBSCRIBE", "PING", "SELECT"}, cmd) {
+			t.Errorf("a single Redis was sent %d %s; want none", n, cmd)
+		}
+	}
+	if a.commands["GET"] == 0 || a.commands["CLIENT TRACKING"] == 0 {
+		t.Errorf("commands: %v; want GETs and CLIENT TRACKING", a.commands)
+	}
+}
+
+// Sentinels that say what real ones say for a moment only.
+func TestIntegrationSentinelScripted(t *testing.T) {
+	t.Parallel()
+	play := func(t *testing.T, role, val string) *scriptedNode {
+		n := scriptedAt(t, "127.0.0.1")
+		n.other = func(args []string) string {
+			if strings.ToUpper(args[0]) == "ROLE" && role == "master" {
+				return "*3\r\n" + bulk("master") + ":1\r\n*0\r\n"
+			} else if strings.ToUpper(args[0]) == "ROLE" {
+				return "*5\r\n" + bulk("slave") + bulk("127.0.0.1") + ":1\r\n" + bulk("connected") + ":1\r\n"
+			}
+			return "-ERR unknown command\r\n"
+		}
+		n.play(nil, always3(bulk(val)))
+		return n
+	}
+	sentinel := func(t *testing.T, named func() string) *scriptedNode {
+		n := scriptedAt(t, "127.0.0.1")
+		n.other = func(args []string) string {
+			if len(args) == 3 && strings.EqualFold(args[0]+" "+args[1], "SENTINEL get-master-addr-by-name") && args[2] == "it" {
+				return named()
+			}
+			return "-ERR unknown command\r\n"
+		}
+		n.play(nil, nil)
+		return n
+	}
+	address := func(n *scriptedNode) string { return "*2\r\n" + bulk(n.host) + bulk(n.port) }
+	t.Run("a replica is named for a while", func(t *testing.T) {
+		t.Parallel()
+		replica, master := play(t, "slave", "old"), play(t, "master", "value")
+		began := time.Now()
+		s := sentinel(t, func() string {
+			if time.Since(began) < 700*time.Millisecond {
+				return address(replica)
+			}
+			return address(master)
+		})
+		p := startURL(t, "redis-sentinel://"+s.addr+"/it")
+		within(t, 4*time.Second, "the master is found", func() bool {
+			got := p.ask(t, "k")
+			if got == bulk("old") {
+				t.Fatal("a replica was read")
+			}
+			return got == bulk("value")
+		})
+		if replica.times("ROLE") == 0 || replica.times("GET") > 0 {
+			t.Errorf("the replica was asked for its role %d times, and read %d times; want never", replica.times("ROLE"), replica.times("GET"))
+		}
+	})
+	t.Run("the first hangs", func(t *testing.T) {
+		t.Parallel()
+		hung, master := scriptedAt(t, "127.0.0.1"), play(t, "master", "value")
+		s := sentinel(t, func() string { return address(master) })
+		p := startURL(t, "redis-sentinel://"+hung.addr+","+s.addr+"/it", "--cache-timeout", "1ms")
+		within(t, 3*time.Second, "the master is found", func() bool { return p.ask(t, "k") == bulk("value") })
+		began := time.Now()
+		for i := range 20 {
+			expectValue(t, "once it is found", p, fmt.Sprint(i), bulk("value"))
+		}
+		if took := time.Since(began); took > 2*time.Second {
+			t.Errorf("20 misses took %v", took)
+		}
+	})
+	t.Run("one knows the name and one does not", func(t *testing.T) {
+		master := play(t, "master", "value")
+		ignorant, s := sentinel(t, always("*-1\r\n")), sentinel(t, func() string { return address(master) })
+		expectValue(t, "the second knows", startURL(t, "redis-sentinel://"+ignorant.addr+","+s.addr+"/it"), "k", bulk("value"))
+	})
+	t.Run("asked every second, a former master is left at once", func(t *testing.T) {
+		t.Parallel()
+		old, fresh := play(t, "master", "old"), play(t, "master", "new")
+		var now atomic.Pointer[scriptedNode]
+		now.Store(old)
+		s := sentinel(t, func() string { return address(now.Load()) })
+		p := startURL(t, "redis-sentinel://"+s.addr+"/it", "--cache-timeout", "1ms")
+		expectValue(t, "before", p, "k", bulk("old"))
+		asked := s.times("SENTINEL GET-MASTER-ADDR-BY-NAME")
+		time.Sleep(1500 * time.Millisecond)
+		if got := s.times("SENTINEL GET-MASTER-ADDR-BY-NAME") - asked; got < 1 || got > 3 {
+			t.Errorf("asked %d times in 1.5s; want once a second", got)
+		}
+		now.Store(fresh)
+		within(t, afterSwitch, "the new master is read", func() bool { return p.ask(t, "k") == bulk("new") })
+		for range 50 {
+			expectValue(t, "afterwards", p, "k", bulk("new"))
+		}
+		for cmd := range old.commands {
+			if cmd != "GET" && cmd != "ROLE" {
+				t.Errorf("the master was sent %s", cmd)
+			}
+		}
+		eventually(t, "no connection to the old master is left", func() bool { return p.stat(t, "upstream_nodes") == "1" })
+	})
+}
+
+// Behind a replica, tracking is as good as at the master: changes, expiry, and the replacement of all by a full
+// resynchronisation, in each way that a replica can load it.
+func TestIntegrationTrackingBehindAReplica(t *testing.T) {
+	for _, load := range []string{"disabled", "on-empty-db", "swapdb"} {
+		t.Run("repl-diskless-load "+load, func(t *testing.T) {
+			t.Parallel()
+			behindReplica(t, load)
+		})
+	}
+}
+
+func behindReplica(t *testing.T, load string) {
+	delay := []string{"--repl-diskless-sync-delay", "0", "--client-output-buffer-limit", "replica 64kb 64kb 1"}
+	g := startGroup(t, "any", append(delay, "--repl-diskless-load", load)...)
+	other := startRedis(t, delay...)
+	master, replica := &testNode{redisServer: g.master}, &testNode{redisServer: g.replica}
+	marks := 0
+	followed := func(m *redisServer) {
+		t.Helper()
+		eventually(t, "the replica follows "+m.addr, func() bool {
+			state, _ := redis.String(replica.try("INFO", "replication"))
+			if !strings.Contains(state, "master_link_status:up") || !strings.Contains(state, "master_port:"+m.port) {
+				return false
+			}
+			marks++ // it may be said to follow up to a second before it hears anything
+			redisDo(t, m.addr, "SET", "mark", marks)
+			time.Sleep(20 * time.Millisecond)
+			mark, _ := redis.Int(replica.try("GET", "mark"))
+			return mark == marks
+		})
+	}
+	followed(g.master)
+	p := trackedProxy(t, replica.addr)
+	c := &testCluster{nodes: []*testNode{master}} // the writer's way to one master
+	client := c.client(t)
+	var ds []time.Duration
+	for range 3 { // a machine under load may be slow once or twice
+		if ds = c.staleness(t, p, []string{"a", "b", "c"}); percentile(ds, 99) < soonStale {
+			break
+		}
+	}
+	t.Logf("stale after a write to the master: p50 %v, p99 %v, max %v", percentile(ds, 50), percentile(ds, 99), ds[len(ds)-1])
+	if got := percentile(ds, 99); got >= soonStale {
+		t.Errorf("stale after a write to the master: p99 %v; want less than %v", got, soonStale)
+	}
+	client.do(t, "SET", "expiring", "x", "PX", 200)
+	within(t, atRest, "the key is there", func() bool { return p.ask(t, "expiring") == bulk("x") })
+	within(t, 5*time.Second, "the key expires", func() bool { return p.ask(t, "expiring") == "$-1\r\n" })
+
+	// Two thousand keys; half of them change while the replica hears nothing, so long that only all will do.
+	check := func(generation string, gone int) {
+		t.Helper()
+		var send, want strings.Builder
+		for i := range 2000 {
+			send.WriteString(request("GET", fmt.Sprint("k", i)))
+			switch {
+			case i < gone:
+				want.WriteString("$-1\r\n")
+			case i%2 == 1 && generation == "second":
+				want.WriteString(bulk(fmt.Sprint("first", i)))
+			default:
+				want.WriteString(bulk(fmt.Sprint(generation, i)))
+			}
+		}
+		got := ""
+		for end := time.Now().Add(atRest); got != want.String(); time.Sleep(5 * time.Millisecond) {
+			if got = exchange(t, p.addr, send.String()); got != want.String() && time.Now().After(end) {
+				t.Fatalf("the %s values: %v", generation, difference(got, want.String()))
+			}
+		}
+	}
+	set := func(addr, generation string, from, step int) {
+		t.Helper()
+		conn, err := redis.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		for i := from; i < 2000; i += step {
+			conn.Send("SET", fmt.Sprint("k", i), fmt.Sprint(generation, i))
+		}
+		if _, err := conn.Do(""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set(master.addr, "first", 0, 1)
+	check("first", 0)
+	syncs := c.sum(t, "stats", `sync_full:(\d+)`)
+	replica.stop()
+	set(master.addr, "second", 0, 2)
+	for i := range 300 {
+		client.do(t, "SET", "filler", strings.Repeat("x", 100<<10), "EX", 1+i)
+	}
+	replica.revive(t)
+	eventually(t, "the replica is resynchronised in full", func() bool { return c.sum(t, "stats", `sync_full:(\d+)`) > syncs })
+	followed(g.master)
+	check("second", 0)
+
+	// Another master, with other values, and without some keys.
+	set(other.addr, "third", 100, 1)
+	replica.do(t, "REPLICAOF", "127.0.0.1", other.port)
+	followed(other)
+	check("third", 100)
+	if tracking := p.stat(t, "tracking"); tracking != "live" {
+		t.Errorf("tracking: got %s; want live", tracking)
 	}
 }
 

@@ -116,6 +116,11 @@ type flight struct {
 	value
 	err    error
 	stored bool // in the cache
+
+	// The following are the pool's. Only the worker that carries the flight out touches them.
+	tried  bool   // a connection broke under it once
+	asking string // the address of the node that it is to ask, and that knows its slot only by ASKING
+	hops   int    // how often it was sent elsewhere, or here again
 }
 
 // spoil keeps the replies to f and to older flights for its key out of the cache. It needs the cache's lock.
@@ -406,9 +411,10 @@ func (c *cache) finish(f *flight, v value, err error) {
 	}
 }
 
-// wanted returns the flights that a request still waits for, and those that none does. It reuses fs.
-func (c *cache) wanted(fs []*flight) (wanted, unwanted []*flight) {
-	now := c.now()
+// wanted returns the flights that a request will still wait for after a pause, and those that none will.
+// It reuses fs.
+func (c *cache) wanted(fs []*flight, pause time.Duration) (wanted, unwanted []*flight) {
+	now := c.now() + pause
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	wanted = fs[:0]

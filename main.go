@@ -7,6 +7,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -314,7 +315,11 @@ func fitDescriptors(cfg config, log *slog.Logger) int {
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
 		return wanted
 	}
-	possible := max(int(min(limit.Cur, math.MaxInt32))-cfg.pool.limit-others, 1)
+	upstream := cfg.pool.limit // to each node
+	if cfg.pool.redis.master != "" || strings.Contains(cfg.pool.redis.hosts, ",") {
+		upstream *= 8
+	}
+	possible := max(int(min(limit.Cur, math.MaxInt32))-upstream-others, 1)
 	if possible < wanted {
 		log.Warn("fewer clients, as the process may not open enough files",
 			"max_clients", possible, "wanted", wanted, "files", limit.Cur)
@@ -341,7 +346,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 			keyFigures(&web.tally, &resp.tally), p.figures(), web.tally.figures("http"), resp.tally.figures("resp"))
 	}
 	log.Info("serving", "version", version, "address", l.Addr().String(), "protocols", "http resp",
-		"tls", cfg.clients.tls != nil, "password", pw.needed, "redis", cfg.pool.redis.address(),
+		"tls", cfg.clients.tls != nil, "password", pw.needed, "redis", cfg.pool.redis.hosts,
 		"redis_tls", cfg.pool.redis.tls, "database", cfg.pool.redis.db, "tracking", cfg.pool.tracking,
 		"cache_size", cfg.cache.maxKeys, "cache_bytes", cfg.cache.maxBytes, "cache_timeout", cfg.cache.ttl.String(),
 		"cores", cfg.cores)
@@ -374,7 +379,7 @@ func (c *config) figures(addr net.Addr) []figure {
 	}
 	build := fmt.Sprintf("build_info{version=%q,go_version=%q}", version, runtime.Version())
 	info := fmt.Sprintf("info{address=%q,redis=%q,cache_timeout=%q,stale_timeout=%q,absent_timeout=%q,"+
-		"refresh_before=%q,redis_ttl=\"%t\",tls=\"%t\",password=\"%t\"}", addr, c.pool.redis.address(), c.cache.ttl, c.cache.stale,
+		"refresh_before=%q,redis_ttl=\"%t\",tls=\"%t\",password=\"%t\"}", addr, c.pool.redis.hosts, c.cache.ttl, c.cache.stale,
 		c.cache.absent, c.cache.refresh, c.pool.keyTTL, c.clients.tls != nil, c.password != "")
 	return []figure{
 		{"", "", build, "What the program was built from, in labels; always 1.", 1},
@@ -448,6 +453,8 @@ type config struct {
 	clients       serverSettings
 	listenAddress string
 	port          int
+	redisHost     string
+	redisPort     int
 	redisURL      redisAddress // instead of host and port, where it was given
 	password      string
 	redisCACert   string
@@ -472,23 +479,22 @@ type option struct {
 
 // options is the table of flags: each parses, checks and stores its own.
 func (c *config) options() []option {
-	addr := &c.pool.redis
 	return []option{
 		{"listen-address", "127.0.0.1", "address to serve on, or unix:///path", to(&c.listenAddress, parseListenAddress)},
 		{"port", "8080", "port to serve on; 0 picks a free one", to(&c.port, number(0, 65535))},
 		{"password", "", "what clients must present; empty: anyone who can connect", to(&c.password, parseText)},
 		{"tls-cert", "", "certificate in PEM: serve TLS only, both protocols", to(&c.tlsCert, parseText)},
 		{"tls-key", "", "key of the certificate in PEM", to(&c.tlsKey, parseText)},
-		{"redis-host", "127.0.0.1", "host of the backing Redis", to(&addr.host, parseHost)},
-		{"redis-port", "6379", "port of the backing Redis", to(&addr.port, number(1, 65535))},
-		{"redis-url", "", "URL redis://[[user]:pass@]host[:port][/db], rediss:// for TLS; instead of host and port", to(&c.redisURL, parseRedisURL)},
+		{"redis-host", "127.0.0.1", "host of the backing Redis", to(&c.redisHost, parseHost)},
+		{"redis-port", "6379", "port of the backing Redis", to(&c.redisPort, number(1, 65535))},
+		{"redis-url", "", "URL instead of host and port: " + redisURLForms, to(&c.redisURL, parseRedisURL)},
 		{"redis-cacert", "", "whom to trust for rediss:// besides the system, in PEM", to(&c.redisCACert, parseText)},
 		{"redis-cert", "", "client certificate for rediss://, in PEM", to(&c.redisCert, parseText)},
 		{"redis-key", "", "key of the client certificate, in PEM", to(&c.redisKey, parseText)},
 		{"redis-insecure", "false", "do not check the certificate of Redis", to(&c.redisInsecure, parseSwitch)},
 		{"redis-timeout", "1s", "longest wait for Redis in all: queue, dial, reply", to(&c.pool.timeout, parseTime)},
 		{"redis-ttl", "false", "end an entry when its key expires in Redis", to(&c.pool.keyTTL, parseSwitch)},
-		{"client-limit", "8", "most Redis connections in use at once; further misses wait their turn", to(&c.pool.limit, number(1, 1000))},
+		{"client-limit", "8", "most connections to each Redis in use at once", to(&c.pool.limit, number(1, 1000))},
 		{"tracking", "false", "drop entries when Redis says that they changed", to(&c.pool.tracking, parseSwitch)},
 		{"cache-size", "10000", "most keys in the cache", to(&c.cache.maxKeys, number(1, 1<<31-1))},
 		{"cache-bytes", "256MB", "most bytes of keys, values and bookkeeping", to(&c.cache.maxBytes, parseSize)},
@@ -604,8 +610,8 @@ func (c *config) complete() error {
 				cert.name, cert.variable(), pair[1], key.name, key.variable(), pair[3])
 		}
 	}
-	if c.redisURL.host != "" {
-		c.pool.redis = c.redisURL
+	if c.pool.redis = c.redisURL; c.pool.redis.hosts == "" {
+		c.pool.redis.hosts = net.JoinHostPort(c.redisHost, strconv.Itoa(c.redisPort))
 	}
 	c.cache.timeout = c.pool.timeout
 	c.cache.absent = min(c.cache.absent, c.cache.ttl)
@@ -772,35 +778,70 @@ func parseSize(s string) (int64, error) {
 	return n << shift, nil
 }
 
-// parseRedisURL reads redis://[[user]:pass@]host[:port][/db]. Its errors do not show the URL. An empty one
-// is the zero address.
+const redisURLForms = "redis://[[user]:pass@]host[:port][,host[:port]...][/db], redis-sentinel://.../master[/db], " +
+	"rediss for TLS, or unix:///path[?db=n]"
+
+// parseRedisURL reads the URL of a Redis, of nodes of a cluster, or of sentinels. Its errors do not show it.
+// An empty one is the zero address.
 func parseRedisURL(s string) (a redisAddress, err error) {
 	if s == "" {
 		return a, nil
 	}
-	malformed := errors.New("must be redis://[[user]:pass@]host[:port][/db], or rediss:// for TLS")
-	u, err := url.Parse(s)
-	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.RawQuery != "" || u.Fragment != "" {
+	malformed := errors.New("must be " + redisURLForms)
+	scheme, rest, _ := strings.Cut(s, "://")
+	end := strings.IndexAny(rest+"/", "/?#")
+	login := strings.LastIndexByte(rest[:end], '@') + 1
+	u, err := url.Parse(scheme + "://" + rest[:login] + "hosts" + rest[end:]) // it does not take every list of them
+	if err != nil {
 		return a, malformed
 	}
-	a.tls = u.Scheme == "rediss"
-	a.host, a.port = u.Hostname(), 6379
-	if p := u.Port(); p != "" {
-		if a.port, err = strconv.Atoi(p); err != nil || a.port < 1 || a.port > 65535 {
-			return redisAddress{}, malformed
+	base, sentinels := strings.CutSuffix(strings.ReplaceAll(u.Scheme, "+", "-"), "-sentinel")
+	port, db := "6379", strings.TrimPrefix(u.Path, "/")
+	query, errQuery := url.ParseQuery(u.RawQuery)
+	if sentinels {
+		if port, a.master = "26379", u.Fragment; a.master == "" {
+			a.master, db, _ = strings.Cut(db, "/")
 		}
+		a.sentinelUser, a.sentinelPassword = query.Get("sentinel_username"), query.Get("sentinel_password")
+		query.Del("sentinel_username")
+		query.Del("sentinel_password")
 	}
-	if !isHost(a.host) {
-		return redisAddress{}, malformed
+	if base == "unix" && rest[login:end] == "" && len(u.Path) > 1 {
+		a.hosts, db = u.Path, query.Get("db")
+		query.Del("db")
+	} else {
+		a.hosts, err = parseRedisHosts(rest[login:end], port)
 	}
-	if db := strings.TrimPrefix(u.Path, "/"); db != "" {
-		if a.db, err = strconv.Atoi(db); err != nil || a.db < 0 || a.db > 1<<30 {
-			return redisAddress{}, malformed
-		}
+	if err == nil && db != "" {
+		a.db, err = number(0, 1<<30)(db)
 	}
+	a.tls = base == "rediss" || base == "valkeys"
 	a.user = u.User.Username()
-	if a.password, _ = u.User.Password(); u.User != nil && a.password == "" {
+	a.password, _ = u.User.Password()
+	switch {
+	case err != nil, errQuery != nil, len(query) > 0, !a.tls && base != "redis" && base != "valkey" && a.hosts != u.Path,
+		sentinels == (a.master == ""), !sentinels && u.Fragment != "":
+		return redisAddress{}, malformed
+	case u.User != nil && a.password == "", a.sentinelUser != "" && a.sentinelPassword == "":
 		return redisAddress{}, errors.New("has a user but no password: " + malformed.Error())
 	}
 	return a, nil
+}
+
+// parseRedisHosts reads host[:port],... with brackets around IPv6 addresses, and gives each a port.
+func parseRedisHosts(s, port string) (string, error) {
+	hosts := strings.Split(s, ",")
+	for i, host := range hosts {
+		u, err := url.Parse("redis://" + host)
+		if err != nil {
+			return "", err
+		}
+		port := cmp.Or(u.Port(), port)
+		_, errPort := number(1, 65535)(port)
+		if _, err := parseHost(u.Hostname()); err != nil || errPort != nil {
+			return "", errors.Join(err, errPort)
+		}
+		hosts[i] = net.JoinHostPort(u.Hostname(), port)
+	}
+	return strings.Join(hosts, ","), nil
 }

@@ -7,6 +7,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -60,8 +61,8 @@ func newParts(t testing.TB, flags ...string) *parts {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if cfg.pool.redis.port == 1 {
-		cfg.pool.redis.host = "[" // nobody to ask
+	if cfg.redisPort == 1 {
+		cfg.pool.redis.hosts = "[" // nobody to ask
 	}
 	p, log := &parts{cfg: cfg}, slog.New(slog.DiscardHandler)
 	p.cache = newCache(cfg.cache, func(fs []*flight) { p.pool.enqueue(fs) })
@@ -121,7 +122,7 @@ func putValue(c *cache, now time.Duration, v value) (stored bool) {
 func TestConfigReads(t *testing.T) {
 	show := func(c config) string {
 		return fmt.Sprintf("listen-address:%s port:%d redis:%s redis-timeout:%v client-limit:%d cache-size:%d cache-bytes:%d "+
-			"cache-timeout:%v stale-timeout:%v max-clients:%d idle-timeout:%v tracking:%v version:%v ", c.listenAddress, c.port, c.pool.redis.address(),
+			"cache-timeout:%v stale-timeout:%v max-clients:%d idle-timeout:%v tracking:%v version:%v ", c.listenAddress, c.port, c.pool.redis.hosts,
 			c.pool.timeout, c.pool.limit, c.cache.maxKeys, c.cache.maxBytes, c.cache.ttl, c.cache.stale, c.clients.maxClients,
 			c.clients.idleTimeout, c.pool.tracking, c.version)
 	}
@@ -215,19 +216,35 @@ func TestConfigAnswersHelpAndVersionWhateverTheEnvironment(t *testing.T) {
 }
 
 func TestConfigRedisURL(t *testing.T) {
-	for in, want := range map[string]redisAddress{
-		"redis://h": {host: "h", port: 6379}, "redis://h/": {host: "h", port: 6379}, "redis://h:7/3": {host: "h", port: 7, db: 3},
-		"redis://:p%40ss@h": {host: "h", port: 6379, password: "p@ss"}, "redis://[::1]": {host: "::1", port: 6379},
-		"redis://us%3Aer:p%2Fw:x@h":         {host: "h", port: 6379, user: "us:er", password: "p/w:x"},
-		"rediss://u:p@[fe80::1]:7/12":       {host: "fe80::1", port: 7, user: "u", password: "p", db: 12, tls: true},
-		"REDISS://cache.example.org:6380/0": {host: "cache.example.org", port: 6380, tls: true},
+	for _, tt := range []struct {
+		in   string
+		want redisAddress
+	}{
+		{"redis://h", redisAddress{hosts: "h:6379"}},
+		{"redis://h/", redisAddress{hosts: "h:6379"}},
+		{"redis://h:7/3", redisAddress{hosts: "h:7", db: 3}},
+		{"redis://:p%40ss@h", redisAddress{hosts: "h:6379", password: "p@ss"}},
+		{"redis://[::1]", redisAddress{hosts: "[::1]:6379"}},
+		{"redis://us%3Aer:p%2Fw:x@h", redisAddress{hosts: "h:6379", user: "us:er", password: "p/w:x"}},
+		{"rediss://u:p@[fe80::1]:7/12", redisAddress{hosts: "[fe80::1]:7", user: "u", password: "p", db: 12, tls: true}},
+		{"REDISS://cache.example.org:6380/0", redisAddress{hosts: "cache.example.org:6380", tls: true}},
+		{"valkey://h", redisAddress{hosts: "h:6379"}},
+		{"valkeys://h", redisAddress{hosts: "h:6379", tls: true}},
+		{"redis://h:1,h:2,h", redisAddress{hosts: "h:1,h:2,h:6379"}},
+		{"redis://u:p,@[::1]:1,10.0.0.1,[::2]/0", redisAddress{hosts: "[::1]:1,10.0.0.1:6379,[::2]:6379", user: "u", password: "p,"}},
+		{"redis-sentinel://h,h:1/name", redisAddress{hosts: "h:26379,h:1", master: "name"}},
+		{"redis+sentinel://:p@h/na%20me/3", redisAddress{hosts: "h:26379", master: "na me", db: 3, password: "p"}},
+		{"rediss-sentinel://h#name", redisAddress{hosts: "h:26379", master: "name", tls: true}},
+		{"rediss+sentinel://[::1]/3#name", redisAddress{hosts: "[::1]:26379", master: "name", db: 3, tls: true}},
+		{"valkey-sentinel://h/name?sentinel_username=u&sentinel_password=p%20",
+			redisAddress{hosts: "h:26379", master: "name", sentinelUser: "u", sentinelPassword: "p "}},
 	} {
-		cfg, err := parseConfig([]string{"--redis-url", in}, nil)
+		cfg, err := parseConfig([]string{"--redis-url", tt.in}, nil)
 		if err != nil {
-			t.Errorf("%s: got error %v", in, err)
+			t.Errorf("%s: got error %v", tt.in, err)
 			continue
 		}
-		compare(t, in, cfg.pool.redis, want)
+		compare(t, tt.in, cfg.pool.redis, tt.want)
 	}
 }
 
@@ -239,6 +256,12 @@ func TestConfigRefusesRedisURLWithoutTellingIt(t *testing.T) {
 		"database in the query": "redis://:s3cret@h?db=1", "fragment": "redis://:s3cret@h#1", "blank in front": " redis://:s3cret@h",
 		"user without password": "redis://s3cret@h", "user with empty password": "redis://s3cret:@h",
 		"host with a colon": "redis://user:s3cret:6379", "malformed escape": "redis://:s3cret%zz@h", "control character": "redis://:s3cret\x01@h", "bracket without end": "redis://:s3cret@[::1",
+		"empty host in a list": "redis://:s3cret@h,,h", "list that ends with a comma": "redis://:s3cret@h,", "port 0 in a list": "redis://:s3cret@h,h:0",
+		"bracket without end in a list": "redis://:s3cret@h,[::1", "address without brackets": "redis://:s3cret@h,::1",
+		"sentinels without a master": "redis-sentinel://:s3cret@h", "sentinels with an empty name": "redis-sentinel://:s3cret@h/",
+		"database of sentinels not a number": "redis-sentinel://:s3cret@h/name/x", "another parameter": "redis-sentinel://:s3cret@h/name?db=1",
+		"malformed parameter": "redis-sentinel://h/name?sentinel_password=s3cret%zz", "sentinels of another scheme": "http-sentinel://:s3cret@h/name",
+		"sentinels' user without password": "redis-sentinel://:s3cret@h/name?sentinel_username=u", "sentinels' password without sentinels": "redis://h?sentinel_password=s3cret",
 	} {
 		for where, got := range map[string]string{
 			"--redis-url":  refusal(t, []string{"--redis-url", in}, nil),
@@ -1849,6 +1872,79 @@ func outcomeOf(a answer) string {
 	return a.content()
 }
 
+func TestSlotAsRedisHasIt(t *testing.T) {
+	for _, tt := range []struct {
+		key  string
+		want int
+	}{
+		{"", 0}, {"123456789", 0x31c3}, {"foo", 12182}, {"bar", 5061}, {"hello", 866}, {"\xff\x00", 1023},
+		{"{foo}x", 12182}, {"x{foo}y", 12182}, {"{foo}{bar}", 12182}, {"x{foo", 11351},
+	} {
+		compare(t, tt.key, slot(tt.key), tt.want)
+	}
+	for _, whole := range []string{"{}foo", "foo{}{bar}", "foo{bar", "}foo{"} { // no tag: not the slot of any part
+		for _, part := range []string{"", "foo", "bar", "foo{}"} {
+			if slot(whole) == slot(part) {
+				t.Errorf("slot of %q: got that of %q", whole, part)
+			}
+		}
+	}
+	compare(t, "braces in a tag", slot("x{{foo}}"), slot("{foo"))
+}
+
+func TestResolveWhatServersCallThemselves(t *testing.T) {
+	for _, tt := range []struct{ from, host, port, want string }{
+		{"h:1", "10.0.0.1", "7", "10.0.0.1:7"},
+		{"h:1", "name.example", "7", "name.example:7"},
+		{"h:1", "", "7", "h:7"},
+		{"[::1]:1", "", "7", "[::1]:7"},
+		{"h:1", "::2", "7", "[::2]:7"},
+		{"h:1", "10.0.0.1", "0", "10.0.0.1:1"},
+		{"h:1", "", "0", "h:1"},
+		{"h:1", "?", "7", ""},       // unknown host
+		{"h:1", "a b", "7", ""},     // blank
+		{"h:1", "h", "", ""},        // no port
+		{"h:1", "h", "65536", ""},   // port too large
+		{"h:1", "h", "-1", ""},      // negative port
+		{"h:1", "h", "7@16379", ""}, // port with the bus
+	} {
+		compare(t, fmt.Sprintf("%q %q from %s", tt.host, tt.port, tt.from), resolve(tt.from, tt.host, tt.port), tt.want)
+	}
+}
+
+// Where a reply sends a flight, as Redis and as a malformed one has it.
+func TestPoolRedirects(t *testing.T) {
+	for _, tt := range []struct{ reply, at, asking string }{ // at h:1: here again; nowhere: it ends with the reply
+		{"MOVED 12182 10.0.0.1:7", "10.0.0.1:7", ""},
+		{"MOVED 12182 :7", "h:7", ""},
+		{"MOVED 12182 ::1:7", "[::1]:7", ""},
+		{"ASK 12182 10.0.0.1:7", "10.0.0.1:7", "10.0.0.1:7"},
+		{"MOVED 12182 ?:7", "h:1", ""},
+		{"MOVED 12182", "h:1", ""},
+		{"MOVED", "h:1", ""},
+		{"ASK 12182 nowhere", "h:1", ""},
+		{"CLUSTERDOWN The cluster is down", "h:1", ""},
+		{"TRYAGAIN Multiple keys request during rehashing of slot", "h:1", ""},
+		{"LOADING Redis is loading", "", ""},
+		{"MOVEDON 1 h:7", "", ""},
+		{"ERR any", "", ""},
+		{"", "", ""},
+	} {
+		p := newParts(t)
+		p.pool.seeds = []string{"h:1"}
+		p.pool.queued = maxQueue // it gets no further than that
+		f := &flight{key: "foo", until: time.Hour}
+		p.pool.mu.Lock()
+		n := p.pool.nodeLocked("h:1")
+		p.pool.mu.Unlock()
+		compare(t, tt.reply, n.redirect(f, redis.Error(tt.reply)), tt.at != "")
+		p.pool.mu.Lock()
+		compare(t, tt.reply, p.pool.routeLocked(f).addr, cmp.Or(tt.at, "h:1"))
+		p.pool.mu.Unlock()
+		compare(t, tt.reply, f.asking, tt.asking)
+	}
+}
+
 func TestPoolFetchesEachKeyOnce(t *testing.T) {
 	var fetches atomic.Int64
 	release := make(chan struct{})
@@ -2020,9 +2116,9 @@ func TestPoolDoesNotRetryForNobody(t *testing.T) {
 // A dial that began while Redis was down does not fail those who ask when it is back.
 func TestPoolHasNoErrorAfterTheFirstSuccess(t *testing.T) {
 	p := newParts(t, playRedis(t, func(int, []string) string { return bulk("value") })...)
-	dial, dialling, refuse := p.pool.node.conns.Dial, make(chan struct{}), make(chan struct{})
+	dial, dialling, refuse := p.pool.routeLocked(new(flight)).conns.Dial, make(chan struct{}), make(chan struct{})
 	var dials atomic.Int64
-	p.pool.node.conns.Dial = func() (redis.Conn, error) {
+	p.pool.routeLocked(new(flight)).conns.Dial = func() (redis.Conn, error) {
 		if dials.Add(1) > 1 {
 			return dial()
 		}
@@ -2032,7 +2128,7 @@ func TestPoolHasNoErrorAfterTheFirstSuccess(t *testing.T) {
 	}
 	asked := askFor(p, "key")
 	<-dialling
-	p.pool.node.health.worked() // over another connection
+	p.pool.routeLocked(new(flight)).health.worked() // over another connection
 	close(refuse)
 	p.wait(asked)
 	compare(t, "answer", outcomeOf(asked[0]), "value")
@@ -2040,16 +2136,16 @@ func TestPoolHasNoErrorAfterTheFirstSuccess(t *testing.T) {
 
 func TestPoolBoundsWhatWaits(t *testing.T) {
 	p := newParts(t)
-	for range cap(p.pool.node.slots) {
-		p.pool.node.slots <- struct{}{} // no connection is free
+	for range cap(p.pool.routeLocked(new(flight)).slots) {
+		p.pool.routeLocked(new(flight)).slots <- struct{}{} // no connection is free
 	}
 	for i := range maxQueue {
 		askFor(p, fmt.Sprint(i))
 	}
 	compare(t, "one too many", outcomeOf(p.get("x")), errTimeout.Error())
-	p.pool.node.queue, p.pool.queueBytes = nil, maxQueueBytes-5
+	p.pool.routeLocked(new(flight)).queue, p.pool.queued, p.pool.queueBytes = nil, 0, maxQueueBytes-5
 	compare(t, "keys too large", outcomeOf(p.get("longer")), errTimeout.Error())
-	p.pool.node.queue, p.pool.queueBytes = nil, 0
+	p.pool.routeLocked(new(flight)).queue, p.pool.queueBytes = nil, 0
 }
 
 func TestRefusedMarksWhatConcernsTheProxy(t *testing.T) {

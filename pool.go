@@ -7,12 +7,15 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
+	"math"
 	"net"
 	"net/netip"
 	"runtime"
@@ -45,6 +48,21 @@ const (
 	// report of changes that is believed.
 	maxReply    = 512 << 20
 	maxElements = 1 << 20
+	// slots is into how many parts a cluster divides the keys. Each has an owner.
+	slots = 1 << 14
+	// Who owns what is asked for at most once in learnPause: at a hint, every failingTick while a node fails
+	// or has failed less than failingFor ago, every tick of a cluster, and every sentinelTick of sentinels.
+	// No server may take longer than askTimeout to answer.
+	learnPause   = 250 * time.Millisecond
+	failingTick  = 500 * time.Millisecond
+	failingFor   = 5 * time.Second
+	sentinelTick = time.Second
+	clusterTick  = 10 * time.Second
+	askTimeout   = 500 * time.Millisecond
+	// strayTime is how long a node is kept that owns no slot, since it was last named.
+	strayTime = 10 * time.Second
+	// retryPause is the longest pause before a flight is tried again that no node takes.
+	retryPause = 50 * time.Millisecond
 	// growBy is how many bytes of a reply are believed before they have come.
 	growBy = 64 << 10
 	// pingEvery is how often the tracking connection is tried.
@@ -63,14 +81,14 @@ type poolSettings struct {
 
 // A redisAddress says how to reach the backing Redis.
 type redisAddress struct {
-	host           string
-	port           int
+	hosts          string // host:port of a Redis, of nodes of a cluster or of sentinels, with commas between them
 	user, password string
 	db             int
 	tls            bool
-}
 
-func (a redisAddress) address() string { return net.JoinHostPort(a.host, strconv.Itoa(a.port)) }
+	master                         string // the name that sentinels know it by; none: hosts are not sentinels
+	sentinelUser, sentinelPassword string
+}
 
 // isHost reports whether s is an IP address or may be a host name.
 func isHost(s string) bool {
@@ -81,20 +99,33 @@ func isHost(s string) bool {
 // A pool carries flights out. It is safe for concurrent use.
 type pool struct {
 	poolSettings
-	cache *cache
-	log   *slog.Logger
-	node  *node
-	track *tracker // nil: no tracking
+	cache         *cache
+	log           *slog.Logger
+	ctx           context.Context // done when the pool is closed
+	stop          context.CancelFunc
+	invalidations atomic.Int64  // changes that Redis reported
+	hints         chan string   // it is time to learn, perhaps from the server at this address
+	learnt        chan struct{} // closed when that was tried once
+	watched       chan struct{} // closed when watch has ended
 
-	mu         sync.Mutex // guards the following, and the queue of a node; the cache's lock may not be taken under it
-	queueBytes int        // of keys, over all queues
+	// mu guards the following, and the queue of a node. The cache's lock may not be taken under it.
+	mu         sync.Mutex
+	nodes      map[string]*node // by address
+	seeds      []string         // addresses where to begin
+	seed       int              // which of them is in use
+	owners     []*node          // of each slot, nil where it is not known; none at all before Redis says that it is a cluster
+	masters    map[*node]bool   // the owners that settle has seen last
+	sentinels  []string         // their addresses, one that answered in front; only watch touches them
+	unknown    error            // why no sentinel has named a master
+	queued     int              // flights, over all queues
+	queueBytes int              // of their keys
 	poolCounts
 }
 
 // poolCounts count what became of flights.
 type poolCounts struct {
-	flights, batches, errors int64
-	latency                  histogram // of batches
+	flights, batches, errors, redirects, refreshes int64
+	latency                                        histogram // of batches
 }
 
 var latencyBounds = []time.Duration{
@@ -104,60 +135,61 @@ var latencyBounds = []time.Duration{
 }
 
 func newPool(s poolSettings, c *cache, log *slog.Logger) *pool {
-	p := &pool{poolSettings: s, cache: c, log: log}
+	p := &pool{poolSettings: s, cache: c, log: log, nodes: make(map[string]*node), seeds: strings.Split(s.redis.hosts, ","),
+		unknown: errors.New("the sentinels name another master"), hints: make(chan string, 1), learnt: make(chan struct{}), watched: make(chan struct{})}
 	p.latency = histogram{bounds: latencyBounds, counts: make([]int64, len(latencyBounds)+1)}
-	p.node = p.newNode(s.redis.address())
-	if s.tracking {
-		p.track = startTracker(c, log, func(ctx context.Context) func() (*upstream, error) {
-			return p.dialer(ctx, p.node.addr, s.timeout+pingEvery)
-		})
+	p.ctx, p.stop = context.WithCancel(context.Background())
+	if s.redis.master != "" {
+		p.seeds, p.sentinels = []string{""}, p.seeds // the master is unknown until a sentinel answers
 	}
+	p.masters = p.mastersLocked()
+	p.hintLocked("")
+	go p.watch() // ends with close
 	return p
 }
 
-// dialer returns a function that makes connections to a node. It gives up when that takes longer than the
-// timeout, or when ctx is done meanwhile. A read or write on them fails after patience.
-func (p *pool) dialer(ctx context.Context, addr string, patience time.Duration) func() (*upstream, error) {
-	return func() (*upstream, error) {
-		ctx, cancel := context.WithTimeout(ctx, p.timeout)
-		defer cancel()
-		c, err := dialInTurn(ctx, addr)
-		if err != nil {
+// dial makes a connection, which is closed when ctx is done. It gives up when that takes longer than the
+// timeout or than patience. A read or write on it fails after patience.
+func (p *pool) dial(ctx context.Context, addr string, patience time.Duration, opts ...redis.DialOption) (*upstream, error) {
+	soon, cancel := context.WithTimeout(ctx, min(p.timeout, patience))
+	defer cancel()
+	c, err := dialInTurn(soon, addr)
+	if err != nil {
+		return nil, err
+	}
+	defer context.AfterFunc(soon, func() { c.Close() })() // redigo's AUTH and SELECT do not look at a context
+	g := &guard{Conn: wire{c, patience}}
+	if tcp, ok := c.(*net.TCPConn); ok && !p.redis.tls {
+		g.raw, _ = tcp.SyscallConn()
+	}
+	if p.redis.tls {
+		host, _, _ := net.SplitHostPort(addr)
+		conf := cmp.Or(p.tls, new(tls.Config)).Clone()
+		conf.ServerName = host
+		t := tls.Client(g.Conn, conf)
+		if err := t.HandshakeContext(soon); err != nil {
+			c.Close()
 			return nil, err
 		}
-		defer context.AfterFunc(ctx, func() { c.Close() })() // redigo's AUTH and SELECT do not look at ctx
-		g := &guard{Conn: wire{c, patience}}
-		if tcp, ok := c.(*net.TCPConn); ok && !p.redis.tls {
-			g.raw, _ = tcp.SyscallConn()
-		}
-		if p.redis.tls {
-			host, _, _ := net.SplitHostPort(addr)
-			conf := p.tls.Clone()
-			if conf == nil {
-				conf = new(tls.Config)
-			}
-			conf.ServerName = host
-			t := tls.Client(g.Conn, conf)
-			if err := t.HandshakeContext(ctx); err != nil {
-				c.Close()
-				return nil, err
-			}
-			g.Conn = t
-		}
-		g.in = bufio.NewReaderSize(g.Conn, 16<<10)
-		conn, err := redis.Dial("tcp", addr,
-			redis.DialContextFunc(func(context.Context, string, string) (net.Conn, error) { return g, nil }),
-			redis.DialUsername(p.redis.user), redis.DialPassword(p.redis.password), redis.DialDatabase(p.redis.db))
-		if err != nil && ctx.Err() != nil {
-			err = ctx.Err() // a time-out, which closed the connection
-		}
-		return &upstream{Conn: conn, guard: g}, err
+		g.Conn = t
 	}
+	g.in = bufio.NewReaderSize(g.Conn, 16<<10)
+	conn, err := redis.Dial("tcp", addr, append(opts,
+		redis.DialContextFunc(func(context.Context, string, string) (net.Conn, error) { return g, nil }))...)
+	if err != nil && soon.Err() != nil {
+		return nil, soon.Err() // a time-out, which closed the connection
+	} else if err != nil {
+		return nil, err
+	}
+	return &upstream{conn, g, context.AfterFunc(ctx, func() { c.Close() }), nil, 0}, nil
 }
 
 // dialInTurn connects to the first address of a name that answers. Each has its share of the time that is
 // left: net.Dialer would give the first 2 s of it.
 func dialInTurn(ctx context.Context, addr string) (c net.Conn, err error) {
+	if strings.HasPrefix(addr, "/") {
+		return new(net.Dialer).DialContext(ctx, "unix", addr)
+	}
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {
 		return nil, err
@@ -176,26 +208,91 @@ func dialInTurn(ctx context.Context, addr string) (c net.Conn, err error) {
 	return nil, err
 }
 
-// close stops the tracker and drops the idle connections; those in use go when their batch ends.
+// close drops all nodes, and their connections.
 func (p *pool) close() {
-	p.track.close()
-	p.node.conns.Close()
+	p.stop()
+	<-p.watched
+	p.mu.Lock()
+	nodes := slices.Collect(maps.Values(p.nodes))
+	p.mu.Unlock()
+	for _, n := range nodes {
+		n.close()
+	}
 }
 
-// enqueue queues flights, which a worker carries out. It does not block.
+// nodeLocked returns the node with this address.
+func (p *pool) nodeLocked(addr string) *node {
+	n := p.nodes[addr]
+	if n == nil {
+		n = p.newNode(addr)
+		p.nodes[addr] = n
+	}
+	return n
+}
+
+// routeLocked returns the node that is to carry out a flight.
+func (p *pool) routeLocked(f *flight) *node {
+	if f.asking != "" {
+		return p.nodeLocked(f.asking)
+	}
+	if p.owners != nil {
+		if n := p.owners[slot(f.key)]; n != nil {
+			return n
+		}
+	}
+	return p.nodeLocked(p.seeds[p.seed])
+}
+
+// slot returns the slot of a key: CRC16 (XMODEM) of its hash tag, if it has one, or of all of it.
+func slot(key string) int {
+	if _, rest, ok := strings.Cut(key, "{"); ok {
+		if tag, _, ok := strings.Cut(rest, "}"); ok && tag != "" {
+			key = tag
+		}
+	}
+	var crc uint16
+	for _, b := range []byte(key) {
+		x := crc>>8 ^ uint16(b)
+		x ^= x >> 4
+		crc = crc<<8 ^ x<<12 ^ x<<5 ^ x
+	}
+	return int(crc % slots)
+}
+
+// resolve returns the address that the server at from means by a host and a port: its own host and port
+// where they are missing, and none where it does not know.
+func resolve(from, host, port string) (addr string) {
+	ownHost, ownPort, _ := net.SplitHostPort(from)
+	host = cmp.Or(host, ownHost)
+	if port == "0" {
+		port = ownPort
+	}
+	if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 || host == "?" || !isHost(host) {
+		return ""
+	}
+	return net.JoinHostPort(host, port)
+}
+
+// login returns what a connection to Redis begins with.
+func (p *pool) login() []redis.DialOption {
+	return []redis.DialOption{redis.DialUsername(p.redis.user), redis.DialPassword(p.redis.password), redis.DialDatabase(p.redis.db)}
+}
+
+// enqueue queues flights, each at its node, whose workers carry them out. It does not block.
 func (p *pool) enqueue(fs []*flight) {
 	var refused []*flight
 	p.mu.Lock()
-	n := p.node
 	for _, f := range fs {
-		if len(n.queue) >= maxQueue || p.queueBytes+len(f.key) > maxQueueBytes {
+		if p.queued >= maxQueue || p.queueBytes+len(f.key) > maxQueueBytes {
 			refused = append(refused, f)
 			continue
 		}
+		n := p.routeLocked(f)
 		n.queue = append(n.queue, f)
+		p.queued++
 		p.queueBytes += len(f.key)
+		n.startLocked()
 	}
-	n.startLocked()
 	p.mu.Unlock()
 	for _, f := range refused {
 		p.cache.finish(f, value{}, errTimeout)
@@ -206,7 +303,7 @@ func (p *pool) enqueue(fs []*flight) {
 func (p *pool) try() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.node.startWorker()
+	p.routeLocked(new(flight)).startWorker()
 }
 
 // ready reports whether Redis answers, by a flight like any other, for a key that nobody has. That Redis
@@ -229,43 +326,283 @@ func (p *pool) figures() []figure {
 	p.mu.Lock()
 	n := p.poolCounts
 	n.latency.counts = slices.Clone(n.latency.counts)
+	masters, nodes := p.mastersLocked(), slices.Collect(maps.Values(p.nodes))
 	p.mu.Unlock()
-	state, invalidations := p.track.state()
+	connections, used, down, state := 0, 0, 0, trackingOff
+	if p.tracking {
+		state = trackingLive
+	}
+	for _, n := range nodes {
+		connections += n.conns.ActiveCount()
+		used += len(n.slots)
+		if masters[n] && p.tracking && (n.tracker == nil || !n.tracker.live.Load()) {
+			state = trackingDown
+		}
+		if masters[n] && n.health.down() {
+			down++
+		}
+	}
 	const failures = "Flights that failed, or were answered by an error that is not about the key."
 	return []figure{
-		{"Cache", "upstream_connections", "upstream_connections", "Connections to Redis.", p.node.conns.ActiveCount()},
-		{"Cache", "upstream_connections_used", "upstream_connections_used", "Connections to Redis in use.", len(p.node.slots)},
+		{"Cache", "upstream_connections", "upstream_connections", "Connections to Redis.", connections},
+		{"Cache", "upstream_connections_used", "upstream_connections_used", "Connections to Redis in use.", used},
 		{"Cache", "upstream_fetches", "upstream_fetches_total", "GETs taken up by a connection to Redis.", n.flights},
 		{"Cache", "upstream_batches", "upstream_batches_total", "Pipelines of them.", n.batches},
 		{"Cache", "upstream_errors", "upstream_errors_total", failures, n.errors},
+		{"Cache", "upstream_nodes", "upstream_nodes", "Nodes of Redis that are known.", len(nodes)},
+		{"Cache", "upstream_nodes_down", "upstream_nodes_down", "Owners of keys that could not be read last time.", down},
+		{"Cache", "upstream_refreshes", "upstream_refreshes_total", "Times that Redis was asked who owns which keys.", n.refreshes},
+		{"Cache", "upstream_redirects", "upstream_redirects_total", "GETs that a node sent to another one.", n.redirects},
 		{"Cache", "tracking", "tracking", "Whether Redis reports changes: 0 is off, 1 down, 2 live.", state},
-		{"Cache", "tracking_invalidations", "invalidations_total", "Changes that Redis reported.", invalidations},
+		{"Cache", "tracking_invalidations", "invalidations_total", "Changes that Redis reported.", p.invalidations.Load()},
 		{"", "", "upstream_seconds", "Time from taking up a batch of GETs to its last reply, connecting included.", n.latency},
+	}
+}
+
+// aloneLocked reports whether there is a single Redis. It must not be sent any command that only nodes of
+// a cluster and sentinels know.
+func (p *pool) aloneLocked() bool {
+	return p.owners == nil && len(p.seeds) == 1 && p.redis.master == ""
+}
+
+// hint has watch learn soon, from the server at an address if that is one. It does not block.
+func (p *pool) hint(addr string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.hintLocked(addr)
+}
+
+func (p *pool) hintLocked(addr string) {
+	if p.aloneLocked() {
+		return
+	}
+	select {
+	case p.hints <- addr:
+	default:
+	}
+}
+
+// leaveLocked goes on to the next seed, if it is n that is in use.
+func (p *pool) leaveLocked(n *node) {
+	if p.seeds[p.seed] == n.addr {
+		p.seed = (p.seed + 1) % len(p.seeds)
+	}
+}
+
+// watch learns who owns which keys, at hints and now and then, once at a time.
+func (p *pool) watch() {
+	defer close(p.watched)
+	known := sync.OnceFunc(func() { close(p.learnt) })
+	defer known()
+	for {
+		hint := ""
+		select {
+		case <-p.ctx.Done():
+			return
+		case hint = <-p.hints:
+		case <-time.After(p.tick() - learnPause):
+		}
+		if p.redis.master != "" {
+			p.askSentinels()
+		} else {
+			p.askNodes(hint)
+		}
+		p.settle()
+		known()
+		select {
+		case <-p.ctx.Done():
+		case <-time.After(learnPause):
+		}
+	}
+}
+
+// tick returns how long to wait for a hint.
+func (p *pool) tick() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.aloneLocked() {
+		return math.MaxInt64
+	}
+	for n := range p.mastersLocked() {
+		if time.Since(n.failed) < failingFor {
+			return failingTick
+		}
+	}
+	if p.redis.master != "" {
+		return sentinelTick
+	}
+	return clusterTick
+}
+
+// ask sends a server one command, over a connection of its own.
+func (p *pool) ask(addr string, login []redis.DialOption, command string, args ...any) ([]any, error) {
+	ctx, cancel := context.WithTimeout(p.ctx, 2*askTimeout)
+	defer cancel()
+	u, err := p.dial(ctx, addr, askTimeout, login...)
+	if err != nil {
+		return nil, err
+	}
+	defer u.Close()
+	return redis.Values(u.Do(command, args...))
+}
+
+// askNodes learns the owners of all slots from the first node that knows them: the one that was hinted at,
+// the owners that are known, those that failed last, or those that the URL names.
+func (p *pool) askNodes(hint string) {
+	p.mu.Lock()
+	masters := slices.SortedFunc(maps.Keys(p.mastersLocked()), func(a, b *node) int { return a.failed.Compare(b.failed) })
+	p.mu.Unlock()
+	addrs := []string{hint}
+	for _, n := range masters {
+		addrs = append(addrs, n.addr)
+	}
+	addrs = append(addrs, p.seeds...)
+	for i, addr := range addrs {
+		if addr == "" || slices.Contains(addrs[:i], addr) {
+			continue
+		}
+		rows, err := p.ask(addr, p.login(), "CLUSTER", "SLOTS")
+		if err == nil && p.adopt(addr, rows) {
+			return
+		}
+	}
+}
+
+// adopt takes the owners of slots over from an answer to CLUSTER SLOTS. Slots that it does not name keep
+// theirs. It reports whether it named any.
+func (p *pool) adopt(from string, rows []any) (named bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, row := range rows {
+		var first, last, port int
+		var host string
+		var master []any
+		span, _ := redis.Values(row, nil)
+		_, err := redis.Scan(span, &first, &last, &master)
+		if err == nil {
+			_, err = redis.Scan(master, &host, &port)
+		}
+		addr := resolve(from, host, strconv.Itoa(port))
+		if err != nil || addr == "" || first < 0 || last >= slots {
+			continue
+		}
+		if p.owners == nil {
+			p.owners = make([]*node, slots)
+		}
+		n := p.nodeLocked(addr)
+		for i := first; i <= last; i++ {
+			p.owners[i] = n
+		}
+		named = true
+	}
+	return named
+}
+
+// askSentinels learns the master from the first sentinel that knows it, and asks that one first next time.
+func (p *pool) askSentinels() {
+	login := []redis.DialOption{redis.DialUsername(p.redis.sentinelUser), redis.DialPassword(p.redis.sentinelPassword)}
+	var unknown error
+	for i, addr := range p.sentinels {
+		named, err := redis.Strings(p.ask(addr, login, "SENTINEL", "get-master-addr-by-name", p.redis.master))
+		if err == nil && len(named) == 2 {
+			p.sentinels[0], p.sentinels[i] = addr, p.sentinels[0]
+			p.mu.Lock()
+			p.seeds[0] = resolve(addr, named[0], named[1])
+			p.mu.Unlock()
+			return
+		}
+		if err == redis.ErrNil {
+			unknown = fmt.Errorf("no sentinel knows the master %q", p.redis.master)
+		} else if unknown == nil {
+			unknown = fmt.Errorf("no sentinel answers: %w", err)
+		}
+	}
+	p.mu.Lock()
+	p.unknown = unknown
+	p.mu.Unlock()
+}
+
+// mastersLocked returns the nodes that own slots, or the one in use where there are none.
+func (p *pool) mastersLocked() map[*node]bool {
+	masters := make(map[*node]bool)
+	var last *node
+	if p.owners == nil {
+		masters[p.nodeLocked(p.seeds[p.seed])] = true
+	}
+	for _, n := range p.owners {
+		if n == nil {
+			n = p.nodeLocked(p.seeds[p.seed])
+		}
+		if n != last {
+			masters[n] = true
+		}
+		last = n
+	}
+	return masters
+}
+
+// settle follows a change of the owners. Flights that wait are queued at those of today, and a node is
+// closed that owns nothing any more, or that has owned nothing and was not named for a while.
+func (p *pool) settle() {
+	var queued []*flight
+	var gone []*node
+	p.mu.Lock()
+	p.refreshes++
+	masters := p.mastersLocked()
+	changed := !maps.Equal(masters, p.masters)
+	for addr, n := range p.nodes {
+		queued = append(queued, n.queue...)
+		n.queue = nil
+		if !masters[n] && (p.masters[n] || time.Since(n.named) > strayTime) {
+			delete(p.nodes, addr)
+			gone = append(gone, n)
+		}
+	}
+	p.queued, p.queueBytes = 0, 0
+	p.masters = masters
+	p.mu.Unlock()
+	p.enqueue(queued)
+	if changed {
+		var addrs []string
+		for n := range masters {
+			addrs = append(addrs, n.addr)
+		}
+		slices.Sort(addrs)
+		p.log.Info("other nodes own the keys now", "nodes", strings.Join(addrs, " "))
+	}
+	for _, n := range gone {
+		n.close()
 	}
 }
 
 // A node is one Redis server, the connections to it, and the flights that wait for one of them.
 type node struct {
-	pool   *pool
-	addr   string
-	conns  *redis.Pool
-	slots  chan struct{} // holds an element for each connection in use
-	health health
+	pool    *pool
+	addr    string
+	ctx     context.Context // done when the node is closed
+	stop    context.CancelFunc
+	conns   *redis.Pool
+	slots   chan struct{} // holds an element for each connection in use
+	health  health
+	tracker *tracker // nil: no tracking
 
 	// The pool's lock guards the following.
 	queue  []*flight
 	coming bool      // a worker is about to take the queue
 	most   int       // GETs in one batch
 	broke  time.Time // when a connection last did; others that have been idle since before may be dead
+	named  time.Time // when MOVED or ASK last did, or it was made
+	failed time.Time // when a batch last did
 }
 
 func (p *pool) newNode(addr string) *node {
-	n := &node{pool: p, addr: addr, most: firstBatch, slots: make(chan struct{}, p.limit), health: health{log: p.log, now: p.cache.now}}
-	dial := p.dialer(context.Background(), addr, p.timeout+grace)
+	n := &node{pool: p, addr: addr, most: firstBatch, named: time.Now(), slots: make(chan struct{}, p.limit), health: health{now: p.cache.now}}
+	n.health.log = n.log
+	n.ctx, n.stop = context.WithCancel(p.ctx)
 	n.conns = &redis.Pool{
 		MaxIdle: p.limit,
 		Dial: func() (redis.Conn, error) {
-			c, err := dial()
+			c, err := n.dial(p.timeout + grace)
 			if err != nil {
 				return nil, err
 			}
@@ -280,7 +617,56 @@ func (p *pool) newNode(addr string) *node {
 			return c.(*upstream).guard.quiet()
 		},
 	}
+	if p.tracking && addr != "" {
+		n.tracker = startTracker(n)
+	}
 	return n
+}
+
+// log names the node, where there are or may be several.
+func (n *node) log() *slog.Logger {
+	n.pool.mu.Lock()
+	defer n.pool.mu.Unlock()
+	if n.pool.aloneLocked() {
+		return n.pool.log
+	}
+	return n.pool.log.With("node", n.addr)
+}
+
+// dial makes a connection on which a read or write fails after patience. Where sentinels named the node, it
+// must say itself that it is a master.
+func (n *node) dial(patience time.Duration) (*upstream, error) {
+	p := n.pool
+	if n.addr == "" {
+		<-p.learnt
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return nil, p.unknown
+	}
+	u, err := p.dial(n.ctx, n.addr, patience, p.login()...)
+	if err != nil || p.redis.master == "" {
+		return u, err
+	}
+	role := ""
+	reply, err := redis.Values(u.Do("ROLE"))
+	if err == nil {
+		_, err = redis.Scan(reply, &role)
+	}
+	if err == nil && role != "master" {
+		err = errors.New("the sentinels name a server that is no master")
+	}
+	if err != nil {
+		u.Close()
+		return nil, err
+	}
+	return u, nil
+}
+
+// close closes all connections, those in use too, and waits for the tracker.
+func (n *node) close() {
+	n.stop()
+	n.tracker.wait()
+	n.conns.Close()
 }
 
 // startLocked starts a worker for the queue, unless one is on its way to it. If no slot is free, the
@@ -323,11 +709,12 @@ func (n *node) take() (fs []*flight, any bool) {
 	for _, f := range fs {
 		p.queueBytes -= len(f.key)
 	}
+	p.queued -= len(fs)
 	n.coming = false
 	n.startLocked() // what does not fit is another worker's
 	p.mu.Unlock()
 	any = len(fs) > 0
-	fs, unwanted := p.cache.wanted(fs)
+	fs, unwanted := p.cache.wanted(fs, 0)
 	for _, f := range unwanted {
 		p.cache.finish(f, value{}, errTimeout)
 	}
@@ -342,47 +729,35 @@ func (n *node) take() (fs []*flight, any bool) {
 
 // batch takes a connection, and then all that has been queued meanwhile, and carries it out. It reports
 // whether there was anything.
-//
-// If the connection breaks, the rest is tried once more on another: it may have died while it was idle,
-// and GET does no harm twice. The same goes where the connection could not be made, but another was made
-// meanwhile.
 func (n *node) batch() bool {
-	began := n.pool.cache.now()
+	p := n.pool
+	began := p.cache.now()
 	conn := n.conns.Get()
-	defer func() { conn.Close() }()
+	defer conn.Close()
 	made := conn.Err() == nil
 	fs, any := n.take()
 	if len(fs) == 0 {
-		if !made {
+		if !made && n.ctx.Err() == nil {
 			n.health.failed(began, conn.Err())
 		}
 		return any
 	}
-	size := len(fs)
+	size, failed := len(fs), 0
 	rest, err := n.exchange(conn, fs)
-	if err != nil && n.broken(made, began) && rest[len(rest)-1].began >= n.pool.cache.now()-2*n.pool.timeout {
-		conn.Close()
-		conn = n.conns.Get()
-		rest, err = n.exchange(conn, rest)
-	}
 	if err != nil {
-		n.health.failed(began, err)
-		failure := asAnswer(err)
-		for _, f := range rest {
-			n.pool.cache.finish(f, value{}, failure)
-		}
+		failed = n.broken(rest, err, made, began)
 	}
-	n.count(began, size, len(rest))
+	n.count(began, size, failed, err)
 	return true
 }
 
 // count adds the end of a batch to the statistics, and decides how large the next may be.
-func (n *node) count(began time.Duration, size, failed int) {
+func (n *node) count(began time.Duration, size, failed int, err error) {
 	p := n.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.errors += int64(failed)
-	if failed > 0 {
+	if err != nil {
 		n.most = firstBatch
 		return
 	}
@@ -392,27 +767,59 @@ func (n *node) count(began time.Duration, size, failed int) {
 	p.latency.add(p.cache.now() - began)
 }
 
-// broken notes that a connection broke, or could not be made since it began, and reports whether another
-// may do.
-func (n *node) broken(made bool, began time.Duration) bool {
-	n.pool.mu.Lock()
-	defer n.pool.mu.Unlock()
+// broken ends the flights of a connection that broke, or could not be made, since it began. It returns how
+// many.
+//
+// The others are tried once more on another connection: this one may have died while it was idle, and GET
+// does no harm twice. The same goes where it could not be made, but another was made meanwhile, or where
+// another node is to be asked by now.
+func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) (failed int) {
+	p := n.pool
+	var again, ended []*flight
+	p.mu.Lock()
+	n.failed = time.Now()
 	if made {
-		n.broke = time.Now()
+		n.broke = n.failed
 	}
-	return made || n.health.workedSince(began)
+	p.leaveLocked(n)
+	may := made || n.health.workedSince(began)
+	for _, f := range fs {
+		f.asking = ""
+		elsewhere := p.routeLocked(f) != n && f.hops < len(p.seeds)+2
+		if f.began >= p.cache.now()-2*p.timeout && (may && !f.tried || elsewhere) {
+			f.tried, f.hops = f.tried || may, f.hops+1
+			again = append(again, f)
+		} else {
+			ended = append(ended, f)
+		}
+	}
+	p.hintLocked("")
+	p.mu.Unlock()
+	p.enqueue(again)
+	if len(ended) > 0 {
+		n.health.failed(began, err)
+	}
+	failure := asAnswer(err)
+	for _, f := range ended {
+		p.cache.finish(f, value{}, failure)
+	}
+	return len(ended)
 }
 
 // exchange sends a GET for each flight and finishes it with the reply. It lets go of the flights that it
 // finished, and returns the rest.
 func (n *node) exchange(conn redis.Conn, fs []*flight) (rest []*flight, err error) {
 	sent := n.pool.cache.now()
+	commands := []string{"GET", "PTTL"}
+	if !n.pool.keyTTL {
+		commands = commands[:1]
+	}
 	for _, f := range fs {
-		if err := conn.Send("GET", f.key); err != nil {
-			return fs, err
-		}
-		if n.pool.keyTTL {
-			conn.Send("PTTL", f.key) // if that fails, so does Flush
+		for _, command := range commands {
+			if f.asking != "" {
+				conn.Send("ASKING") // it is for the next command only
+			}
+			conn.Send(command, f.key) // if that fails, so does Flush
 		}
 	}
 	if err := conn.Flush(); err != nil {
@@ -428,6 +835,9 @@ func (n *node) exchange(conn redis.Conn, fs []*flight) (rest []*flight, err erro
 		v, err := n.receive(conn, f, sent)
 		refusal, isReply := err.(redis.Error)
 		switch {
+		case isReply && n.redirect(f, refusal):
+			fs[i] = nil
+			continue // another worker may have it
 		case isReply:
 			n.refuse(f, refusal)
 		case err == nil || err == errAbsent:
@@ -460,6 +870,67 @@ func (n *node) receive(conn redis.Conn, f *flight, sent time.Duration) (v value,
 		v.expires = sent + time.Duration(max(left, 0))*time.Millisecond
 	}
 	return v, err
+}
+
+// redirect has a flight carried out where an error reply says, or later where it says that this may help.
+// It reports whether it did; else the flight is to end with the reply. Nodes that name each other for ever
+// are asked less and less often, until no request waits any more.
+func (n *node) redirect(f *flight, reply redis.Error) bool {
+	p := n.pool
+	code, rest, _ := strings.Cut(string(reply), " ")
+	addr, pause := "", retryPause
+	switch code {
+	case "MOVED", "ASK":
+		_, target, _ := strings.Cut(rest, " ")
+		colon := strings.LastIndexByte(target, ':')
+		if addr = resolve(n.addr, target[:max(colon, 0)], target[colon+1:]); addr != "" {
+			pause = min(pause, time.Duration(f.hops*f.hops/2)*time.Millisecond)
+		}
+	case "LOADING":
+		p.mu.Lock()
+		p.leaveLocked(n)
+		elsewhere := p.routeLocked(f) != n
+		p.mu.Unlock()
+		if !elsewhere {
+			return false
+		}
+		fallthrough
+	case "CLUSTERDOWN", "TRYAGAIN":
+		if wanted, _ := p.cache.wanted([]*flight{f}, pause); len(wanted) == 0 {
+			return false
+		}
+	default:
+		return false
+	}
+	f.hops++
+	f.asking = ""
+	p.mu.Lock()
+	if p.owners == nil {
+		p.owners = make([]*node, slots)
+	}
+	if addr != "" {
+		to := p.nodeLocked(addr)
+		to.named = time.Now()
+		p.redirects++
+		if code == "ASK" {
+			f.asking = addr
+		} else {
+			p.owners[slot(f.key)] = to
+		}
+	}
+	if code != "ASK" {
+		p.hintLocked(n.addr)
+	}
+	if addr == n.addr { // it may be another server by now: connections that are in use are not used again
+		n.broke = time.Now().Add(retryPause)
+	}
+	p.mu.Unlock()
+	if pause == 0 {
+		p.enqueue([]*flight{f})
+	} else {
+		time.AfterFunc(pause, func() { p.enqueue([]*flight{f}) })
+	}
+	return true
 }
 
 // refuse finishes a flight with an error reply.
@@ -516,7 +987,7 @@ func passedOn(reply redis.Error) replyError {
 
 // A health follows whether a node can be read, and is the only one to log it.
 type health struct {
-	log *slog.Logger
+	log func() *slog.Logger
 	now func() time.Duration
 
 	success atomic.Int64 // a time.Duration: when a reply came last that was no outage; 0: never
@@ -532,6 +1003,12 @@ func (h *health) workedSince(began time.Duration) bool {
 	return time.Duration(h.success.Load()) > began
 }
 
+func (h *health) down() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.failure > 0
+}
+
 // failed logs the first failure after a success, but not every second one where the two alternate: what
 // began before a success says nothing about the time after it.
 func (h *health) failed(began time.Duration, err error) {
@@ -543,7 +1020,7 @@ func (h *health) failed(began time.Duration, err error) {
 	}
 	h.mu.Unlock()
 	if first {
-		h.log.Warn("Redis cannot be read; hits go on", "error", err)
+		h.log().Warn("Redis cannot be read; hits go on", "error", err)
 	}
 }
 
@@ -556,7 +1033,7 @@ func (h *health) worked() {
 	h.failure = 0
 	h.mu.Unlock()
 	if failure > 0 {
-		h.log.Info("Redis can be read again", "after", (now - failure).Round(time.Millisecond).String())
+		h.log().Info("Redis can be read again", "after", (now - failure).Round(time.Millisecond).String())
 	}
 }
 
@@ -570,7 +1047,7 @@ func (h *health) refused(reply redis.Error) {
 	}
 	h.mu.Unlock()
 	if first {
-		h.log.Warn("Redis refuses", "error", reply)
+		h.log().Warn("Redis refuses", "error", reply)
 	}
 }
 
@@ -578,9 +1055,15 @@ func (h *health) refused(reply redis.Error) {
 // concurrent use.
 type upstream struct {
 	redis.Conn
-	guard *guard
-	due   []byte // the first letters of the commands whose replies are still to come
-	next  int    // of due
+	guard   *guard
+	release func() bool // its context
+	due     []byte      // the first letters of the commands whose replies are still to come
+	next    int         // of due
+}
+
+func (u *upstream) Close() error {
+	u.release()
+	return u.Conn.Close()
 }
 
 func (u *upstream) Send(command string, args ...any) error {
@@ -589,8 +1072,24 @@ func (u *upstream) Send(command string, args ...any) error {
 }
 
 // Receive reads a reply: bytes or nil for GET, a number for PTTL, or an error. Any other reply breaks the
-// connection, as the replies after it might be taken for those of other keys.
+// connection, as the replies after it might be taken for those of other keys. If the ASKING before a command
+// was refused, that is the reply.
 func (u *upstream) Receive() (reply any, err error) {
+	asking := u.due[u.next] == 'A'
+	if reply, err = u.receive(); !asking {
+		return reply, err
+	}
+	refusal, isReply := err.(redis.Error)
+	if err != nil && !isReply {
+		return nil, err
+	}
+	if reply, err = u.Receive(); isReply && u.Err() == nil {
+		return nil, refusal
+	}
+	return reply, err
+}
+
+func (u *upstream) receive() (reply any, err error) {
 	command := u.due[u.next]
 	if u.next++; u.next == len(u.due) {
 		u.due, u.next = u.due[:0], 0
@@ -604,6 +1103,8 @@ func (u *upstream) Receive() (reply any, err error) {
 	}
 	fits := reply == nil
 	switch reply.(type) {
+	case string:
+		fits = command == 'A' && reply == "OK"
 	case []byte:
 		fits = command == 'G'
 	case int64:
@@ -746,39 +1247,22 @@ func (s trackingState) String() string { return [...]string{"off", "down", "live
 // A tracker has Redis report every key that changes, and has the cache forget it. It only sharpens the
 // TTL: while its connection is down, entries live on by that.
 type tracker struct {
-	cache         *cache
-	log           *slog.Logger
-	dial          func() (*upstream, error)
-	live          atomic.Bool
-	invalidations atomic.Int64 // changes that Redis reported
-	stop          context.CancelFunc
-	done          chan struct{} // closed when it has stopped
+	node *node
+	live atomic.Bool
+	done chan struct{} // closed when it has stopped
 }
 
-func startTracker(c *cache, log *slog.Logger, dialer func(context.Context) func() (*upstream, error)) *tracker {
-	ctx, stop := context.WithCancel(context.Background())
-	t := &tracker{cache: c, log: log, dial: dialer(ctx), stop: stop, done: make(chan struct{})}
-	go t.run(ctx) // ends with close
+func startTracker(n *node) *tracker {
+	t := &tracker{node: n, done: make(chan struct{})}
+	go t.run(n.ctx) // ends when the node is closed
 	return t
 }
 
-// close stops the tracker and waits for it.
-func (t *tracker) close() {
+// wait waits until the tracker has stopped.
+func (t *tracker) wait() {
 	if t != nil {
-		t.stop()
 		<-t.done
 	}
-}
-
-// state returns the state of tracking, and how many changes Redis reported.
-func (t *tracker) state() (state trackingState, invalidations int64) {
-	switch {
-	case t == nil:
-		return trackingOff, 0
-	case t.live.Load():
-		return trackingLive, t.invalidations.Load()
-	}
-	return trackingDown, t.invalidations.Load()
 }
 
 // run follows the reports until ctx is done, over a new connection whenever one breaks. It pauses longer
@@ -787,13 +1271,14 @@ func (t *tracker) run(ctx context.Context) {
 	defer close(t.done)
 	pause, logged := time.Duration(0), false
 	for ctx.Err() == nil {
-		began := t.cache.now()
-		err := t.follow(ctx)
-		if t.live.Swap(false) && t.cache.now()-began > 2*pingEvery {
+		began := t.node.pool.cache.now()
+		err := t.follow()
+		if t.live.Swap(false) && t.node.pool.cache.now()-began > 2*pingEvery {
 			pause, logged = 0, false
 		}
+		t.node.pool.hint("")
 		if !logged && ctx.Err() == nil {
-			t.log.Warn("tracking is down; entries live until their TTL", "error", err)
+			t.node.log().Warn("tracking is down; entries live until their TTL", "error", err)
 			logged = true
 		}
 		pause = min(max(2*pause, 50*time.Millisecond), 5*time.Second)
@@ -807,14 +1292,13 @@ func (t *tracker) run(ctx context.Context) {
 // follow tracks over one connection, until that breaks. The connection redirects to itself: Redis
 // reports changes only to RESP3 clients or to subscribers, and redigo speaks RESP2. It is live with the
 // first answer to PING, which shows that Redis lets it go on.
-func (t *tracker) follow(ctx context.Context) error {
-	u, err := t.dial()
+func (t *tracker) follow() error {
+	u, err := t.node.dial(t.node.pool.timeout + pingEvery)
 	if err != nil {
 		return err
 	}
+	defer u.Close()
 	c := u.Conn
-	defer c.Close()
-	defer context.AfterFunc(ctx, func() { c.Close() })()
 	if err := subscribe(c); err != nil {
 		return err
 	}
@@ -840,17 +1324,17 @@ func (t *tracker) follow(ctx context.Context) error {
 		if u.guard.bulk != nil { // a key that is too long for the report
 			keys, u.guard.bulk = nil, nil
 		}
-		t.invalidations.Add(int64(max(len(keys), 1)))
-		t.cache.forget(keys)
+		t.node.pool.invalidations.Add(int64(max(len(keys), 1)))
+		t.node.pool.cache.forget(keys)
 	}
 }
 
 // goLive drops all that the cache has, once: whatever changed until now was not reported.
 func (t *tracker) goLive() {
 	if !t.live.Load() {
-		t.cache.forget(nil)
+		t.node.pool.cache.forget(nil)
 		t.live.Store(true)
-		t.log.Info("tracking is live")
+		t.node.log().Info("tracking is live")
 	}
 }
 
