@@ -4724,7 +4724,8 @@ func (w *watcher) only(t testing.TB, since time.Time, want, why string) {
 		}
 	}
 	if bad > 0 {
-		t.Errorf("%s: %s: %d of %d answers are wrong, the first %v after: got %q; want %q", w.name, why, bad, answers, first.began.Sub(since).Round(time.Millisecond), first.reply, want)
+		t.Errorf("%s: %s: %d of %d answers are wrong, the first %v after: got %q; want %q\nlog:\n%s", w.name, why, bad,
+			answers, first.began.Sub(since).Round(time.Millisecond), first.reply, want, w.p.log)
 	} else if answers == 0 {
 		t.Errorf("%s: %s: no answer at all", w.name, why)
 	}
@@ -5833,7 +5834,7 @@ func TestIntegrationCommandLine(t *testing.T) {
 			[]string{"--redis-url=http://:secret@h"},
 			2,
 			`^$`,
-			`^redis_proxy: --redis-url: must be redis://\[\[user\].*rediss:// for TLS\n$`,
+			`^redis_proxy: --redis-url: must be redis://\[\[user\].*rediss for TLS.*\n$`,
 		},
 		{
 			"a certificate that is not there",
