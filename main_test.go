@@ -1931,10 +1931,10 @@ func TestPoolRedirects(t *testing.T) {
 		{"", "", ""},
 	} {
 		p := newParts(t)
-		p.pool.seeds = []string{"h:1"}
-		p.pool.queued = maxQueue // it gets no further than that
 		f := &flight{key: "foo", until: time.Hour}
 		p.pool.mu.Lock()
+		p.pool.seeds = []string{"h:1"}
+		p.pool.queued = maxQueue // it gets no further than that
 		n := p.pool.nodeLocked("h:1")
 		p.pool.mu.Unlock()
 		compare(t, tt.reply, n.redirect(f, redis.Error(tt.reply)), tt.at != "")
