@@ -648,7 +648,7 @@ A flag overrides its environment variable. A time is 30, 1.5 (seconds), 250ms or
 		for word := range strings.FieldsSeq(usage) {
 			if len(line)+1+len(word) > 100 {
 				fmt.Fprintln(w, line)
-				line = strings.Repeat(" ", 40)
+				line = strings.Repeat(" ", 41)
 			}
 			line += " " + word
 		}

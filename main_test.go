@@ -308,6 +308,9 @@ func TestHelpListsEveryFlag(t *testing.T) {
 		if len(line) > 101 {
 			t.Errorf("got a line of %d columns; want 100 at most: %s", len(line)-1, line)
 		}
+		if strings.HasPrefix(line, "   ") && !regexp.MustCompile(`^ {42}\S`).MatchString(line) {
+			t.Errorf("got %q; want what goes on below the text, in column 43", line)
+		}
 	}
 	compare(t, "variable", option{name: "redis-url"}.variable(), "RP_REDIS_URL")
 }
