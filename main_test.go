@@ -1141,7 +1141,7 @@ func TestRESPReplies(t *testing.T) {
 		"SELECT x\r\n":                          "-ERR value is not an integer or out of range\r\n",
 		"SELECT 2147483648\r\n":                 "-ERR value is out of range, value must between -2147483648 and 2147483647\r\n",
 		"RESET\r\nCONFIG GET x\r\nRESET x\r\n":  "+RESET\r\n*0\r\n" + arity("reset"),
-		"COMMAND DOCS get\r\n":                  "MAP", "COMMAND FOO\r\n": "-ERR unknown subcommand 'FOO'. Try COMMAND HELP.\r\n",
+		"COMMAND DOCS get\r\n":                  "-ERR unknown subcommand 'DOCS'. Try COMMAND HELP.\r\n", "COMMAND FOO\r\n": "-ERR unknown subcommand 'FOO'. Try COMMAND HELP.\r\n",
 		"COMMAND COUNT x\r\n": arity("command|count"), "CONFIG GET save\r\n": "MAP", "CONFIG\r\nCONFIG GET\r\n": arity("config") + arity("config|get"),
 		"CONFIG SET a b\r\n": "-ERR unknown subcommand 'SET'. Try CONFIG HELP.\r\n", "CLIENT ID\r\n": ":1\r\n",
 		"CLIENT\r\nCLIENT id x\r\n": arity("client") + arity("client|id"), "CLIENT foo\r\n": "-ERR unknown subcommand 'foo'. Try CLIENT HELP.\r\n",

@@ -734,9 +734,9 @@ func init() {
 			"get":  {arity: -3, run: emptyMap},
 			"help": {arity: 2, run: help("CONFIG", "GET <pattern>", "Return parameters matching the glob-like <pattern> and their values.")},
 		}},
+		// Without DOCS, redis-cli completes and explains commands from what it knows itself.
 		"command": {arity: -1, run: (*client).commandInfo, sub: map[string]command{
 			"count":   {arity: 2, run: func(c *client, _ [][]byte) { c.integer(int64(len(commands))) }},
-			"docs":    {arity: -2, run: emptyMap},
 			"info":    {arity: -2, run: (*client).commandInfo},
 			"list":    {arity: -2, run: (*client).commandList},
 			"getkeys": {arity: -4, run: (*client).commandKeys},
