@@ -864,7 +864,7 @@ main figure, p span { border: 1px solid #8885; border-radius: .5rem; padding: .2
 main, section { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--wide)), 1fr)) }
 main { --wide: 28rem; gap: .6rem } section { --wide: 21rem; gap: 0 2rem; margin: 1rem 0; overflow-wrap: anywhere }
 section figcaption { display: contents } section b { order: 1; text-align: right } svg { width: 100%; height: 7rem }
-section figure { display: grid; grid-template-columns: 1fr 5rem 5rem; gap: .7rem; border-bottom: 1px solid #8883 }
+section figure { display: grid; grid-template-columns: 1fr 5rem 7rem; gap: .7rem; border-bottom: 1px solid #8883 }
 figcaption span { flex: 1 } section small, b:empty { display: none } section svg { height: 1.6rem }
 path { fill: none; stroke: currentcolor; stroke-width: 1.5; stroke-linecap: round; vector-effect: non-scaling-stroke }
 </style><header><h1>redis_proxy</h1><span></span><output></output></header><p></p><main></main><section></section>
