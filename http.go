@@ -37,7 +37,7 @@ const (
 	maxAdmin       = 64
 	headerTimeout  = 10 * time.Second
 	bodyTimeout    = time.Second
-	maxHeaderBytes = 128 << 10
+	maxHeaderBytes = 16 << 10 // and net/http adds 4 KB
 	// quickBuffer is what a connection has to read ordinary requests into, and longBuffer what it has from
 	// its first longer one on. net/http takes what is longer still.
 	quickBuffer = 2 << 10

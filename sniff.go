@@ -220,7 +220,11 @@ func (s *server) protocol(c *conn) (protocol, error) {
 		return 0, err
 	}
 	c.peeked = peeked{Conn: t}
-	return c.detect(protocolOf)
+	proto, err := c.detect(protocolOf)
+	if err == nil && t.ConnectionState().NegotiatedProtocol == "h2" && !bytes.HasPrefix(c.unread, []byte("PRI")) {
+		err = errors.New("HTTP/2 was agreed on, and this is something else")
+	}
+	return proto, err
 }
 
 // stop ends accepting, and reading a moment later: what has been read by then is answered.
