@@ -401,7 +401,7 @@ func (l *link) readFor(d time.Duration) {
 	}
 	l.Conn.SetReadDeadline(until)
 	// After, as stop may have set its own in between.
-	if drain := l.server.draining.Load(); drain != nil && (d == 0 || drain.Before(until)) {
+	if drain := l.server.draining.Load(); drain != nil && !l.released && (d == 0 || drain.Before(until)) {
 		l.Conn.SetReadDeadline(*drain)
 	}
 }
