@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"log"
 	"log/slog"
 	"math"
@@ -37,13 +38,11 @@ const (
 	maxAdmin       = 64
 	headerTimeout  = 10 * time.Second
 	bodyTimeout    = time.Second
-	maxHeaderBytes = 128 << 10
+	maxHeaderBytes = 16 << 10 // and net/http adds 4 KB
 	// quickBuffer is what a connection has to read ordinary requests into, and longBuffer what it has from
 	// its first longer one on. net/http takes what is longer still.
 	quickBuffer = 2 << 10
 	longBuffer  = 8 << 10
-	// leastPiece is what net/http gathers of an HTTP/2 stream before it writes any.
-	leastPiece = 4 << 10
 	// maxStreams bounds the streams of an HTTP/2 connection, maxRanges the parts of a Range field.
 	maxStreams = 100
 	maxRanges  = 16
@@ -52,16 +51,9 @@ const (
 // errDenied is an answer without the password.
 var errDenied = errors.New("a password is required")
 
-// webSettings are what the flags say about HTTP.
-type webSettings struct {
-	idleTimeout  time.Duration // of kept-alive connections; 0: httpIdleTimeout
-	writeTimeout time.Duration // how long an HTTP/2 stream may take nothing of its answer
-}
-
 // A web is the HTTP front end. It is the net.Listener of its own http.Server, to which it gives the
 // connections that it does not answer itself.
 type web struct {
-	webSettings
 	cache    *cache
 	password *password
 	server   http.Server
@@ -77,14 +69,14 @@ type web struct {
 	unstarted sync.Map // of net.Conn: connections that net/http has had no whole request from
 }
 
-func newWeb(s webSettings, c *cache, pw *password, values *budget, addr net.Addr, log *slog.Logger) *web {
-	w := &web{webSettings: s, cache: c, password: pw, values: values, addr: addr,
+func newWeb(idle time.Duration, c *cache, pw *password, values *budget, addr net.Addr, log *slog.Logger) *web {
+	w := &web{cache: c, password: pw, values: values, addr: addr,
 		conns: make(chan net.Conn), closed: make(chan struct{})}
 	w.server = http.Server{
 		Handler:                      w,
 		DisableGeneralOptionsHandler: true,
 		ReadHeaderTimeout:            headerTimeout,
-		IdleTimeout:                  cmp.Or(s.idleTimeout, httpIdleTimeout),
+		IdleTimeout:                  cmp.Or(idle, httpIdleTimeout),
 		MaxHeaderBytes:               maxHeaderBytes,
 		ConnState:                    w.follow,
 		ErrorLog:                     errorLog(log),
@@ -131,6 +123,9 @@ func (w *web) drain() { w.draining.Store(true) }
 // follow notes which connections have not sent a whole request yet. http.Server.Shutdown waits for those as
 // if they were being answered.
 func (w *web) follow(c net.Conn, state http.ConnState) {
+	if f, ok := c.(*framed); ok {
+		f.active.Store(state == http.StateActive)
+	}
 	if state != http.StateNew {
 		w.unstarted.Delete(c)
 	} else if w.unstarted.Store(c, nil); w.stopped.Load() { // after Store, as shutdown may have looked before
@@ -164,11 +159,7 @@ func (w *web) Addr() net.Addr { return w.addr }
 // ServeHTTP answers GET and HEAD for the key that is everything after the path's first slash. There is
 // no ServeMux in front, as that would clean the path.
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
-	h, out := rw.Header(), &contentWriter{ResponseWriter: rw}
-	if r.ProtoMajor == 2 {
-		out.control, out.stuck, out.piece = http.NewResponseController(rw), w.writeTimeout, leastPiece
-		out.renew()
-	}
+	h := rw.Header()
 	body := r.ContentLength != 0 && r.ProtoMajor == 1 // it means nothing here
 	if body || w.draining.Load() {
 		h.Set("Connection", "close")
@@ -179,7 +170,7 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	path, ok := strings.CutPrefix(r.URL.Path, "/")
 	switch {
 	case !w.authorised([]byte(r.Header.Get("Authorization"))):
-		w.write(out, r, &answer{err: errDenied}, 0)
+		w.write(rw, r, &answer{err: errDenied}, 0)
 	case r.Method == http.MethodOptions:
 		h.Set("Allow", allowed)
 		rw.WriteHeader(http.StatusNoContent)
@@ -190,25 +181,25 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		fail(rw, http.StatusBadRequest, "the path must begin with a slash")
 	default:
 		a, now := w.get([]byte(path), 0) // a client may take its time with any value
-		w.write(out, r, &a, now)
+		w.write(rw, r, &a, now)
 		w.letGo(&a, 0)
 	}
 }
 
 // write answers GET or HEAD.
-func (w *web) write(out *contentWriter, r *http.Request, a *answer, now time.Duration) {
+func (w *web) write(rw http.ResponseWriter, r *http.Request, a *answer, now time.Duration) {
 	fields := w.appendFields(nil, a, now)
 	if a.err == nil {
 		fields = append(fields, w.header(a)...)
 	}
-	h := out.Header()
+	h := rw.Header()
 	for line := range bytes.Lines(fields) {
 		name, val, _ := bytes.Cut(line, []byte(": "))
 		h[string(name)] = append(h[string(name)], string(bytes.TrimSpace(val)))
 	}
 	if a.err != nil {
 		status, text := httpError(a.err)
-		fail(out, status, text)
+		fail(rw, status, text)
 		return
 	}
 	delete(h, "Content-Length") // it may be that of a part
@@ -218,7 +209,7 @@ func (w *web) write(out *contentWriter, r *http.Request, a *answer, now time.Dur
 		r.Header.Del("If-None-Match")
 	}
 	correct(r)
-	http.ServeContent(out, r, "", time.Time{}, strings.NewReader(a.content()))
+	http.ServeContent(contentWriter{rw}, r, "", time.Time{}, strings.NewReader(a.content()))
 }
 
 // correct changes a request where http.ServeContent reads it otherwise than RFC 9110: several lines are one
@@ -296,38 +287,15 @@ func (w *web) authorised(field []byte) bool {
 	return false
 }
 
-// A contentWriter gives the errors that http.ServeContent writes (412, 416) the header of all errors. It ends
-// an HTTP/2 stream of which the client takes nothing for the write time-out. Over HTTP/1 the link does.
-type contentWriter struct {
-	http.ResponseWriter
-	control *http.ResponseController // nil: HTTP/1
-	stuck   time.Duration
-	piece   int // how much is written under one deadline: little if the client is slow
-}
+// A contentWriter gives the errors that http.ServeContent writes (412, 416) the header of all errors.
+type contentWriter struct{ http.ResponseWriter }
 
-func (w *contentWriter) WriteHeader(status int) {
+func (w contentWriter) WriteHeader(status int) {
 	if status >= http.StatusBadRequest {
 		w.Header().Set("Cache-Control", "no-store")
 	}
 	w.ResponseWriter.WriteHeader(status)
 }
-
-func (w *contentWriter) Write(p []byte) (written int, err error) {
-	if w.control == nil {
-		return w.ResponseWriter.Write(p)
-	}
-	for n := 0; written < len(p) && err == nil; written += n {
-		began := time.Now()
-		w.renew()
-		n, err = w.ResponseWriter.Write(p[written:min(len(p), written+w.piece)])
-		if w.piece = min(2*w.piece, flushAt); time.Since(began) > w.stuck/100 {
-			w.piece = leastPiece
-		}
-	}
-	return written, err
-}
-
-func (w *contentWriter) renew() { w.control.SetWriteDeadline(time.Now().Add(w.stuck)) }
 
 // fail answers with an error: one line of text.
 func fail(rw http.ResponseWriter, status int, text string) {
@@ -444,7 +412,7 @@ func (w *web) quick(c *conn) net.Conn {
 		case err != nil:
 			return nil
 		case !ordinary && (len(rest) >= 4 || len(rest) > 0 && all == 0): // net/http waits for 4 bytes of the next
-			return handOver(c, rest, all == 0)
+			return w.handOver(c, rest, all == 0)
 		case n == 0:
 			return nil
 		case len(rest) == len(buf):
@@ -655,10 +623,10 @@ var token = func() (t [256]byte) {
 }()
 
 // handOver gives net/http a connection, with bytes that have been read; fresh: they are the first.
-func handOver(c *conn, unread []byte, fresh bool) net.Conn {
+func (w *web) handOver(c *conn, unread []byte, fresh bool) net.Conn {
 	c.release(unread)
 	if fresh && bytes.HasPrefix(unread, []byte(preface)) {
-		return &framed{conn: c, left: len(preface)}
+		return newFramed(c, 2*w.cache.timeout)
 	}
 	return &handed{conn: c}
 }
@@ -688,37 +656,79 @@ func (h *handed) Read(p []byte) (int, error) {
 const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 // A framed connection is net/http's, for HTTP/2. That waits for the rest of a frame or a header block as long
-// as for a request.
+// as for a request, and for ever for a client that takes nothing of its answers.
 type framed struct {
 	*conn
-	head      [9]byte // of a frame (RFC 9113 §4.1)
-	got, left int     // how much of head has come; how much of what follows has not
-	block     bool    // the header block goes on in the next frame
-	begun     bool
+	in, out frames
+	block   bool          // a header block goes on in the next frame
+	begun   bool          // it, or a frame, has a time to be complete
+	redis   time.Duration // how long a request may wait for Redis
+	active  atomic.Bool   // there are streams
+	stuck   *time.Timer   // closes the connection if it is active
 }
 
-func (f *framed) Read(p []byte) (n int, err error) {
-	n, err = f.conn.Read(p)
-	for _, b := range p[:n] {
-		if f.left > 0 {
-			f.left--
-			continue
+// newFramed gives a client the write time-out to take something of any of its answers.
+func newFramed(c *conn, redis time.Duration) *framed {
+	f := &framed{conn: c, in: frames{left: len(preface)}, redis: redis}
+	f.stuck = time.AfterFunc(c.link.server.writeTimeout, func() {
+		if f.active.Load() {
+			f.Close()
 		}
-		f.head[f.got] = b
-		if f.got = (f.got + 1) % len(f.head); f.got == 0 {
-			f.left = int(f.head[0])<<16 | int(f.head[1])<<8 | int(f.head[2])
-			if kind := f.head[3]; kind == 1 || kind == 9 { // HEADERS, CONTINUATION
-				f.block = f.head[4]&4 == 0 // END_HEADERS
+	})
+	return f
+}
+
+func (f *framed) Read(p []byte) (int, error) {
+	n, err := f.conn.Read(p)
+	for kind, flags := range f.in.headers(p[:n]) {
+		if kind == 1 || kind == 9 { // HEADERS, CONTINUATION
+			f.block = flags&4 == 0 // END_HEADERS
+			f.stuck.Reset(f.link.server.writeTimeout + f.redis)
+		}
+	}
+	if begun := f.in.got+f.in.left > 0 || f.block; begun != f.begun {
+		f.begun = begun
+		f.link.hurry(map[bool]time.Duration{true: firstLineTimeout}[begun])
+	}
+	return n, err
+}
+
+func (f *framed) Write(p []byte) (int, error) {
+	n, err := f.conn.Write(p)
+	for kind := range f.out.headers(p[:n]) {
+		if kind <= 1 { // DATA, HEADERS
+			f.stuck.Reset(f.link.server.writeTimeout)
+		}
+	}
+	return n, err
+}
+
+func (f *framed) Close() error {
+	f.stuck.Stop()
+	return f.conn.Close()
+}
+
+// frames follows the frames that are read or written (RFC 9113 §4.1).
+type frames struct {
+	head      [9]byte
+	got, left int // how much of head has come; how much of what follows has not
+}
+
+// headers takes bytes, and yields types and flags of the frames of which the last byte of the header is there.
+func (f *frames) headers(p []byte) iter.Seq2[byte, byte] {
+	return func(yield func(kind, flags byte) bool) {
+		for len(p) > 0 {
+			n := min(f.left, len(p))
+			f.left, p = f.left-n, p[n:]
+			n = copy(f.head[f.got:], p)
+			if f.got, p = (f.got+n)%len(f.head), p[n:]; n > 0 && f.got == 0 {
+				f.left = int(f.head[0])<<16 | int(f.head[1])<<8 | int(f.head[2])
+				if !yield(f.head[3], f.head[4]) {
+					return
+				}
 			}
 		}
 	}
-	if begun := f.got+f.left > 0 || f.block; begun && !f.begun {
-		f.conn.SetReadDeadline(time.Now().Add(headerTimeout))
-	} else if f.begun && !begun {
-		f.conn.SetReadDeadline(time.Time{})
-	}
-	f.begun = f.got+f.left > 0 || f.block
-	return n, err
 }
 
 // complaints takes what net/http has to say. What is not a panic is about a client.

@@ -72,7 +72,7 @@ func newParts(t testing.TB, flags ...string) *parts {
 	cfg.clients.requests, cfg.clients.values = newBudget(2*maxRequest), newBudget(2*maxRequest)
 	p.cfg = cfg
 	pw := newPassword(cfg.password)
-	p.web = newWeb(webSettings{0, cfg.clients.writeTimeout}, p.cache, pw, cfg.clients.values, nil, log)
+	p.web = newWeb(0, p.cache, pw, cfg.clients.values, nil, log)
 	p.resp = newRESP(p.cache, pw, cfg.pool.redis.db, func() []figure {
 		return slices.Concat(cfg.figures(new(net.TCPAddr)), processFigures(p.cache.started, pw), p.cache.figures(), keyFigures(&p.web.tally, &p.resp.tally), p.pool.figures())
 	})
@@ -2435,7 +2435,7 @@ func FuzzQuickAnswersAsNetHTTP(f *testing.F) {
 // byNetHTTP is a web without its quick way.
 type byNetHTTP struct{ *web }
 
-func (w byNetHTTP) serve(c *conn) { w.conns <- handOver(c, nil, false) }
+func (w byNetHTTP) serve(c *conn) { w.conns <- w.handOver(c, nil, false) }
 
 // sortHeaders splits what came back into header blocks with sorted lines, and what is between them.
 func sortHeaders(s string) (parts []string) {

@@ -220,7 +220,11 @@ func (s *server) protocol(c *conn) (protocol, error) {
 		return 0, err
 	}
 	c.peeked = peeked{Conn: t}
-	return c.detect(protocolOf)
+	proto, err := c.detect(protocolOf)
+	if err == nil && t.ConnectionState().NegotiatedProtocol == "h2" && !bytes.HasPrefix(c.unread, []byte("PRI")) {
+		err = errors.New("HTTP/2 was agreed on, and this is something else")
+	}
+	return proto, err
 }
 
 // stop ends accepting, and reading a moment later: what has been read by then is answered.
@@ -397,7 +401,7 @@ func (l *link) readFor(d time.Duration) {
 	}
 	l.Conn.SetReadDeadline(until)
 	// After, as stop may have set its own in between.
-	if drain := l.server.draining.Load(); drain != nil && (d == 0 || drain.Before(until)) {
+	if drain := l.server.draining.Load(); drain != nil && !l.released && (d == 0 || drain.Before(until)) {
 		l.Conn.SetReadDeadline(*drain)
 	}
 }
