@@ -5931,7 +5931,7 @@ func TestIntegrationLogsNeverHurtService(t *testing.T) {
 			expect(hit, bulk("value"))
 			for range 2 { // each outage is a line, and at the debug level each connection
 				r.refuse()
-				for range 20 {
+				for range 100 {
 					expect(miss, "-ERR upstream unavailable\r\n")
 					expect(hit, bulk("value"))
 				}
