@@ -14,6 +14,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/binary"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -306,13 +307,20 @@ func program(t testing.TB, env []string, args ...string) *exec.Cmd {
 // startProgram runs the program as a process, and returns the address that its log names.
 func startProgram(t testing.TB, env []string, args ...string) (*exec.Cmd, string, *lockedBuffer) {
 	t.Helper()
-	cmd, log := program(t, env, slices.Concat(patience, []string{"--port", "0"}, args)...), new(lockedBuffer)
+	cmd := program(t, env, slices.Concat(patience, []string{"--port", "0"}, args)...)
+	addr, log := serves(t, cmd)
+	return cmd, addr, log
+}
+
+// serves starts a program, and returns the address that its log names.
+func serves(t testing.TB, cmd *exec.Cmd) (addr string, log *lockedBuffer) {
+	t.Helper()
+	log = new(lockedBuffer)
 	cmd.Stderr = log
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	var addr string
 	eventually(t, "the program serves", func() bool {
 		m := regexp.MustCompile(`serving.*?address[=":]+([0-9.:]+)`).FindStringSubmatch(log.String())
 		if m != nil {
@@ -320,7 +328,17 @@ func startProgram(t testing.TB, env []string, args ...string) (*exec.Cmd, string
 		}
 		return m != nil
 	})
-	return cmd, addr, log
+	return addr, log
+}
+
+// expectExit asks a process to stop and waits until it has ended with exit code 0.
+func expectExit(t testing.TB, cmd *exec.Cmd, within time.Duration) {
+	t.Helper()
+	cmd.Process.Signal(syscall.SIGTERM)
+	defer time.AfterFunc(within, func() { cmd.Process.Kill() }).Stop()
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("after SIGTERM: %v; want exit code 0 in %v", err, within)
+	}
 }
 
 func portOf(addr string) string { return addr[strings.LastIndex(addr, ":")+1:] }
@@ -371,6 +389,24 @@ func dial(t testing.TB, addr string) *rawClient {
 func dialTLS(t testing.TB, addr string, config *tls.Config) *rawClient {
 	t.Helper()
 	c, err := tls.Dial("tcp", addr, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(60 * time.Second))
+	return &rawClient{t, c, bufio.NewReader(c)}
+}
+
+// dialNarrow connects with a receive buffer of so many bytes.
+func dialNarrow(t testing.TB, addr string, bytes int) *rawClient {
+	t.Helper()
+	d := net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		c.Control(func(fd uintptr) {
+			err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, bytes)
+		})
+		return err
+	}}
+	c, err := d.Dial("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -478,15 +514,35 @@ func bulk(s string) string { return fmt.Sprintf("$%d\r\n%s\r\n", len(s), s) }
 
 // request is a command as clients send it.
 func request(args ...string) string {
-	s := fmt.Sprintf("*%d\r\n", len(args))
+	var s strings.Builder
+	fmt.Fprintf(&s, "*%d\r\n", len(args))
 	for _, a := range args {
-		s += bulk(a)
+		s.WriteString(bulk(a))
 	}
-	return s
+	return s.String()
 }
 
 // plainRequest is a GET over HTTP without anything that needs a closer look.
 func plainRequest(key string) string { return "GET /" + key + " HTTP/1.1\r\nHost: h\r\n\r\n" }
+
+// h2Frame is a frame of HTTP/2 (RFC 9113 §4.1).
+func h2Frame(kind, flags byte, stream int, payload string) string {
+	head := []byte{byte(len(payload) >> 16), byte(len(payload) >> 8), byte(len(payload)), kind, flags}
+	return string(binary.BigEndian.AppendUint32(head, uint32(stream))) + payload
+}
+
+// h2Get is a GET: HEADERS with END_STREAM and END_HEADERS.
+func h2Get(stream int, path string) string {
+	return h2Frame(1, 5, stream, "\x82\x86\x41\x01a\x04"+string(rune(len(path)))+path)
+}
+
+// h2Begin is the preface, and SETTINGS with an INITIAL_WINDOW_SIZE of 0.
+var h2Begin = preface + h2Frame(4, 0, 0, "\x00\x04\x00\x00\x00\x00")
+
+// h2Update is a WINDOW_UPDATE.
+func h2Update(stream, bytes int) string {
+	return h2Frame(8, 0, stream, string(binary.BigEndian.AppendUint32(nil, uint32(bytes))))
+}
 
 // sameContent returns how many bytes of want r begins with, in whole pieces.
 func sameContent(r io.Reader, want []byte) (n int) {
@@ -655,6 +711,7 @@ func TestIntegrationDetection(t *testing.T) {
 		{"HTTP", "GET /" + t.Name() + " HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n", "HTTP/1.1 200 OK\r\n"},
 		{"garbage", "\x15\x03\x01\x02\r\n", "-ERR unknown command '\x15\x03\x01\x02', with args beginning with: \r\n"},
 		{"an empty line first", "\r\nPING\r\n", "+PONG\r\n"},
+		{"empty lines before HTTP", "\r\n\r\n" + plainRequest(t.Name()), "HTTP/1.1 200 OK\r\n"},
 	} {
 		dial(t, p.addr).send(row.send).expect(row.want)
 		slow := dial(t, p.addr)
@@ -854,14 +911,10 @@ func TestIntegrationSlowHTTP2StreamsAreServed(t *testing.T) {
 	const streams, grants, grant = 4, 5, 16 << 10
 	flags := playRedis(t, func(int, []string) string { return bulk(strings.Repeat("x", grants*grant)) })
 	c := dial(t, runProxy(t, flags, func(cfg *config) { cfg.clients.writeTimeout = time.Second }).addr)
-	frame := func(kind, flags, stream byte, payload string) string {
-		return string([]byte{0, 0, byte(len(payload)), kind, flags, 0, 0, 0, stream}) + payload
-	}
-	open := preface + frame(4, 0, 0, "\x00\x04\x00\x00\x00\x00")           // SETTINGS: INITIAL_WINDOW_SIZE 0
-	more := frame(8, 0, 0, string([]byte{0, streams * grant >> 16, 0, 0})) // WINDOW_UPDATE
-	for id := byte(1); id < 2*streams; id += 2 {
-		open += frame(1, 5, id, "\x82\x86\x41\x01a\x04\x02/k") // HEADERS
-		more += frame(8, 0, id, string([]byte{0, grant >> 16, grant >> 8 & 255, 0}))
+	open, more := h2Begin, h2Update(0, streams*grant)
+	for id := 1; id < 2*streams; id += 2 {
+		open += h2Get(id, "/k")
+		more += h2Update(id, grant)
 	}
 	c.send(open)
 	go func() { // ends with its last write
@@ -1221,6 +1274,7 @@ func TestIntegrationHTTPProtocols(t *testing.T) {
 			`^HTTP/1.1 200 OK\r\n(?s:.*)\r\n\r\nvalueHTTP/1.1 204 No Content\r\nAllow: GET, HEAD, OPTIONS\r\n`,
 		},
 		{"absolute form without a path", "GET http://h" + end, `^HTTP/1.1 404 `},
+		{"absolute form with a query and no path", "GET http://h?q" + end, `^HTTP/1.1 404 `},
 		{
 			"empty lines first",
 			"\r\n\r\n" + plainRequest(t.Name()) + "\r\n" + plainRequest(t.Name()),
@@ -1436,6 +1490,7 @@ func TestIntegrationCommandsOfItsOwn(t *testing.T) {
 			`^-ERR Protocol error: request larger than 64 MB\r\n$`,
 		},
 		{"a large key", request("GET", strings.Repeat("x", 1<<20-100)), `^\$-1\r\n$`},
+		{"a browser", "PING\r\nPOST / HTTP/1.1\r\n" + strings.Repeat("x", 20000), `^\+PONG\r\n$`},
 	} {
 		if got := exchange(t, p.addr, row.send); !regexp.MustCompile(row.want).MatchString(got) {
 			t.Errorf("%s: got %.300q; want %s", row.name, got, row.want)
@@ -1612,6 +1667,12 @@ func sameBytes(key, list, absent string, is70 bool) (all []string) {
 			request("HELLO", "3", "SETNAME", "a", "foo") + request("CLIENT", "GETNAME"),
 			request("HELLO", "3", "SETNAME", "a", "SETNAME", "b c") + request("CLIENT", "GETNAME"),
 			"*1\r\n\x00\r\n",
+			request("CLIENT", "LIST", "TYPE", "foo"),
+			request("CLIENT", "LIST", "TYPE", "replica"),
+			request("CLIENT", "LIST", "TYPE", "normal", "normal"),
+			request("CLIENT", "LIST", "FOO"),
+			request("CLIENT", "LIST", "ID", "-1"),
+			request("CLIENT", "LIST", "ID", "1", "abc"),
 		}
 	}
 	return append(all,
@@ -5795,6 +5856,654 @@ func behindReplica(t *testing.T, load string) {
 	if tracking := p.stat(t, "tracking"); tracking != "live" {
 		t.Errorf("tracking: got %s; want live", tracking)
 	}
+}
+
+// Hostile clients, a hostile Redis and hostile conditions
+
+// checkPeak watches the memory of a proxy until its peak stays what it is, and compares it with what is promised
+// for a cache of so many bytes, and a tenth of that more.
+func checkPeak(t testing.TB, proxy string, cacheBytes int64) {
+	t.Helper()
+	limit, most, info := (2*cacheBytes+64<<20)/10*11, int64(0), dial(t, proxy)
+	for quiet := 0; quiet < 25 && most <= limit; quiet++ {
+		var now int64
+		fmt.Sscan(infoField(t, info, "used_memory_rss"), &now)
+		if now > most {
+			most, quiet = now, 0
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	if t.Logf("peak %d MB", most>>20); most > limit {
+		t.Errorf("peak memory: got %d MB; want %d MB at most", most>>20, limit>>20)
+	}
+}
+
+// deafProgram starts a program whose stderr is a pipe that is full, and returns the reading end.
+func deafProgram(t testing.TB, redisAddr string) (cmd *exec.Cmd, addr string, stderr *os.File) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	t.Cleanup(func() { r.Close() })
+	w.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	w.Write(make([]byte, 1<<20))
+	port := freePort()
+	cmd = program(t, nil, append(redisAt(t, redisAddr), "--port", port, "--log-level", "debug")...)
+	cmd.Stderr = w
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	addr = "127.0.0.1:" + port
+	eventually(t, "the program serves", func() bool {
+		c, err := net.Dial("tcp", addr)
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
+	})
+	return cmd, addr, r
+}
+
+func TestIntegrationLogsNeverHurtService(t *testing.T) {
+	addr := sharedRedis(t)
+	redisDo(t, addr, "SET", t.Name(), "value")
+	hit, miss := request("GET", t.Name()), request("GET", t.Name()+"2")
+	for _, row := range []struct {
+		name string
+		hurt func(stderr *os.File)
+	}{
+		{"the reader of stderr has gone", func(stderr *os.File) { stderr.Close() }},
+		{"nobody empties stderr", func(*os.File) {}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			r := startRelay(t, addr)
+			cmd, proxy, stderr := deafProgram(t, r.addr)
+			row.hurt(stderr)
+			expect := func(send, want string) {
+				if got := exchange(t, proxy, send); got != want {
+					t.Errorf("after %q: got %q; want %q", send, got, want)
+				}
+			}
+			expect(hit, bulk("value"))
+			for range 2 { // each outage is a line, and at the debug level each connection
+				r.refuse()
+				for range 100 {
+					expect(miss, "-ERR upstream unavailable\r\n")
+					expect(hit, bulk("value"))
+				}
+				r.accept()
+				expect(miss+hit, "$-1\r\n"+bulk("value"))
+			}
+			expectExit(t, cmd, 4*time.Second)
+		})
+	}
+	t.Run("lines that were dropped are counted", func(t *testing.T) {
+		_, proxy, stderr := deafProgram(t, addr)
+		for range 2000 {
+			exchange(t, proxy, "PING\r\n")
+		}
+		log := new(lockedBuffer)
+		go io.Copy(log, stderr) // ends when stderr is closed
+		eventually(t, "the log says how many lines were dropped", func() bool {
+			exchange(t, proxy, "PING\r\n")
+			return regexp.MustCompile(`log lines were dropped.*count=[1-9]`).MatchString(log.String())
+		})
+	})
+}
+
+// A tracking connection that breaks as soon as it is there is not taken for one that works.
+func TestIntegrationTrackingBacksOffUntilItHasProvedItself(t *testing.T) {
+	t.Parallel()
+	var subscribed, gets atomic.Int64
+	flags := playRedis(t, func(_ int, args []string) string {
+		switch strings.ToUpper(args[0]) {
+		case "GET":
+			gets.Add(1)
+			return bulk("value")
+		case "SUBSCRIBE":
+			subscribed.Add(1)
+			return "*3\r\n" + bulk("subscribe") + bulk(args[1]) + ":1\r\n" + hungUp
+		}
+		return ":1\r\n"
+	})
+	closing := runProxy(t, append(flags, "--tracking", "--cache-timeout", "1h"))
+	server := startRedis(t)
+	redisDo(t, server.addr, "ACL", "SETUSER", "proxy", "on", ">secret", "resetchannels", "&__redis__:invalidate",
+		"~*", "+get", "+client|id", "+client|tracking", "+subscribe")
+	forbidden := runProxy(t, []string{"--redis-url", "redis://proxy:secret@" + server.addr, "--tracking"})
+	for end := time.Now().Add(3 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		if got := exchange(t, closing.addr, request("GET", "k")); got != bulk("value") {
+			t.Fatalf("got %q; want the value", got)
+		}
+	}
+	for name, p := range map[string]*testProxy{
+		"a peer that closes after SUBSCRIBE": closing,
+		"a user without +ping":               forbidden,
+	} {
+		lines := regexp.MustCompile(`(?m)^.*msg="?[^"=]*tracking.*$`).FindAllString(p.log.String(), -1)
+		if len(lines) == 0 || len(lines) > 2 {
+			t.Errorf("%s: %d lines in the log in 3 s; want 1 or 2:\n%s", name, len(lines), p.log)
+		}
+	}
+	if got := subscribed.Load(); got > 8 {
+		t.Errorf("subscriptions in 3 s: got %d; want 8 at most", got)
+	}
+	if got := gets.Load(); got > 10 {
+		t.Errorf("fetches of one key: got %d; want 10 at most, as the cache is not emptied for each", got)
+	}
+	if log := forbidden.log.String(); !strings.Contains(log, "ping") {
+		t.Errorf("the log does not name the missing permission:\n%s", log)
+	}
+}
+
+// What clients hold by not reading, and by not finishing what they send, is bounded over all of them.
+func TestIntegrationMemoryHoldsWithHostileClients(t *testing.T) {
+	t.Parallel()
+	const cache = 16 << 20
+	val := strings.Repeat("v", 1<<20)
+	flags := append(playRedis(t, func(int, []string) string { return bulk(val) }), "--cache-bytes", "16MB")
+	for _, row := range []struct {
+		name    string
+		attack  func(t *testing.T, proxy string, n int)
+		clients int
+	}{
+		{"hits that are not read", func(t *testing.T, proxy string, n int) {
+			gets, mget := "", []string{"MGET"}
+			for i := range 12 {
+				mget = append(mget, fmt.Sprintf("k%d.%d", n, i))
+				gets += request("GET", mget[i+1])
+			}
+			reader := dial(t, proxy).send(gets)
+			if got, err := io.CopyN(io.Discard, reader, int64(12*len(bulk(val)))); err != nil {
+				t.Fatalf("a client that reads: %d bytes, %v", got, err)
+			}
+			c := dialNarrow(t, proxy, 4096).send([]string{gets, request(mget...)}[n%2])
+			c.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+			c.Peek(1)
+		}, soak(12, 80)},
+		{"streams of HTTP/2 without a window", func(t *testing.T, proxy string, n int) {
+			send := h2Begin
+			for i := range 100 {
+				send += h2Get(2*i+1, fmt.Sprintf("/k%d.%d", n, i))
+			}
+			dial(t, proxy).send(send)
+		}, soak(2, 10)},
+		{"requests that are not finished", func(t *testing.T, proxy string, n int) {
+			send := "*2\r\n$3\r\nGET\r\n$1000000\r\n" + val[:999000]
+			go io.WriteString(dial(t, proxy).Conn, send) // ends with the connection
+		}, soak(150, 300)},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			_, proxy, _ := startProgram(t, nil, flags...)
+			for n := range row.clients {
+				row.attack(t, proxy, n)
+			}
+			checkPeak(t, proxy, cache)
+		})
+	}
+}
+
+// Idle connections to the admin address take no descriptors from clients.
+func TestIntegrationIdleAdminConnections(t *testing.T) {
+	flags := playRedis(t, func(int, []string) string { return bulk("value") })
+	admin := "127.0.0.1:" + freePort()
+	cmd := program(t, nil, append(flags, "--port", "0", "--admin-address", admin)...)
+	cmd.Args = append([]string{"sh", "-c", `ulimit -n 300 && exec "$0" "$@"`, cmd.Path}, cmd.Args[1:]...)
+	cmd.Path = "/bin/sh"
+	proxy, _ := serves(t, cmd)
+	for range 400 {
+		c, err := net.Dial("tcp", admin)
+		if err != nil {
+			break // which is right, too
+		}
+		defer c.Close()
+	}
+	for i := range 20 {
+		if got := exchange(t, proxy, request("GET", fmt.Sprint(i))); got != bulk("value") {
+			t.Fatalf("got %q; want the value", got)
+		}
+	}
+}
+
+func TestIntegrationLargeRequestsAreTaken(t *testing.T) {
+	t.Parallel()
+	p := runProxy(t, playRedis(t, func(_ int, args []string) string { return bulk(args[1]) }))
+	t.Run("MGET of 30,000 keys", func(t *testing.T) {
+		send, want := []string{"MGET"}, new(strings.Builder)
+		for i := range 30000 {
+			send = append(send, fmt.Sprintf("a key of some length:%08d", i))
+			want.WriteString(bulk(send[i+1]))
+		}
+		dial(t, p.addr).send(request(send...)).expect("*30000\r\n" + want.String())
+	})
+	t.Run("60 MB", func(t *testing.T) {
+		text := strings.Repeat("0123456789abcdef", 60<<16)
+		dial(t, p.addr).send(request("ECHO", text)).expect(bulk(text))
+	})
+}
+
+// After an outage Redis is not asked for what nobody waits for any more.
+func TestIntegrationOutageLeavesNoQueue(t *testing.T) {
+	const clients, each = 40, 100
+	var received, asked atomic.Int64
+	val := bulk(strings.Repeat("v", 20<<10))
+	flags := playRedis(t, func(_ int, args []string) string {
+		if strings.HasPrefix(args[len(args)-1], "small") {
+			return bulk("value")
+		}
+		received.Add(1)
+		return val
+	})
+	r := startRelay(t, net.JoinHostPort(flags[1], flags[3]))
+	p := startProxy(t, r.addr, "--redis-timeout", "500ms", "--client-limit", "2")
+	first := dial(t, p.addr)
+	for i := range 100 {
+		first.send(request("GET", fmt.Sprint("small", i))).expect(bulk("value"))
+	}
+	r.stall()
+	var wg sync.WaitGroup
+	for n := range clients {
+		c := dial(t, p.addr)
+		wg.Go(func() {
+			for round := range soak(3, 24) {
+				var send strings.Builder
+				for i := range each {
+					send.WriteString(request("GET", fmt.Sprintf("large%d.%d.%d", n, round, i)))
+				}
+				io.WriteString(c.Conn, send.String())
+				asked.Add(each)
+				for range each {
+					if line, err := c.ReadString('\n'); !strings.HasPrefix(line, "-ERR upstream ") {
+						t.Errorf("in an outage: got %q (%v)", line, err)
+						return
+					}
+				}
+			}
+		})
+	}
+	wg.Wait()
+	r.resume()
+	back := time.Now()
+	eventually(t, "an answer with Redis back", func() bool {
+		return exchange(t, p.addr, request("GET", "small again")) == bulk("value")
+	})
+	if took := time.Since(back); took > 3*time.Second {
+		t.Errorf("the first answer after Redis was back came after %v; want 3 s at most", took)
+	}
+	t.Logf("%d GETs were asked for, %d of them received by Redis", asked.Load(), received.Load())
+	if got := received.Load(); got > asked.Load()/4 { // a few batches were sent before anybody knew
+		t.Errorf("Redis received %d of %d GETs that nobody waited for; want a quarter at most", got, asked.Load())
+	}
+}
+
+// twoAddresses is a name that stands for 127.0.0.2 and 127.0.0.1 where answerDNS resolves.
+const twoAddresses = "redis.two-addresses.test"
+
+// answerDNS answers as a name server does over TCP (RFC 1035 §4).
+func answerDNS(c net.Conn) {
+	defer c.Close()
+	for {
+		var size uint16
+		if binary.Read(c, binary.BigEndian, &size) != nil {
+			return
+		}
+		query := make([]byte, size)
+		if _, err := io.ReadFull(c, query); err != nil || len(query) < 17 {
+			return
+		}
+		end := 12 + bytes.IndexByte(query[12:], 0) + 5 // of the question
+		reply := append(slices.Clone(query[:2]), 0x81, 0x80, 0, 1, 0, 0, 0, 0, 0, 0)
+		reply = append(reply, query[12:end]...)
+		if query[end-3] == 1 { // an IPv4 address
+			reply[7] = 2
+			for _, last := range []byte{2, 1} {
+				reply = append(reply, 0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 127, 0, 0, last)
+			}
+		}
+		c.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(reply))), reply...))
+	}
+}
+
+// Redis' name has two addresses, and the first takes no connection, without a word.
+func TestIntegrationSecondAddressIsTriedInTime(t *testing.T) {
+	flags := playRedis(t, func(int, []string) string { return bulk("value") })
+	port, _ := strconv.Atoi(flags[3])
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Close(fd)
+	hole := &syscall.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 0, 2}}
+	if err := errors.Join(syscall.Bind(fd, hole), syscall.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	for full := false; !full; { // a full backlog drops what comes
+		c, err := net.DialTimeout("tcp", fmt.Sprint("127.0.0.2:", port), 200*time.Millisecond)
+		if full = err != nil; !full {
+			defer c.Close()
+		}
+	}
+	resolver := net.DefaultResolver
+	t.Cleanup(func() { net.DefaultResolver = resolver })
+	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+		client, server := net.Pipe()
+		go answerDNS(server) // ends when the resolver closes its end
+		return client, nil
+	}}
+	if ips, err := net.LookupHost(twoAddresses); err != nil || len(ips) != 2 || ips[0] != "127.0.0.2" {
+		t.Fatalf("%s: got %v (%v); want 127.0.0.2 and 127.0.0.1", twoAddresses, ips, err)
+	}
+	p := startProxy(t, net.JoinHostPort(twoAddresses, flags[3]), "--redis-timeout", "1s")
+	if got := exchange(t, p.addr, request("GET", "k")); got != bulk("value") {
+		t.Errorf("got %q; want the value", got)
+	}
+}
+
+// A library may write its whole pipeline before it reads the first reply.
+func TestIntegrationPipelineIsWrittenWholeBeforeItIsRead(t *testing.T) {
+	t.Parallel()
+	const keys, gets = 1000, 300000
+	flags := playRedis(t, func(_ int, args []string) string { return bulk(strings.Repeat("v", 90) + args[1]) })
+	var send, want strings.Builder
+	for i := range keys {
+		send.WriteString(request("GET", fmt.Sprintf("key%07d", i)))
+		want.WriteString(bulk(fmt.Sprintf("%skey%07d", strings.Repeat("v", 90), i)))
+	}
+	all, due := strings.Repeat(send.String(), gets/keys), strings.Repeat(want.String(), gets/keys)
+	cert, private := makeCertificate(t, t.TempDir(), "proxy")
+	pair, err := tls.LoadX509KeyPair(cert, private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, secure := range map[string]bool{"TCP": false, "TLS": true} {
+		t.Run(name, func(t *testing.T) {
+			p := runProxy(t, flags, func(cfg *config) {
+				if secure {
+					cfg.clients.tls = &tls.Config{Certificates: []tls.Certificate{pair}}
+				}
+			})
+			c := dial(t, p.addr)
+			if secure {
+				c = dialTLS(t, p.addr, &tls.Config{InsecureSkipVerify: true})
+			}
+			c.send(all).expect(due).send("PING\r\n").expect("+PONG\r\n")
+		})
+	}
+}
+
+// startDistance stands between the proxy and Redis and lets bytes pass in half of a round trip's time, as
+// many at once as there are. It returns its address.
+func startDistance(t testing.TB, to string, roundTrip time.Duration) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	type chunk struct {
+		due   time.Time
+		bytes []byte
+	}
+	carry := func(to, from net.Conn) { // ends with from
+		pipe := make(chan chunk, 1<<16)
+		go func() { // ends with pipe
+			for c := range pipe {
+				time.Sleep(time.Until(c.due))
+				to.Write(c.bytes)
+			}
+			to.Close()
+		}()
+		for {
+			buf := make([]byte, 16<<10)
+			n, err := from.Read(buf)
+			if err != nil {
+				close(pipe)
+				return
+			}
+			pipe <- chunk{time.Now().Add(roundTrip / 2), buf[:n]}
+		}
+	}
+	go func() { // ends when l is closed
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			if up, err := net.Dial("tcp", to); err == nil {
+				go carry(up, c)
+				go carry(c, up)
+			}
+		}
+	}()
+	return l.Addr().String()
+}
+
+// Cold keys cost few round trips to Redis, however many they are.
+func TestIntegrationDistanceToRedis(t *testing.T) {
+	const keys, rounds = 10000, 3
+	flags := playRedis(t, func(_ int, args []string) string { return bulk(args[1]) })
+	for _, row := range []struct {
+		name            string
+		roundTrip, most time.Duration // the race detector takes its part
+		begin           string
+	}{
+		{"MGET of 10,000 keys at 200 ms", 200 * time.Millisecond, 1500 * time.Millisecond, fmt.Sprintf("*%d\r\n", keys)},
+		{"a pipeline of 10,000 GETs at 10 ms", 10 * time.Millisecond, 600 * time.Millisecond, ""},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			p := startProxy(t, startDistance(t, net.JoinHostPort(flags[1], flags[3]), row.roundTrip))
+			best := time.Hour
+			for round := 0; round < rounds && best > row.most; round++ {
+				gets, mget, want := new(strings.Builder), []string{"MGET"}, new(strings.Builder)
+				for i := range keys {
+					mget = append(mget, fmt.Sprintf("%d.%08d", round, i))
+					gets.WriteString(request("GET", mget[i+1]))
+					want.WriteString(bulk(mget[i+1]))
+				}
+				send := gets.String()
+				if row.begin != "" {
+					send = request(mget...)
+				}
+				began := time.Now()
+				dial(t, p.addr).send(send).expect(row.begin + want.String())
+				best = min(best, time.Since(began))
+			}
+			if t.Logf("took %v", best); best > row.most {
+				t.Errorf("took %v; want %v at most", best, row.most)
+			}
+		})
+	}
+}
+
+// No reply of Redis ends the process, and no length is believed before its bytes come.
+func TestIntegrationRedisCannotEndTheProcess(t *testing.T) {
+	const huge = "9223372036854775807\r\n"
+	subscribed := "*3\r\n" + bulk("subscribe") + bulk("__redis__:invalidate") + ":1\r\n"
+	nested := strings.Repeat("*1\r\n", 1<<20)
+	for _, row := range []struct{ name, command, reply string }{
+		{"AUTH is answered by a huge bulk", "AUTH", "$" + huge},
+		{"SELECT is answered by a huge array", "SELECT", "*" + huge},
+		{"GET is answered by a number and a huge bulk", "GET", ":5\r\n$" + huge},
+		{"GET is answered by a huge array", "GET", "*" + huge},
+		{"GET is answered by a bulk of 512 MB that never comes", "GET", "$536870912\r\n"},
+		{"GET is answered by a negative length", "GET", "$-9223372036854775808\r\n"},
+		{"GET is answered by arrays in arrays", "GET", nested},
+		{"GET is answered by a line that never ends", "GET", "+" + strings.Repeat("x", 16<<20)},
+		{"CLIENT is answered by a huge bulk", "CLIENT", "$" + huge},
+		{"CLIENT is answered by arrays in arrays", "CLIENT", nested},
+		{"SUBSCRIBE is answered by a huge array", "SUBSCRIBE", "*" + huge},
+		{"a report is a huge array", "SUBSCRIBE", subscribed + "*" + huge},
+		{"a report has a huge key", "SUBSCRIBE", subscribed + "*3\r\n" + bulk("message") + "$" + huge},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			var sent atomic.Bool
+			flags := playRedis(t, func(_ int, args []string) string {
+				switch name := strings.ToUpper(args[0]); {
+				case name == row.command:
+					sent.Store(true)
+					return row.reply
+				case name == "SUBSCRIBE":
+					return subscribed
+				case name == "CLIENT":
+					return ":1\r\n"
+				}
+				return "+OK\r\n"
+			})
+			cmd, proxy, log := startProgram(t, nil, "--redis-url", "redis://:pw@127.0.0.1:"+flags[3]+"/3",
+				"--redis-timeout", "200ms", fmt.Sprintf("--tracking=%v", strings.Contains("CLIENT SUBSCRIBE", row.command)))
+			for range 2 {
+				if got := exchange(t, proxy, "GET k\r\n"); !strings.HasPrefix(got, "-ERR upstream ") {
+					t.Errorf("GET: got %q; want an error of the proxy", got)
+				}
+			}
+			eventually(t, "the reply was sent", sent.Load)
+			time.Sleep(50 * time.Millisecond) // and may have been read
+			c, used := dial(t, proxy).send("PING\r\n").expect("+PONG\r\n"), 0
+			if fmt.Sscan(infoField(t, c, "used_memory"), &used); used > 64<<20 {
+				t.Errorf("used memory: got %d MB; want 64 MB at most", used>>20)
+			}
+			if expectExit(t, cmd, 4*time.Second); t.Failed() {
+				t.Logf("%.2000s", log)
+			}
+		})
+	}
+}
+
+// A reply too many is never taken for another key's.
+func TestIntegrationExtraReplies(t *testing.T) {
+	for _, row := range []struct{ name, extra string }{
+		{"a value", bulk("EXTRA")},
+		{"an error", "-ERR timeout\r\n"},
+		{"null", "$-1\r\n"},
+		{"half of a value", "$5\r\nEX"},
+		{"an empty line", "\r\n"},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			var gets atomic.Int64
+			flags := playRedis(t, func(_ int, args []string) string {
+				if gets.Add(1)%20 == 0 {
+					return bulk("of "+args[1]) + row.extra
+				}
+				return bulk("of " + args[1])
+			})
+			p, right := runProxy(t, append(flags, "--client-limit", "1")), 0
+			for i := range 100 {
+				key := fmt.Sprint("key", i)
+				switch got := exchange(t, p.addr, request("GET", key)); {
+				case got == bulk("of "+key):
+					right++
+				case !strings.HasPrefix(got, "-ERR upstream "):
+					t.Fatalf("%s: got %q; want its own value, or an error of the proxy", key, got)
+				}
+			}
+			if right < 90 {
+				t.Errorf("right answers: got %d of 100; want 90 at least", right)
+			}
+		})
+	}
+}
+
+// With --redis-ttl an entry ends when its key does, also where Redis does not report it.
+func TestIntegrationKeysExpireWithRedis(t *testing.T) {
+	server := startRedis(t, "--enable-debug-command", "yes")
+	redisDo(t, server.addr, "DEBUG", "SET-ACTIVE-EXPIRE", "0") // no expiry is reported before someone asks
+	up, err := redis.Dial("tcp", server.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer up.Close()
+	p := trackedProxy(t, server.addr, "--redis-ttl")
+	const keys = 100
+	for i := range keys {
+		up.Send("SET", i, "value", "PX", 500+3*i)
+	}
+	for i := range keys {
+		up.Send("PEXPIRETIME", i)
+	}
+	replies, err := redis.Values(up.Do(""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ends, _ := redis.Int64s(replies[keys:], nil)
+	eventually(t, "the reports of the writes", func() bool { return p.stat(t, "tracking_invalidations") >= fmt.Sprint(keys) })
+	for range 2 {
+		for i := range keys {
+			if got := exchange(t, p.addr, request("GET", fmt.Sprint(i))); got != bulk("value") && got != "$-1\r\n" {
+				t.Errorf("key %d: got %q; want the value", i, got)
+			}
+		}
+	}
+	late := 0
+	for i := range keys {
+		time.Sleep(time.Until(time.UnixMilli(ends[i]).Add(50 * time.Millisecond)))
+		if exchange(t, p.addr, request("GET", fmt.Sprint(i))) != "$-1\r\n" {
+			late++
+		}
+	}
+	if late > 0 {
+		t.Errorf("answered more than 50 ms after their expiry: %d of %d keys; want none", late, keys)
+	}
+	redisDo(t, server.addr, "SET", "short", "value", "PX", 6900)
+	redisDo(t, server.addr, "SET", "long", "value")
+	for key, want := range map[string]string{"short": `^max-age=[3-6]$`, "long": `^max-age=3[56]\d\d$`} {
+		resp, _ := httpDo(t, "GET", "http://"+p.addr+"/"+key)
+		if got := resp.Header.Get("Cache-Control"); !regexp.MustCompile(want).MatchString(got) {
+			t.Errorf("the %s key: Cache-Control: got %q; want %s", key, got, want)
+		}
+	}
+}
+
+// A TLS client of a proxy without a certificate is closed at once.
+func TestIntegrationTLSWithoutCertificate(t *testing.T) {
+	_, proxy, log := startProgram(t, nil, "--log-level", "debug")
+	c := dial(t, proxy).send("\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+	c.SetDeadline(time.Now().Add(5 * time.Second))
+	c.expectClosed()
+	eventually(t, "the reason in the log", func() bool {
+		return regexp.MustCompile(`level=DEBUG.*TLS`).MatchString(log.String())
+	})
+}
+
+func TestIntegrationSignals(t *testing.T) {
+	t.Run("SIGTERM while a TLS handshake with Redis hangs", func(t *testing.T) {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		cmd, _, _ := startProgram(t, nil, "--redis-url", "rediss://"+l.Addr().String(), "--tracking")
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		io.ReadFull(c, make([]byte, 100)) // the handshake has begun
+		expectExit(t, cmd, 4*time.Second)
+	})
+	t.Run("SIGHUP loses no answer", func(t *testing.T) {
+		answer, waiting := make(chan struct{}), make(chan struct{})
+		flags := playRedis(t, func(_ int, args []string) string {
+			if args[len(args)-1] == "slow" {
+				close(waiting)
+				<-answer
+			}
+			return bulk("value")
+		})
+		cmd, proxy, log := startProgram(t, nil, flags...)
+		c := dial(t, proxy).send(request("GET", "slow"))
+		<-waiting
+		cmd.Process.Signal(syscall.SIGHUP)
+		eventually(t, "stopping", func() bool { return strings.Contains(log.String(), "msg=stopping") })
+		close(answer)
+		c.expect(bulk("value"))
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("after SIGHUP: %v; want exit code 0", err)
+		}
+	})
 }
 
 // The program
