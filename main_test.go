@@ -1941,7 +1941,7 @@ func TestResolveWhatServersCallThemselves(t *testing.T) {
 		{"h:1", "h", "-1", ""},      // negative port
 		{"h:1", "h", "7@16379", ""}, // port with the bus
 	} {
-		compare(t, fmt.Sprintf("%q %q from %s", tt.host, tt.port, tt.from), resolve(tt.from, tt.host, tt.port), tt.want)
+		compare(t, fmt.Sprintf("%q %q from %s", tt.host, tt.port, tt.from), resolve(tt.from, tt.host+":"+tt.port), tt.want)
 	}
 }
 
@@ -2161,7 +2161,7 @@ func TestPoolHasNoErrorAfterTheFirstSuccess(t *testing.T) {
 	}
 	asked := askFor(p, "key")
 	<-dialling
-	p.pool.routeLocked(new(flight)).health.worked() // over another connection
+	p.pool.routeLocked(new(flight)).answers() // over another connection
 	close(refuse)
 	p.wait(asked)
 	compare(t, "answer", outcomeOf(asked[0]), "value")
@@ -2169,9 +2169,7 @@ func TestPoolHasNoErrorAfterTheFirstSuccess(t *testing.T) {
 
 func TestPoolBoundsWhatWaits(t *testing.T) {
 	p := newParts(t)
-	for range cap(p.pool.routeLocked(new(flight)).slots) {
-		p.pool.routeLocked(new(flight)).slots <- struct{}{} // no connection is free
-	}
+	p.pool.routeLocked(new(flight)).busy = p.pool.limit // no connection is free
 	for i := range maxQueue {
 		askFor(p, fmt.Sprint(i))
 	}
@@ -2187,7 +2185,7 @@ func TestRefusedMarksWhatConcernsTheProxy(t *testing.T) {
 		"NOAUTH Authentication required.": "ERR upstream refused: NOAUTH Authentication required.",
 		"NOPERM this user":                "ERR upstream refused: NOPERM this user", "WRONGPASS invalid": "ERR upstream refused: WRONGPASS invalid",
 	} {
-		compare(t, string(in), passedOn(in), want)
+		compare(t, string(in), asAnswer(in, true), error(want))
 	}
 }
 

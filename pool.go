@@ -7,6 +7,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/tls"
@@ -18,6 +19,7 @@ import (
 	"math"
 	"net"
 	"net/netip"
+	"os"
 	"runtime"
 	"slices"
 	"strconv"
@@ -31,12 +33,10 @@ import (
 )
 
 const (
-	// batchBytes bounds the values that one batch brings, by the size that values had lately. The number of
-	// its GETs is bounded too, as that size is a guess: it grows from firstBatch to maxBatch while batches
-	// succeed.
-	batchBytes = 1 << 20
-	firstBatch = 256
+	// maxBatch bounds the GETs of one batch, and batchBytes the values that it brings, by the size that
+	// values had lately.
 	maxBatch   = 1 << 12
+	batchBytes = 1 << 20
 	// maxQueue bounds the flights that wait for a connection, and maxQueueBytes their keys. More of them
 	// end with errTimeout at once: they would not be carried out in time.
 	maxQueue      = 1 << 16
@@ -44,28 +44,27 @@ const (
 	// grace is how much longer than the longest waiter a connection waits for a reply, which still fills
 	// the cache.
 	grace = time.Second
-	// maxReply is the longest value that Redis can hold (proto-max-bulk-len), and maxElements the longest
-	// report of changes that is believed.
+	// maxReply is the longest value that Redis can hold (proto-max-bulk-len), maxElements the longest array
+	// that is believed, and growBy how much of a value is believed before it has come.
 	maxReply    = 512 << 20
 	maxElements = 1 << 20
+	growBy      = 64 << 10
+	// anyReply has the first bytes of all replies, and as many * as arrays may be inside one another.
+	anyReply = "-+:$****"
 	// slots is into how many parts a cluster divides the keys. Each has an owner.
 	slots = 1 << 14
-	// Who owns what is asked for at most once in learnPause: at a hint, every failingTick while a node fails
-	// or has failed less than failingFor ago, every tick of a cluster, and every sentinelTick of sentinels.
+	// The pool asks who owns what at hints and, without one, every learnOften where there are sentinels or
+	// where a batch has failed in the last learnSeldom, else every learnSeldom; at most once in learnPause.
 	// No server may take longer than askTimeout to answer.
-	learnPause   = 250 * time.Millisecond
-	failingTick  = 500 * time.Millisecond
-	failingFor   = 5 * time.Second
-	sentinelTick = time.Second
-	clusterTick  = 10 * time.Second
-	askTimeout   = 500 * time.Millisecond
-	// strayTime is how long a node is kept that owns no slot, since it was last named.
+	learnPause  = 250 * time.Millisecond
+	learnOften  = time.Second
+	learnSeldom = 10 * time.Second
+	askTimeout  = 500 * time.Millisecond
+	// strayTime is how long a node is kept that owns no slot, since ASK named it last.
 	strayTime = 10 * time.Second
 	// retryPause is the longest pause before a flight is tried again that no node takes.
 	retryPause = 50 * time.Millisecond
-	// growBy is how many bytes of a reply are believed before they have come.
-	growBy = 64 << 10
-	// pingEvery is how often the tracking connection is tried.
+	// pingEvery is how long a tracking connection may be silent before it is tried.
 	pingEvery = 2 * time.Second
 )
 
@@ -103,19 +102,20 @@ type pool struct {
 	log           *slog.Logger
 	ctx           context.Context // done when the pool is closed
 	stop          context.CancelFunc
-	invalidations atomic.Int64  // changes that Redis reported
-	hints         chan string   // it is time to learn, perhaps from the server at this address
-	learnt        chan struct{} // closed when that was tried once
-	watched       chan struct{} // closed when watch has ended
+	running       sync.WaitGroup // watch and the trackers
+	invalidations atomic.Int64   // changes that Redis reported
+	several       atomic.Bool    // false: a single Redis, which is sent nothing that only clusters and sentinels know
+	hints         chan string    // it is time to learn, perhaps from the server at this address
+	learnt        chan struct{}  // closed when that was tried once
+	sentinels     []string       // their addresses, one that answered in front; only watch touches them
 
-	// mu guards the following, and the queue of a node. The cache's lock may not be taken under it.
+	// mu guards the following, and fields of nodes. The cache's lock may not be taken under it.
 	mu         sync.Mutex
 	nodes      map[string]*node // by address
-	seeds      []string         // addresses where to begin
-	seed       int              // which of them is in use
-	owners     []*node          // of each slot, nil where it is not known; none at all before Redis says that it is a cluster
-	masters    map[*node]bool   // the owners that settle has seen last
-	sentinels  []string         // their addresses, one that answered in front; only watch touches them
+	seeds      []string         // addresses where to begin, the one in use in front
+	owners     []*node          // of each slot, nil where it is not known; a single nil before any is
+	known      string           // the addresses of all owners, when settle looked last
+	failed     time.Time        // when a batch last did
 	unknown    error            // why no sentinel has named a master
 	queued     int              // flights, over all queues
 	queueBytes int              // of their keys
@@ -129,103 +129,46 @@ type poolCounts struct {
 }
 
 var latencyBounds = []time.Duration{
-	100 * time.Microsecond, 250 * time.Microsecond, 500 * time.Microsecond,
-	time.Millisecond, 2500 * time.Microsecond, 5 * time.Millisecond, 10 * time.Millisecond, 25 * time.Millisecond,
-	50 * time.Millisecond, 100 * time.Millisecond, 250 * time.Millisecond, 500 * time.Millisecond, time.Second,
+	100 * time.Microsecond, 250 * time.Microsecond, 500 * time.Microsecond, time.Millisecond, 2500 * time.Microsecond,
+	5 * time.Millisecond, 10 * time.Millisecond, 25 * time.Millisecond, 50 * time.Millisecond,
+	100 * time.Millisecond, 250 * time.Millisecond, 500 * time.Millisecond, time.Second,
 }
 
 func newPool(s poolSettings, c *cache, log *slog.Logger) *pool {
-	p := &pool{poolSettings: s, cache: c, log: log, nodes: make(map[string]*node), seeds: strings.Split(s.redis.hosts, ","),
-		unknown: errors.New("the sentinels name another master"), hints: make(chan string, 1), learnt: make(chan struct{}), watched: make(chan struct{})}
+	p := &pool{poolSettings: s, cache: c, log: log, hints: make(chan string, 1), learnt: make(chan struct{}),
+		nodes: make(map[string]*node), owners: make([]*node, 1), seeds: strings.Split(s.redis.hosts, ","),
+		unknown: errors.New("the sentinels name another master")}
 	p.latency = histogram{bounds: latencyBounds, counts: make([]int64, len(latencyBounds)+1)}
 	p.ctx, p.stop = context.WithCancel(context.Background())
+	p.several.Store(s.redis.master != "" || len(p.seeds) > 1)
 	if s.redis.master != "" {
 		p.seeds, p.sentinels = []string{""}, p.seeds // the master is unknown until a sentinel answers
 	}
-	p.masters = p.mastersLocked()
-	p.hintLocked("")
-	go p.watch() // ends with close
+	p.known = p.seeds[0]
+	p.hint("")
+	p.running.Go(p.watch) // ends with close
 	return p
 }
 
-// dial makes a connection, which is closed when ctx is done. It gives up when that takes longer than the
-// timeout or than patience. A read or write on it fails after patience.
-func (p *pool) dial(ctx context.Context, addr string, patience time.Duration, opts ...redis.DialOption) (*upstream, error) {
-	soon, cancel := context.WithTimeout(ctx, min(p.timeout, patience))
-	defer cancel()
-	c, err := dialInTurn(soon, addr)
-	if err != nil {
-		return nil, err
-	}
-	defer context.AfterFunc(soon, func() { c.Close() })() // redigo's AUTH and SELECT do not look at a context
-	g := &guard{Conn: wire{c, patience}}
-	if tcp, ok := c.(*net.TCPConn); ok && !p.redis.tls {
-		g.raw, _ = tcp.SyscallConn()
-	}
-	if p.redis.tls {
-		host, _, _ := net.SplitHostPort(addr)
-		conf := cmp.Or(p.tls, new(tls.Config)).Clone()
-		conf.ServerName = host
-		t := tls.Client(g.Conn, conf)
-		if err := t.HandshakeContext(soon); err != nil {
-			c.Close()
-			return nil, err
-		}
-		g.Conn = t
-	}
-	g.in = bufio.NewReaderSize(g.Conn, 16<<10)
-	conn, err := redis.Dial("tcp", addr, append(opts,
-		redis.DialContextFunc(func(context.Context, string, string) (net.Conn, error) { return g, nil }))...)
-	if err != nil && soon.Err() != nil {
-		return nil, soon.Err() // a time-out, which closed the connection
-	} else if err != nil {
-		return nil, err
-	}
-	return &upstream{conn, g, context.AfterFunc(ctx, func() { c.Close() }), nil, 0}, nil
-}
-
-// dialInTurn connects to the first address of a name that answers. Each has its share of the time that is
-// left: net.Dialer would give the first 2 s of it.
-func dialInTurn(ctx context.Context, addr string) (c net.Conn, err error) {
-	if strings.HasPrefix(addr, "/") {
-		return new(net.Dialer).DialContext(ctx, "unix", addr)
-	}
-	host, port, err := net.SplitHostPort(addr)
-	if err != nil {
-		return nil, err
-	}
-	ips, err := net.DefaultResolver.LookupHost(ctx, host)
-	if err != nil {
-		return nil, err
-	}
-	deadline, _ := ctx.Deadline()
-	for i, ip := range ips {
-		d := net.Dialer{Timeout: time.Until(deadline) / time.Duration(len(ips)-i)}
-		if c, err = d.DialContext(ctx, "tcp", net.JoinHostPort(ip, port)); err == nil {
-			return c, nil
-		}
-	}
-	return nil, err
-}
-
-// close drops all nodes, and their connections.
+// close drops all connections.
 func (p *pool) close() {
-	p.stop()
-	<-p.watched
 	p.mu.Lock()
-	nodes := slices.Collect(maps.Values(p.nodes))
+	p.stop()
 	p.mu.Unlock()
-	for _, n := range nodes {
-		n.close()
-	}
+	p.running.Wait()
 }
 
 // nodeLocked returns the node with this address.
 func (p *pool) nodeLocked(addr string) *node {
-	n := p.nodes[addr]
-	if n == nil {
-		n = p.newNode(addr)
-		p.nodes[addr] = n
+	if n := p.nodes[addr]; n != nil {
+		return n
+	}
+	n := &node{pool: p, addr: addr}
+	p.nodes[addr] = n
+	n.ctx, n.stop = context.WithCancel(p.ctx)
+	n.conns = &redis.Pool{MaxIdle: p.limit, Dial: n.dial, TestOnBorrow: n.test}
+	if p.tracking && addr != "" && p.ctx.Err() == nil {
+		p.running.Go(n.track) // ends when the node is closed
 	}
 	return n
 }
@@ -235,12 +178,12 @@ func (p *pool) routeLocked(f *flight) *node {
 	if f.asking != "" {
 		return p.nodeLocked(f.asking)
 	}
-	if p.owners != nil {
+	if len(p.owners) == slots {
 		if n := p.owners[slot(f.key)]; n != nil {
 			return n
 		}
 	}
-	return p.nodeLocked(p.seeds[p.seed])
+	return p.nodeLocked(p.seeds[0])
 }
 
 // slot returns the slot of a key: CRC16 (XMODEM) of its hash tag, if it has one, or of all of it.
@@ -259,11 +202,12 @@ func slot(key string) int {
 	return int(crc % slots)
 }
 
-// resolve returns the address that the server at from means by a host and a port: its own host and port
-// where they are missing, and none where it does not know.
-func resolve(from, host, port string) (addr string) {
+// resolve returns what the server at from means by an address: its own host and port where they are
+// missing, and none where it does not know.
+func resolve(from, addr string) string {
 	ownHost, ownPort, _ := net.SplitHostPort(from)
-	host = cmp.Or(host, ownHost)
+	colon := strings.LastIndexByte(addr, ':')
+	host, port := cmp.Or(addr[:max(colon, 0)], ownHost), addr[colon+1:]
 	if port == "0" {
 		port = ownPort
 	}
@@ -271,11 +215,6 @@ func resolve(from, host, port string) (addr string) {
 		return ""
 	}
 	return net.JoinHostPort(host, port)
-}
-
-// login returns what a connection to Redis begins with.
-func (p *pool) login() []redis.DialOption {
-	return []redis.DialOption{redis.DialUsername(p.redis.user), redis.DialPassword(p.redis.password), redis.DialDatabase(p.redis.db)}
 }
 
 // enqueue queues flights, each at its node, whose workers carry them out. It does not block.
@@ -303,7 +242,7 @@ func (p *pool) enqueue(fs []*flight) {
 func (p *pool) try() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.routeLocked(new(flight)).startWorker()
+	p.routeLocked(new(flight)).startLocked()
 }
 
 // ready reports whether Redis answers, by a flight like any other, for a key that nobody has. That Redis
@@ -315,83 +254,62 @@ func (p *pool) ready() bool {
 	if !p.cache.ended(f, time.After(p.timeout)) {
 		return false
 	}
-	var refusal replyError
-	forbidden := errors.As(f.err, &refusal) && strings.HasPrefix(string(refusal), upstreamRefused+"NOPERM ") &&
-		strings.Contains(string(refusal), " key")
-	return !isOutage(f.err) || forbidden
+	refusal := fmt.Sprint(f.err)
+	return !isOutage(f.err) || strings.HasPrefix(refusal, upstreamRefused+"NOPERM ") && strings.Contains(refusal, " key")
 }
 
 // figures reports the connections and what became of flights.
 func (p *pool) figures() []figure {
 	p.mu.Lock()
-	n := p.poolCounts
-	n.latency.counts = slices.Clone(n.latency.counts)
-	masters, nodes := p.mastersLocked(), slices.Collect(maps.Values(p.nodes))
-	p.mu.Unlock()
-	connections, used, down, state := 0, 0, 0, trackingOff
+	defer p.mu.Unlock()
+	connections, used, down, state := 0, 0, 0, trackingState(0)
 	if p.tracking {
-		state = trackingLive
+		state = 2
 	}
-	for _, n := range nodes {
+	owners := p.ownersLocked()
+	for addr, n := range p.nodes {
 		connections += n.conns.ActiveCount()
-		used += len(n.slots)
-		if masters[n] && p.tracking && (n.tracker == nil || !n.tracker.live.Load()) {
-			state = trackingDown
+		used += n.busy
+		if owners[addr] != nil && p.tracking && !n.live.Load() {
+			state = 1
 		}
-		if masters[n] && n.health.down() {
+		if owners[addr] != nil && n.downLocked() {
 			down++
 		}
 	}
-	const failures = "Flights that failed, or were answered by an error that is not about the key."
+	latency := p.latency
+	latency.counts = slices.Clone(latency.counts)
 	return []figure{
 		{"Cache", "upstream_connections", "upstream_connections", "Connections to Redis.", connections},
 		{"Cache", "upstream_connections_used", "upstream_connections_used", "Connections to Redis in use.", used},
-		{"Cache", "upstream_fetches", "upstream_fetches_total", "GETs taken up by a connection to Redis.", n.flights},
-		{"Cache", "upstream_batches", "upstream_batches_total", "Pipelines of them.", n.batches},
-		{"Cache", "upstream_errors", "upstream_errors_total", failures, n.errors},
-		{"Cache", "upstream_nodes", "upstream_nodes", "Nodes of Redis that are known.", len(nodes)},
+		{"Cache", "upstream_fetches", "upstream_fetches_total", "GETs taken up by a connection to Redis.", p.flights},
+		{"Cache", "upstream_batches", "upstream_batches_total", "Pipelines of them.", p.batches},
+		{"Cache", "upstream_errors", "upstream_errors_total", "Flights that failed, or got an error not about the key.", p.errors},
+		{"Cache", "upstream_nodes", "upstream_nodes", "Nodes of Redis that are known.", len(p.nodes)},
 		{"Cache", "upstream_nodes_down", "upstream_nodes_down", "Owners of keys that could not be read last time.", down},
-		{"Cache", "upstream_refreshes", "upstream_refreshes_total", "Times that Redis was asked who owns which keys.", n.refreshes},
-		{"Cache", "upstream_redirects", "upstream_redirects_total", "GETs that a node sent to another one.", n.redirects},
+		{"Cache", "upstream_refreshes", "upstream_refreshes_total", "Times that Redis was asked who owns which keys.", p.refreshes},
+		{"Cache", "upstream_redirects", "upstream_redirects_total", "GETs that a node sent to another one.", p.redirects},
 		{"Cache", "tracking", "tracking", "Whether Redis reports changes: 0 is off, 1 down, 2 live.", state},
 		{"Cache", "tracking_invalidations", "invalidations_total", "Changes that Redis reported.", p.invalidations.Load()},
-		{"", "", "upstream_seconds", "Time from taking up a batch of GETs to its last reply, connecting included.", n.latency},
+		{"", "", "upstream_seconds", "Time from taking up a batch of GETs to its last reply, connecting included.", latency},
 	}
 }
 
-// aloneLocked reports whether there is a single Redis. It must not be sent any command that only nodes of
-// a cluster and sentinels know.
-func (p *pool) aloneLocked() bool {
-	return p.owners == nil && len(p.seeds) == 1 && p.redis.master == ""
-}
+// A trackingState is whether Redis reports changes: 0 is off, 1 down, 2 live.
+type trackingState int
+
+func (s trackingState) String() string { return [...]string{"off", "down", "live"}[s] }
 
 // hint has watch learn soon, from the server at an address if that is one. It does not block.
 func (p *pool) hint(addr string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.hintLocked(addr)
-}
-
-func (p *pool) hintLocked(addr string) {
-	if p.aloneLocked() {
-		return
-	}
 	select {
 	case p.hints <- addr:
 	default:
 	}
 }
 
-// leaveLocked goes on to the next seed, if it is n that is in use.
-func (p *pool) leaveLocked(n *node) {
-	if p.seeds[p.seed] == n.addr {
-		p.seed = (p.seed + 1) % len(p.seeds)
-	}
-}
-
 // watch learns who owns which keys, at hints and now and then, once at a time.
 func (p *pool) watch() {
-	defer close(p.watched)
 	known := sync.OnceFunc(func() { close(p.learnt) })
 	defer known()
 	for {
@@ -400,12 +318,15 @@ func (p *pool) watch() {
 		case <-p.ctx.Done():
 			return
 		case hint = <-p.hints:
-		case <-time.After(p.tick() - learnPause):
+		case <-time.After(p.patience() - learnPause):
 		}
-		if p.redis.master != "" {
+		switch {
+		case p.redis.master != "":
 			p.askSentinels()
-		} else {
+		case p.several.Load():
 			p.askNodes(hint)
+		default:
+			continue
 		}
 		p.settle()
 		known()
@@ -416,53 +337,50 @@ func (p *pool) watch() {
 	}
 }
 
-// tick returns how long to wait for a hint.
-func (p *pool) tick() time.Duration {
+// patience returns how long to wait for a hint.
+func (p *pool) patience() time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.aloneLocked() {
+	switch {
+	case !p.several.Load():
 		return math.MaxInt64
+	case p.redis.master != "" || time.Since(p.failed) < learnSeldom:
+		return learnOften
 	}
-	for n := range p.mastersLocked() {
-		if time.Since(n.failed) < failingFor {
-			return failingTick
-		}
-	}
-	if p.redis.master != "" {
-		return sentinelTick
-	}
-	return clusterTick
+	return learnSeldom
 }
 
 // ask sends a server one command, over a connection of its own.
-func (p *pool) ask(addr string, login []redis.DialOption, command string, args ...any) ([]any, error) {
+func (p *pool) ask(addr string, command string, args ...any) (any, error) {
 	ctx, cancel := context.WithTimeout(p.ctx, 2*askTimeout)
 	defer cancel()
-	u, err := p.dial(ctx, addr, askTimeout, login...)
+	u, err := p.dial(ctx, addr, askTimeout, p.redis.master != "")
 	if err != nil {
 		return nil, err
 	}
 	defer u.Close()
-	return redis.Values(u.Do(command, args...))
+	return u.Do(command, args...)
 }
 
 // askNodes learns the owners of all slots from the first node that knows them: the one that was hinted at,
-// the owners that are known, those that failed last, or those that the URL names.
+// the owners that are known, those that cannot be read last, or those that the URL names.
 func (p *pool) askNodes(hint string) {
 	p.mu.Lock()
-	masters := slices.SortedFunc(maps.Keys(p.mastersLocked()), func(a, b *node) int { return a.failed.Compare(b.failed) })
-	p.mu.Unlock()
-	addrs := []string{hint}
-	for _, n := range masters {
-		addrs = append(addrs, n.addr)
+	addrs, down := []string{hint}, p.seeds
+	for addr, n := range p.ownersLocked() {
+		if n.downLocked() {
+			down = append([]string{addr}, down...)
+		} else {
+			addrs = append(addrs, addr)
+		}
 	}
-	addrs = append(addrs, p.seeds...)
+	p.mu.Unlock()
+	addrs = append(addrs, down...)
 	for i, addr := range addrs {
 		if addr == "" || slices.Contains(addrs[:i], addr) {
 			continue
 		}
-		rows, err := p.ask(addr, p.login(), "CLUSTER", "SLOTS")
-		if err == nil && p.adopt(addr, rows) {
+		if rows, err := redis.Values(p.ask(addr, "CLUSTER", "SLOTS")); err == nil && p.adopt(addr, rows) {
 			return
 		}
 	}
@@ -476,166 +394,121 @@ func (p *pool) adopt(from string, rows []any) (named bool) {
 	for _, row := range rows {
 		var first, last, port int
 		var host string
-		var master []any
+		var owner []any
 		span, _ := redis.Values(row, nil)
-		_, err := redis.Scan(span, &first, &last, &master)
-		if err == nil {
-			_, err = redis.Scan(master, &host, &port)
+		_, errSpan := redis.Scan(span, &first, &last, &owner)
+		_, errOwner := redis.Scan(owner, &host, &port)
+		addr := resolve(from, host+":"+strconv.Itoa(port))
+		if errSpan == nil && errOwner == nil && addr != "" && first >= 0 && last < slots {
+			p.giveLocked(p.nodeLocked(addr), first, last)
+			named = true
 		}
-		addr := resolve(from, host, strconv.Itoa(port))
-		if err != nil || addr == "" || first < 0 || last >= slots {
-			continue
-		}
-		if p.owners == nil {
-			p.owners = make([]*node, slots)
-		}
-		n := p.nodeLocked(addr)
-		for i := first; i <= last; i++ {
-			p.owners[i] = n
-		}
-		named = true
 	}
 	return named
 }
 
+// giveLocked notes that a node owns some slots.
+func (p *pool) giveLocked(n *node, first, last int) {
+	if len(p.owners) < slots {
+		p.owners = make([]*node, slots)
+	}
+	for i := first; i <= last; i++ {
+		p.owners[i] = n
+	}
+}
+
 // askSentinels learns the master from the first sentinel that knows it, and asks that one first next time.
 func (p *pool) askSentinels() {
-	login := []redis.DialOption{redis.DialUsername(p.redis.sentinelUser), redis.DialPassword(p.redis.sentinelPassword)}
 	var unknown error
 	for i, addr := range p.sentinels {
-		named, err := redis.Strings(p.ask(addr, login, "SENTINEL", "get-master-addr-by-name", p.redis.master))
+		named, err := redis.Strings(p.ask(addr, "SENTINEL", "get-master-addr-by-name", p.redis.master))
 		if err == nil && len(named) == 2 {
 			p.sentinels[0], p.sentinels[i] = addr, p.sentinels[0]
 			p.mu.Lock()
-			p.seeds[0] = resolve(addr, named[0], named[1])
+			p.seeds[0] = resolve(addr, named[0]+":"+named[1])
 			p.mu.Unlock()
 			return
 		}
 		if err == redis.ErrNil {
 			unknown = fmt.Errorf("no sentinel knows the master %q", p.redis.master)
-		} else if unknown == nil {
-			unknown = fmt.Errorf("no sentinel answers: %w", err)
 		}
+		unknown = cmp.Or(unknown, fmt.Errorf("no sentinel answers: %w", err))
 	}
 	p.mu.Lock()
 	p.unknown = unknown
 	p.mu.Unlock()
 }
 
-// mastersLocked returns the nodes that own slots, or the one in use where there are none.
-func (p *pool) mastersLocked() map[*node]bool {
-	masters := make(map[*node]bool)
-	var last *node
-	if p.owners == nil {
-		masters[p.nodeLocked(p.seeds[p.seed])] = true
-	}
-	for _, n := range p.owners {
+// ownersLocked returns the nodes that own slots, by address. The seed stands for those that are not known.
+func (p *pool) ownersLocked() map[string]*node {
+	owners := make(map[string]*node)
+	for _, n := range slices.Compact(slices.Clone(p.owners)) {
 		if n == nil {
-			n = p.nodeLocked(p.seeds[p.seed])
+			n = p.nodeLocked(p.seeds[0])
 		}
-		if n != last {
-			masters[n] = true
-		}
-		last = n
+		owners[n.addr] = n
 	}
-	return masters
+	return owners
 }
 
 // settle follows a change of the owners. Flights that wait are queued at those of today, and a node is
-// closed that owns nothing any more, or that has owned nothing and was not named for a while.
+// closed that owns nothing, unless ASK named it lately.
 func (p *pool) settle() {
 	var queued []*flight
-	var gone []*node
 	p.mu.Lock()
 	p.refreshes++
-	masters := p.mastersLocked()
-	changed := !maps.Equal(masters, p.masters)
+	owners := p.ownersLocked()
 	for addr, n := range p.nodes {
 		queued = append(queued, n.queue...)
 		n.queue = nil
-		if !masters[n] && (p.masters[n] || time.Since(n.named) > strayTime) {
+		if owners[addr] == nil && time.Since(n.named) > strayTime {
 			delete(p.nodes, addr)
-			gone = append(gone, n)
+			n.stop()
 		}
 	}
 	p.queued, p.queueBytes = 0, 0
-	p.masters = masters
+	known := strings.Join(slices.Sorted(maps.Keys(owners)), " ")
+	changed := known != p.known
+	p.known = known
 	p.mu.Unlock()
 	p.enqueue(queued)
 	if changed {
-		var addrs []string
-		for n := range masters {
-			addrs = append(addrs, n.addr)
-		}
-		slices.Sort(addrs)
-		p.log.Info("other nodes own the keys now", "nodes", strings.Join(addrs, " "))
-	}
-	for _, n := range gone {
-		n.close()
+		p.log.Info("other nodes own the keys now", "nodes", known)
 	}
 }
 
-// A node is one Redis server, the connections to it, and the flights that wait for one of them.
+// A node is one Redis server, the connections to it, and the flights that wait for one of them. Its health,
+// which only it logs, is whether it answered since it last failed.
 type node struct {
-	pool    *pool
-	addr    string
-	ctx     context.Context // done when the node is closed
-	stop    context.CancelFunc
-	conns   *redis.Pool
-	slots   chan struct{} // holds an element for each connection in use
-	health  health
-	tracker *tracker // nil: no tracking
+	pool  *pool
+	addr  string          // empty: of the master that no sentinel has named yet
+	ctx   context.Context // done when the node is closed, which closes its connections
+	stop  context.CancelFunc
+	conns *redis.Pool
+	live  atomic.Bool // its changes are reported
 
 	// The pool's lock guards the following.
 	queue  []*flight
-	coming bool      // a worker is about to take the queue
-	most   int       // GETs in one batch
+	busy   int       // workers, each with a connection
+	coming bool      // one of them is about to take the queue
 	broke  time.Time // when a connection last did; others that have been idle since before may be dead
-	named  time.Time // when MOVED or ASK last did, or it was made
-	failed time.Time // when a batch last did
-}
+	named  time.Time // when ASK last did
 
-func (p *pool) newNode(addr string) *node {
-	n := &node{pool: p, addr: addr, most: firstBatch, named: time.Now(), slots: make(chan struct{}, p.limit), health: health{now: p.cache.now}}
-	n.health.log = n.log
-	n.ctx, n.stop = context.WithCancel(p.ctx)
-	n.conns = &redis.Pool{
-		MaxIdle: p.limit,
-		Dial: func() (redis.Conn, error) {
-			c, err := n.dial(p.timeout + grace)
-			if err != nil {
-				return nil, err
-			}
-			return c, nil
-		},
-		TestOnBorrow: func(c redis.Conn, idleSince time.Time) error {
-			p.mu.Lock()
-			defer p.mu.Unlock()
-			if idleSince.Before(n.broke) {
-				return errors.New("a connection of the same age was dead")
-			}
-			return c.(*upstream).guard.quiet()
-		},
-	}
-	if p.tracking && addr != "" {
-		n.tracker = startTracker(n)
-	}
-	return n
+	// When a reply last was no outage, and when a failure and a refusal were last logged, on the cache's clock.
+	// 0: never.
+	answered, warned, refused time.Duration
 }
 
 // log names the node, where there are or may be several.
 func (n *node) log() *slog.Logger {
-	n.pool.mu.Lock()
-	defer n.pool.mu.Unlock()
-	if n.pool.aloneLocked() {
+	if !n.pool.several.Load() {
 		return n.pool.log
 	}
 	return n.pool.log.With("node", n.addr)
 }
 
-// dial makes a connection on which a read or write fails after patience. Where sentinels named the node, it
-// must say itself that it is a master.
-func (n *node) dial(patience time.Duration) (*upstream, error) {
+// dial makes a connection.
+func (n *node) dial() (redis.Conn, error) {
 	p := n.pool
 	if n.addr == "" {
 		<-p.learnt
@@ -643,59 +516,46 @@ func (n *node) dial(patience time.Duration) (*upstream, error) {
 		defer p.mu.Unlock()
 		return nil, p.unknown
 	}
-	u, err := p.dial(n.ctx, n.addr, patience, p.login()...)
-	if err != nil || p.redis.master == "" {
-		return u, err
-	}
-	role := ""
-	reply, err := redis.Values(u.Do("ROLE"))
-	if err == nil {
-		_, err = redis.Scan(reply, &role)
-	}
-	if err == nil && role != "master" {
-		err = errors.New("the sentinels name a server that is no master")
-	}
+	u, err := p.dial(n.ctx, n.addr, p.timeout+grace, false)
 	if err != nil {
-		u.Close()
 		return nil, err
 	}
 	return u, nil
 }
 
-// close closes all connections, those in use too, and waits for the tracker.
-func (n *node) close() {
-	n.stop()
-	n.tracker.wait()
-	n.conns.Close()
+// test returns an error if a connection may not be used again.
+func (n *node) test(c redis.Conn, idleSince time.Time) error {
+	n.pool.mu.Lock()
+	broke := n.broke
+	n.pool.mu.Unlock()
+	if idleSince.Before(broke) || !c.(*upstream).quiet() {
+		return errors.New("it may be dead, or out of step")
+	}
+	return nil
 }
 
-// startLocked starts a worker for the queue, unless one is on its way to it. If no slot is free, the
-// workers that hold the slots come to it.
+// startLocked starts a worker, unless one is on its way to the queue. If it may not have a connection, the
+// workers that have one come to the queue.
 func (n *node) startLocked() {
-	if len(n.queue) > 0 && !n.coming {
-		n.startWorker()
-	}
-}
-
-func (n *node) startWorker() {
-	select {
-	case n.slots <- struct{}{}:
+	if !n.coming && n.busy < n.pool.limit {
 		n.coming = true
+		n.busy++
 		go n.work() // ends when the queue is empty
-	default:
 	}
 }
 
-// work owns a slot. It carries out what is queued until nothing is.
+// work carries out what is queued until nothing is.
 func (n *node) work() {
 	for more := true; more; {
 		runtime.Gosched() // requests that are about to ask do so first, and share a round trip
 		more = n.batch()
 	}
-	<-n.slots
 	n.pool.mu.Lock()
 	defer n.pool.mu.Unlock()
-	n.startLocked() // a flight that was queued since the last look at the queue may have found no slot
+	n.busy--
+	if len(n.queue) > 0 { // since the last look at it, when all were busy
+		n.startLocked()
+	}
 }
 
 // take removes from the queue as much as fits a batch, and reports whether there was anything. It ends
@@ -703,28 +563,25 @@ func (n *node) work() {
 func (n *node) take() (fs []*flight, any bool) {
 	p := n.pool
 	p.mu.Lock()
-	most := min(n.most, max(1, batchBytes/max(1, int(p.cache.typical.Load()))))
+	most := min(maxBatch, max(1, batchBytes/max(1, int(p.cache.typical.Load()))))
 	fs = slices.Clone(n.queue[:min(len(n.queue), most)])
 	n.queue = slices.Delete(n.queue, 0, len(fs))
 	for _, f := range fs {
 		p.queueBytes -= len(f.key)
 	}
 	p.queued -= len(fs)
+	p.batches += int64(min(len(fs), 1))
+	p.flights += int64(len(fs))
 	n.coming = false
-	n.startLocked() // what does not fit is another worker's
+	if len(n.queue) > 0 { // what does not fit is another worker's
+		n.startLocked()
+	}
 	p.mu.Unlock()
-	any = len(fs) > 0
-	fs, unwanted := p.cache.wanted(fs, 0)
+	wanted, unwanted := p.cache.wanted(fs, 0)
 	for _, f := range unwanted {
 		p.cache.finish(f, value{}, errTimeout)
 	}
-	if len(fs) > 0 {
-		p.mu.Lock()
-		p.batches++
-		p.flights += int64(len(fs))
-		p.mu.Unlock()
-	}
-	return fs, any
+	return wanted, len(fs) > 0
 }
 
 // batch takes a connection, and then all that has been queued meanwhile, and carries it out. It reports
@@ -736,82 +593,77 @@ func (n *node) batch() bool {
 	defer conn.Close()
 	made := conn.Err() == nil
 	fs, any := n.take()
-	if len(fs) == 0 {
-		if !made && n.ctx.Err() == nil {
-			n.health.failed(began, conn.Err())
-		}
-		return any
-	}
-	size, failed := len(fs), 0
 	rest, err := n.exchange(conn, fs)
 	if err != nil {
-		failed = n.broken(rest, err, made, began)
+		n.broken(rest, err, made, began)
+	} else if len(fs) > 0 {
+		p.mu.Lock()
+		p.latency.add(p.cache.now() - began)
+		p.mu.Unlock()
 	}
-	n.count(began, size, failed, err)
-	return true
+	return any
 }
 
-// count adds the end of a batch to the statistics, and decides how large the next may be.
-func (n *node) count(began time.Duration, size, failed int, err error) {
-	p := n.pool
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.errors += int64(failed)
-	if err != nil {
-		n.most = firstBatch
-		return
-	}
-	if size >= n.most {
-		n.most = min(2*size, maxBatch)
-	}
-	p.latency.add(p.cache.now() - began)
-}
-
-// broken ends the flights of a connection that broke, or could not be made, since it began. It returns how
-// many.
+// broken ends the flights of a connection that broke, or could not be made, since it began.
 //
-// The others are tried once more on another connection: this one may have died while it was idle, and GET
-// does no harm twice. The same goes where it could not be made, but another was made meanwhile, or where
-// another node is to be asked by now.
-func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) (failed int) {
+// Those that a request waits for are tried once more on another connection: this one may have died while it
+// was idle, and GET does no harm twice. The same goes where it could not be made, but another was made
+// meanwhile, or where another node is to be asked by now.
+func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) {
 	p := n.pool
-	var again, ended []*flight
+	now := p.cache.now()
+	idle := len(fs) == 0
+	wanted, ended := p.cache.wanted(fs, 0)
+	var again []*flight
 	p.mu.Lock()
-	n.failed = time.Now()
+	p.failed = time.Now()
 	if made {
-		n.broke = n.failed
+		n.broke = p.failed
 	}
 	p.leaveLocked(n)
-	may := made || n.health.workedSince(began)
-	for _, f := range fs {
+	may := made || n.answered > began
+	for _, f := range wanted {
 		f.asking = ""
 		elsewhere := p.routeLocked(f) != n && f.hops < len(p.seeds)+2
-		if f.began >= p.cache.now()-2*p.timeout && (may && !f.tried || elsewhere) {
+		if may && !f.tried || elsewhere {
 			f.tried, f.hops = f.tried || may, f.hops+1
 			again = append(again, f)
 		} else {
 			ended = append(ended, f)
 		}
 	}
-	p.hintLocked("")
+	p.errors += int64(len(ended))
+	// What began before an answer says nothing about the time after it, and the two may alternate.
+	warn := (idle || len(ended) > 0) && n.ctx.Err() == nil && !n.downLocked() && n.answered <= began &&
+		(n.warned == 0 || now-n.warned > time.Second)
+	if warn {
+		n.warned = now
+	}
 	p.mu.Unlock()
+	p.hint("")
+	if warn {
+		n.log().Warn("Redis cannot be read; hits go on", "error", err)
+	}
 	p.enqueue(again)
-	if len(ended) > 0 {
-		n.health.failed(began, err)
-	}
-	failure := asAnswer(err)
 	for _, f := range ended {
-		p.cache.finish(f, value{}, failure)
+		p.cache.finish(f, value{}, asAnswer(err, false))
 	}
-	return len(ended)
+}
+
+// leaveLocked goes on to the next seed, if it is n that is in use.
+func (p *pool) leaveLocked(n *node) {
+	if p.seeds[0] == n.addr {
+		p.seeds = append(p.seeds[1:], n.addr)
+	}
 }
 
 // exchange sends a GET for each flight and finishes it with the reply. It lets go of the flights that it
 // finished, and returns the rest.
 func (n *node) exchange(conn redis.Conn, fs []*flight) (rest []*flight, err error) {
-	sent := n.pool.cache.now()
+	p, answered := n.pool, false
+	sent := p.cache.now()
 	commands := []string{"GET", "PTTL"}
-	if !n.pool.keyTTL {
+	if !p.keyTTL {
 		commands = commands[:1]
 	}
 	for _, f := range fs {
@@ -825,51 +677,52 @@ func (n *node) exchange(conn redis.Conn, fs []*flight) (rest []*flight, err erro
 	if err := conn.Flush(); err != nil {
 		return fs, err
 	}
-	answered := false
-	defer func() {
-		if answered {
-			n.health.worked()
+	for ; len(fs) > 0; fs = fs[1:] {
+		f := fs[0]
+		v, err := n.receive(conn, f.key, sent)
+		reply, isReply := err.(redis.Error)
+		if err != nil && err != errAbsent && !isReply {
+			return fs, err
 		}
-	}()
-	for i, f := range fs {
-		v, err := n.receive(conn, f, sent)
-		refusal, isReply := err.(redis.Error)
-		switch {
-		case isReply && n.redirect(f, refusal):
-			fs[i] = nil
-			continue // another worker may have it
-		case isReply:
-			n.refuse(f, refusal)
-		case err == nil || err == errAbsent:
-			n.pool.cache.finish(f, v, err)
-		default:
-			return fs[i:], err
+		fs[0] = nil
+		if isReply {
+			if n.redirect(f, reply) {
+				continue // another worker may have it
+			}
+			err = asAnswer(reply, true)
 		}
-		answered = answered || !isOutage(f.err)
-		fs[i] = nil
+		if isOutage(err) {
+			n.refuses(reply)
+		} else if !answered {
+			answered = true
+			n.answers()
+		}
+		p.cache.finish(f, v, err)
 	}
 	return nil, nil
 }
 
 // receive reads what Redis says about a key that it was asked for at the time sent.
-func (n *node) receive(conn redis.Conn, f *flight, sent time.Duration) (v value, err error) {
+func (n *node) receive(conn redis.Conn, key string, sent time.Duration) (value, error) {
 	reply, err := conn.Receive()
-	if val, found := reply.([]byte); found {
-		v = newValue(f.key, val, sent)
-	} else if err == nil {
-		v, err = newAbsent(f.key, sent), errAbsent
+	left := int64(-1)
+	if n.pool.keyTTL {
+		var failure error
+		left, failure = redis.Int64(conn.Receive())
+		err = cmp.Or(err, failure)
 	}
-	if _, isReply := err.(redis.Error); !n.pool.keyTTL || err != nil && err != errAbsent && !isReply {
-		return v, err
-	}
-	left, failure := redis.Int64(conn.Receive())
+	val, found := reply.([]byte)
 	switch {
-	case failure != nil && (err == nil || err == errAbsent):
-		return v, failure
-	case err == nil && left != -1: // -1: no expiry; -2: gone meanwhile
+	case err != nil:
+		return value{}, err
+	case !found:
+		return newAbsent(key, sent), errAbsent
+	}
+	v := newValue(key, val, sent)
+	if left != -1 { // -1: no expiry; -2: gone meanwhile
 		v.expires = sent + time.Duration(max(left, 0))*time.Millisecond
 	}
-	return v, err
+	return v, nil
 }
 
 // redirect has a flight carried out where an error reply says, or later where it says that this may help.
@@ -882,80 +735,81 @@ func (n *node) redirect(f *flight, reply redis.Error) bool {
 	switch code {
 	case "MOVED", "ASK":
 		_, target, _ := strings.Cut(rest, " ")
-		colon := strings.LastIndexByte(target, ':')
-		if addr = resolve(n.addr, target[:max(colon, 0)], target[colon+1:]); addr != "" {
+		if addr = resolve(n.addr, target); addr != "" {
 			pause = min(pause, time.Duration(f.hops*f.hops/2)*time.Millisecond)
 		}
-	case "LOADING":
-		p.mu.Lock()
-		p.leaveLocked(n)
-		elsewhere := p.routeLocked(f) != n
-		p.mu.Unlock()
-		if !elsewhere {
-			return false
-		}
-		fallthrough
-	case "CLUSTERDOWN", "TRYAGAIN":
+	case "CLUSTERDOWN", "TRYAGAIN", "LOADING":
 		if wanted, _ := p.cache.wanted([]*flight{f}, pause); len(wanted) == 0 {
 			return false
 		}
 	default:
 		return false
 	}
-	f.hops++
-	f.asking = ""
 	p.mu.Lock()
-	if p.owners == nil {
-		p.owners = make([]*node, slots)
-	}
-	if addr != "" {
-		to := p.nodeLocked(addr)
-		to.named = time.Now()
-		p.redirects++
-		if code == "ASK" {
-			f.asking = addr
-		} else {
-			p.owners[slot(f.key)] = to
+	defer p.mu.Unlock()
+	if code == "LOADING" {
+		if p.leaveLocked(n); p.routeLocked(f) == n {
+			return false
 		}
 	}
+	p.several.Store(true)
+	f.hops++
+	f.asking = ""
+	if addr != "" {
+		p.moveLocked(f, n, code, addr)
+	}
 	if code != "ASK" {
-		p.hintLocked(n.addr)
+		p.hint(n.addr)
 	}
-	if addr == n.addr { // it may be another server by now: connections that are in use are not used again
-		n.broke = time.Now().Add(retryPause)
-	}
-	p.mu.Unlock()
-	if pause == 0 {
-		p.enqueue([]*flight{f})
-	} else {
-		time.AfterFunc(pause, func() { p.enqueue([]*flight{f}) })
-	}
+	time.AfterFunc(pause, func() { p.enqueue([]*flight{f}) })
 	return true
 }
 
-// refuse finishes a flight with an error reply.
-func (n *node) refuse(f *flight, reply redis.Error) {
-	err := passedOn(reply)
-	if isOutage(err) {
-		n.pool.mu.Lock()
-		n.pool.errors++
-		n.pool.mu.Unlock()
-		n.health.refused(reply)
+// moveLocked has a flight of n
+func (p *pool) moveLocked(f *flight, n *node, code, addr string) {
+	p.redirects++
+	to := p.nodeLocked(addr)
+	to.named = time.Now()
+	if code == "ASK" {
+		f.asking = addr
+	} else {
+		p.giveLocked(to, slot(f.key), slot(f.key))
 	}
-	n.pool.cache.finish(f, value{}, err)
+	if to == n { // it may be another server by now: connections that are in use are not used again
+		n.broke = time.Now().Add(retryPause)
+	}
 }
 
-// asAnswer returns the answer to a request whose batch failed with err.
-func asAnswer(err error) error {
-	var refusal redis.Error
-	var network net.Error
-	switch {
-	case errors.As(err, &refusal): // to AUTH or SELECT
-		return replyError(upstreamRefused + string(refusal))
-	case errors.As(err, &network) && network.Timeout():
-		return errTimeout
+// downLocked reports whether the node has failed since it last answered.
+func (n *node) downLocked() bool { return n.warned > n.answered }
+
+// answers notes an answer, and logs the first after a failure.
+func (n *node) answers() {
+	p := n.pool
+	p.mu.Lock()
+	down, now := n.downLocked(), p.cache.now()
+	after := now - n.warned
+	n.answered = now
+	p.mu.Unlock()
+	if down {
+		n.log().Info("Redis can be read again", "after", after.Round(time.Millisecond).String())
 	}
-	return errUnavailable
+}
+
+// refuses counts an error reply that is not about a key, and logs one a minute.
+func (n *node) refuses(reply redis.Error) {
+	p := n.pool
+	p.mu.Lock()
+	p.errors++
+	now := p.cache.now()
+	first := n.refused == 0 || now-n.refused > time.Minute
+	if first {
+		n.refused = now
+	}
+	p.mu.Unlock()
+	if first {
+		n.log().Warn("Redis refuses", "error", reply)
+	}
 }
 
 // A replyError is an error reply as it is passed on to clients.
@@ -974,91 +828,110 @@ func (e replyError) Unwrap() error {
 	return errRefused
 }
 
-// passedOn returns an error reply as clients see it. One that concerns the proxy's own standing with Redis
-// is marked, so that a client does not take it for its own.
-func passedOn(reply redis.Error) replyError {
-	for _, code := range []string{"NOAUTH ", "NOPERM ", "WRONGPASS ", "DENIED ", "MOVED ", "ASK ", "ERR max number of clients"} {
-		if strings.HasPrefix(string(reply), code) {
-			return upstreamRefused + replyError(reply)
+// asAnswer returns the answer to a request that failed with err. An error reply that is not to GET, or that
+// concerns the proxy's own standing with Redis, is marked, so that a client does not take it for its own.
+func asAnswer(err error, toGET bool) error {
+	var reply redis.Error
+	var network net.Error
+	if errors.As(err, &reply) {
+		for _, code := range []string{"NOAUTH ", "NOPERM ", "WRONGPASS ", "DENIED ", "MOVED ", "ASK ", "ERR max number of clients"} {
+			if !toGET || strings.HasPrefix(string(reply), code) {
+				return upstreamRefused + replyError(reply)
+			}
 		}
+		return replyError(reply)
 	}
-	return replyError(reply)
-}
-
-// A health follows whether a node can be read, and is the only one to log it.
-type health struct {
-	log func() *slog.Logger
-	now func() time.Duration
-
-	success atomic.Int64 // a time.Duration: when a reply came last that was no outage; 0: never
-
-	mu      sync.Mutex    // guards the following times, on the cache's clock; 0: never
-	failure time.Duration // the first since the last success, if it was logged
-	warned  time.Duration // when a failure was logged last
-	refusal time.Duration // when a refusal was logged last
-}
-
-// workedSince reports whether there was a reply since began.
-func (h *health) workedSince(began time.Duration) bool {
-	return time.Duration(h.success.Load()) > began
-}
-
-func (h *health) down() bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.failure > 0
-}
-
-// failed logs the first failure after a success, but not every second one where the two alternate: what
-// began before a success says nothing about the time after it.
-func (h *health) failed(began time.Duration, err error) {
-	h.mu.Lock()
-	now := h.now()
-	first := h.failure == 0 && !h.workedSince(began) && (h.warned == 0 || now-h.warned > time.Second)
-	if first {
-		h.failure, h.warned = now, now
+	if errors.As(err, &network) && network.Timeout() {
+		return errTimeout
 	}
-	h.mu.Unlock()
-	if first {
-		h.log().Warn("Redis cannot be read; hits go on", "error", err)
-	}
+	return errUnavailable
 }
 
-// worked notes a reply that was no outage, and logs the first after a failure.
-func (h *health) worked() {
-	now := h.now()
-	h.success.Store(int64(now))
-	h.mu.Lock()
-	failure := h.failure
-	h.failure = 0
-	h.mu.Unlock()
-	if failure > 0 {
-		h.log().Info("Redis can be read again", "after", (now - failure).Round(time.Millisecond).String())
-	}
-}
-
-// refused logs an error reply that is not about a key, once a minute.
-func (h *health) refused(reply redis.Error) {
-	h.mu.Lock()
-	now := h.now()
-	first := h.refusal == 0 || now-h.refusal > time.Minute
-	if first {
-		h.refusal = now
-	}
-	h.mu.Unlock()
-	if first {
-		h.log().Warn("Redis refuses", "error", reply)
-	}
-}
-
-// An upstream is a connection on which each reply is of the type that its command has. It is not safe for
-// concurrent use.
+// An upstream is a connection that reads replies itself. redigo believes whatever length a reply states, and
+// takes any reply for that to the command. It is not safe for concurrent use.
 type upstream struct {
 	redis.Conn
-	guard   *guard
-	release func() bool // its context
-	due     []byte      // the first letters of the commands whose replies are still to come
-	next    int         // of due
+	wire    *wire
+	in      *bufio.Reader
+	raw     syscall.RawConn // of the socket; nil over TLS
+	release func() bool     // its context
+	due     bytes.Buffer    // the first letters of the commands that Send sent, whose replies are still to come
+}
+
+// dial makes a connection to Redis or to a sentinel, which is closed when ctx is done. It gives up when that
+// takes longer than the timeout or than patience. A read or write on it fails after patience.
+func (p *pool) dial(ctx context.Context, addr string, patience time.Duration, sentinel bool) (*upstream, error) {
+	soon, cancel := context.WithTimeout(ctx, min(p.timeout, patience))
+	defer cancel()
+	c, err := dialInTurn(soon, addr)
+	if err != nil {
+		return nil, err
+	}
+	defer context.AfterFunc(soon, func() { c.Close() })()
+	u := &upstream{wire: &wire{c, patience}, release: context.AfterFunc(ctx, func() { c.Close() })}
+	var inside net.Conn = u.wire
+	if p.redis.tls {
+		conf := cmp.Or(p.tls, new(tls.Config)).Clone()
+		conf.ServerName, _, _ = net.SplitHostPort(addr)
+		t := tls.Client(u.wire, conf)
+		inside, err = t, t.HandshakeContext(soon)
+	} else if s, ok := c.(syscall.Conn); ok {
+		u.raw, err = s.SyscallConn()
+	}
+	u.Conn, u.in = redis.NewConn(inside, 0, 0), bufio.NewReaderSize(inside, 16<<10)
+	if err == nil {
+		err = u.login(&p.redis, sentinel)
+	}
+	if err != nil {
+		u.Close()
+		return nil, cmp.Or(soon.Err(), err)
+	}
+	return u, nil
+}
+
+// dialInTurn connects to the first address of a name that answers. Each has its share of the time that is
+// left: net.Dialer would give the first 2 s of it.
+func dialInTurn(ctx context.Context, addr string) (c net.Conn, err error) {
+	var d net.Dialer
+	if strings.HasPrefix(addr, "/") {
+		return d.DialContext(ctx, "unix", addr)
+	}
+	host, port, _ := net.SplitHostPort(addr)
+	ips, err := net.DefaultResolver.LookupHost(ctx, host)
+	deadline, _ := ctx.Deadline()
+	for i, ip := range ips {
+		d.Timeout = time.Until(deadline) / time.Duration(len(ips)-i)
+		if c, err = d.DialContext(ctx, "tcp", net.JoinHostPort(ip, port)); err == nil {
+			break
+		}
+	}
+	return c, err
+}
+
+// login begins a connection. A master that sentinels named must say itself that it is one.
+func (u *upstream) login(a *redisAddress, sentinel bool) (err error) {
+	auth, db := []any{a.user, a.password}, a.db
+	if sentinel {
+		auth, db = []any{a.sentinelUser, a.sentinelPassword}, 0
+	}
+	if auth[0] == "" {
+		auth = auth[1:]
+	}
+	if auth[len(auth)-1] != "" {
+		_, err = u.Do("AUTH", auth...)
+	}
+	if err == nil && db != 0 {
+		_, err = u.Do("SELECT", db)
+	}
+	if err != nil || sentinel || a.master == "" {
+		return err
+	}
+	role := ""
+	reply, err := redis.Values(u.Do("ROLE"))
+	if redis.Scan(reply, &role); err == nil && role != "master" {
+		err = errors.New("the sentinels name a server that is no master")
+	}
+	return err
 }
 
 func (u *upstream) Close() error {
@@ -1066,224 +939,156 @@ func (u *upstream) Close() error {
 	return u.Conn.Close()
 }
 
+// Do sends a command and reads the reply, of any type. redigo's pool has it send none before it keeps a
+// connection, on which no reply is due.
+func (u *upstream) Do(command string, args ...any) (any, error) {
+	if command == "" {
+		return nil, u.Err()
+	}
+	if err := errors.Join(u.Conn.Send(command, args...), u.Flush()); err != nil {
+		return nil, err
+	}
+	return u.reply(anyReply)
+}
+
+// Send sends GET, PTTL, or the ASKING before one of them, whose reply Receive reads with the other's.
 func (u *upstream) Send(command string, args ...any) error {
-	u.due = append(u.due, command[0])
+	u.due.WriteByte(command[0])
 	return u.Conn.Send(command, args...)
 }
 
-// Receive reads a reply: bytes or nil for GET, a number for PTTL, or an error. Any other reply breaks the
-// connection, as the replies after it might be taken for those of other keys. If the ASKING before a command
-// was refused, that is the reply.
+// Receive reads the reply to a GET, bytes or nil, or to a PTTL, a number. If the ASKING before it was refused,
+// it returns the refusal.
 func (u *upstream) Receive() (reply any, err error) {
-	asking := u.due[u.next] == 'A'
-	if reply, err = u.receive(); !asking {
-		return reply, err
+	var refusal error
+	command, _ := u.due.ReadByte()
+	if command == 'A' {
+		_, refusal = u.reply("-+")
+		command, _ = u.due.ReadByte()
 	}
-	refusal, isReply := err.(redis.Error)
-	if err != nil && !isReply {
-		return nil, err
+	if command == 'P' {
+		reply, err = u.reply("-:")
+	} else {
+		reply, err = u.reply("-$")
 	}
-	if reply, err = u.Receive(); isReply && u.Err() == nil {
+	return reply, cmp.Or(refusal, err)
+}
+
+// reply reads a reply that begins with one of kinds. Any other breaks the connection, as the replies after it
+// might be taken for those of other keys.
+func (u *upstream) reply(kinds string) (any, error) {
+	reply, err := u.read(kinds)
+	if refusal, ok := reply.(redis.Error); ok {
 		return nil, refusal
+	}
+	if err != nil {
+		u.Conn.Close()
 	}
 	return reply, err
 }
 
-func (u *upstream) receive() (reply any, err error) {
-	command := u.due[u.next]
-	if u.next++; u.next == len(u.due) {
-		u.due, u.next = u.due[:0], 0
-	}
-	reply, err = u.Conn.Receive()
-	if _, isReply := err.(redis.Error); isReply {
-		return nil, err
-	}
-	if reply == bulkElsewhere && u.guard.bulk != nil {
-		reply, u.guard.bulk = u.guard.bulk, nil
-	}
-	fits := reply == nil
-	switch reply.(type) {
-	case string:
-		fits = command == 'A' && reply == "OK"
-	case []byte:
-		fits = command == 'G'
-	case int64:
-		fits = command == 'P'
-	}
-	if err == nil && !fits {
-		err = fmt.Errorf("reading a reply: a %T is none to the command", reply)
-	}
+func (u *upstream) read(kinds string) (any, error) {
+	line, err := u.in.ReadSlice('\n')
 	if err != nil {
-		u.Conn.Close()
 		return nil, err
 	}
-	return reply, nil
-}
-
-// A guard hands Redis' replies to redigo one at a time, after a look at the first line of each. redigo
-// allocates whatever length a reply states; a guard refuses lengths that Redis cannot mean, and reads a
-// long value itself, as its bytes come.
-type guard struct {
-	net.Conn
-	raw  syscall.RawConn // of the socket; nil over TLS
-	in   *bufio.Reader
-	line []byte // of the current reply, not handed over yet
-	rest int    // bytes of the current value, not handed over yet
-	err  error  // of readLine, for good
-	bulk []byte // a long value, in whose place bulkElsewhere was handed over
-}
-
-// bulkElsewhere is the status reply that stands for a value in guard.bulk. Only upstream sees it.
-const bulkElsewhere = "(elsewhere)"
-
-func (g *guard) Read(p []byte) (n int, err error) {
-	if g.err == nil && len(g.line) == 0 && g.rest == 0 {
-		g.err = g.readLine()
-	}
-	if g.err != nil {
-		return 0, g.err
-	}
-	n = copy(p, g.line)
-	g.line = g.line[n:]
-	if len(g.line) == 0 && g.rest > 0 && (n == 0 || g.in.Buffered() >= g.rest) {
-		var m int
-		m, err = g.in.Read(p[n:min(len(p), n+g.rest)])
-		g.rest -= m
-		n += m
-	}
-	return n, err
-}
-
-// readLine reads the first line of a reply, or of an element of one.
-func (g *guard) readLine() (err error) {
-	if g.line, err = g.in.ReadSlice('\n'); err != nil {
-		return err
-	}
-	if g.line[0] != '$' && g.line[0] != '*' {
-		return nil
-	}
-	length, err := strconv.Atoi(strings.TrimSuffix(string(g.line[1:len(g.line)-1]), "\r"))
-	switch {
-	case err != nil || length < -1 || length > maxReply || g.line[0] == '*' && length > maxElements:
-		return fmt.Errorf("reading a reply: it begins with %.40q", g.line)
-	case g.line[0] == '*' || length < 0:
-	case length <= growBy:
-		g.rest = length + len("\r\n")
-	default:
-		return g.readLong(length)
-	}
-	return nil
-}
-
-// readLong reads a value that is longer than what is believed at once.
-func (g *guard) readLong(length int) (err error) {
-	var b []byte
-	for len(b) < length {
-		n := len(b)
-		b = slices.Grow(b, min(length-n, max(growBy, n)))[:min(length, n+max(growBy, n))]
-		if _, err := io.ReadFull(g.in, b[n:]); err != nil {
-			return err
+	text, ended := bytes.CutSuffix(line, []byte("\r\n"))
+	if ended && len(text) > 0 && strings.IndexByte(kinds, text[0]) >= 0 {
+		n, err := strconv.Atoi(string(text[1:]))
+		switch kind := text[0]; {
+		case kind == '+':
+			return string(text[1:]), nil
+		case kind == '-':
+			return redis.Error(text[1:]), nil
+		case err != nil:
+		case kind == ':':
+			return int64(n), nil
+		case n == -1:
+			return nil, nil
+		case kind == '$' && n >= 0 && n <= maxReply:
+			return u.readValue(n)
+		case kind == '*' && n >= 0 && n <= maxElements:
+			return u.readArray(n, strings.TrimSuffix(kinds, "*"))
 		}
 	}
-	if end, err := g.in.ReadString('\n'); err != nil || end != "\r\n" {
-		return errors.Join(errors.New("reading a reply: a value does not end where it says"), err)
-	}
-	g.bulk, g.line = b, []byte("+"+bulkElsewhere+"\r\n")
-	return nil
+	return nil, fmt.Errorf("reading a reply: it begins with %.40q", line)
 }
 
-// quiet returns an error if there is anything to read where no reply is due: it would be taken for the
-// reply to the next command.
-func (g *guard) quiet() error {
-	if len(g.line) > 0 || g.rest > 0 || g.in.Buffered() > 0 {
-		return errors.New("a reply too many")
+func (u *upstream) readArray(n int, kinds string) (elements []any, err error) {
+	for len(elements) < n && err == nil {
+		var element any
+		element, err = u.read(kinds)
+		elements = append(elements, element)
 	}
-	if g.raw == nil {
-		return nil
+	return elements, err
+}
+
+// readValue reads the bytes of a value. Of a long one it believes only as much again as has come.
+func (u *upstream) readValue(n int) (val []byte, err error) {
+	for n += len("\r\n"); len(val) < n; {
+		read := len(val)
+		more := min(n-read, max(growBy, read))
+		val = slices.Grow(val, more)[:read+more]
+		if _, err := io.ReadFull(u.in, val[read:]); err != nil {
+			return nil, err
+		}
 	}
-	var peeked error
-	err := g.raw.Read(func(fd uintptr) bool {
-		var b [1]byte
-		_, _, peeked = syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-		return true
+	val, ended := bytes.CutSuffix(val, []byte("\r\n"))
+	if !ended {
+		return nil, errors.New("reading a reply: a value does not end where it says")
+	}
+	return val, nil
+}
+
+// quiet reports whether there is nothing to read. Where no reply is due, it would be taken for the reply to
+// the next command.
+func (u *upstream) quiet() (quiet bool) {
+	if u.in.Buffered() > 0 || u.raw == nil {
+		return u.in.Buffered() == 0
+	}
+	u.raw.Control(func(fd uintptr) {
+		_, _, err := syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		quiet = err == syscall.EAGAIN
 	})
-	if err == nil && peeked == syscall.EAGAIN {
-		return nil
-	}
-	return errors.New("a reply too many, or the end of the connection")
+	return quiet
 }
 
 // A wire is a connection whose every read and write has a deadline. It replaces redigo's own time-outs,
 // which cost two system clock readings and timer changes for each GET, not for each batch.
 type wire struct {
 	net.Conn
-	timeout time.Duration
+	patience time.Duration
 }
 
-func (w wire) Read(p []byte) (int, error) {
-	w.Conn.SetReadDeadline(time.Now().Add(w.timeout))
+func (w *wire) Read(p []byte) (int, error) {
+	w.Conn.SetReadDeadline(time.Now().Add(w.patience))
 	return w.Conn.Read(p)
 }
 
-func (w wire) Write(p []byte) (int, error) {
-	w.Conn.SetWriteDeadline(time.Now().Add(w.timeout))
+func (w *wire) Write(p []byte) (int, error) {
+	w.Conn.SetWriteDeadline(time.Now().Add(w.patience))
 	return w.Conn.Write(p)
 }
 
-func (wire) SetReadDeadline(time.Time) error  { return nil }
-func (wire) SetWriteDeadline(time.Time) error { return nil }
-
-// A trackingState is whether Redis reports changes.
-type trackingState int32
-
-const (
-	trackingOff trackingState = iota
-	trackingDown
-	trackingLive
-)
-
-func (s trackingState) String() string { return [...]string{"off", "down", "live"}[s] }
-
-// A tracker has Redis report every key that changes, and has the cache forget it. It only sharpens the
-// TTL: while its connection is down, entries live on by that.
-type tracker struct {
-	node *node
-	live atomic.Bool
-	done chan struct{} // closed when it has stopped
-}
-
-func startTracker(n *node) *tracker {
-	t := &tracker{node: n, done: make(chan struct{})}
-	go t.run(n.ctx) // ends when the node is closed
-	return t
-}
-
-// wait waits until the tracker has stopped.
-func (t *tracker) wait() {
-	if t != nil {
-		<-t.done
-	}
-}
-
-// run follows the reports until ctx is done, over a new connection whenever one breaks. It pauses longer
-// and longer between connections until one has lasted.
-func (t *tracker) run(ctx context.Context) {
-	defer close(t.done)
-	pause, logged := time.Duration(0), false
-	for ctx.Err() == nil {
-		began := t.node.pool.cache.now()
-		err := t.follow()
-		if t.live.Swap(false) && t.node.pool.cache.now()-began > 2*pingEvery {
+// track has Redis report every key that changes, and has the cache forget it, until the node is closed. It
+// only sharpens the TTL: while its connection is down, entries live on by that. It pauses longer and longer
+// between connections until one has lasted.
+func (n *node) track() {
+	p := n.pool
+	for pause, logged := time.Duration(0), false; n.ctx.Err() == nil; {
+		began := p.cache.now()
+		err := n.follow()
+		if n.live.Swap(false) && p.cache.now()-began > 2*pingEvery {
 			pause, logged = 0, false
 		}
-		t.node.pool.hint("")
-		if !logged && ctx.Err() == nil {
-			t.node.log().Warn("tracking is down; entries live until their TTL", "error", err)
+		p.hint("")
+		if !logged && n.ctx.Err() == nil {
+			n.log().Warn("tracking is down; entries live until their TTL", "error", err)
 			logged = true
 		}
 		pause = min(max(2*pause, 50*time.Millisecond), 5*time.Second)
 		select {
-		case <-ctx.Done():
+		case <-n.ctx.Done():
 		case <-time.After(pause):
 		}
 	}
@@ -1292,78 +1097,55 @@ func (t *tracker) run(ctx context.Context) {
 // follow tracks over one connection, until that breaks. The connection redirects to itself: Redis
 // reports changes only to RESP3 clients or to subscribers, and redigo speaks RESP2. It is live with the
 // first answer to PING, which shows that Redis lets it go on.
-func (t *tracker) follow() error {
-	u, err := t.node.dial(t.node.pool.timeout + pingEvery)
+func (n *node) follow() error {
+	c, err := n.dial()
 	if err != nil {
 		return err
 	}
-	defer u.Close()
-	c := u.Conn
-	if err := subscribe(c); err != nil {
-		return err
+	defer c.Close()
+	u := c.(*upstream)
+	u.wire.patience = pingEvery
+	id, err := redis.Int64(u.Do("CLIENT", "ID"))
+	if err == nil {
+		_, err = u.Do("CLIENT", "TRACKING", "ON", "REDIRECT", id, "BCAST")
 	}
-	stop, stopped := make(chan struct{}), make(chan struct{})
-	defer func() { close(stop); <-stopped }()
-	go func() { // ends when stop is closed
-		defer close(stopped)
-		ping(c, stop)
-	}()
-	for {
-		msg, err := redis.Values(c.Receive())
-		if err != nil {
-			return err
+	if err == nil {
+		_, err = u.Do("SUBSCRIBE", "__redis__:invalidate")
+	}
+	ping := func() error { return errors.Join(u.Conn.Send("PING"), u.Flush()) }
+	if err == nil {
+		err = ping()
+	}
+	for pinged := true; err == nil; {
+		if _, err = u.in.Peek(1); err == nil {
+			pinged = false
+			err = n.heed(redis.Values(u.reply(anyReply)))
+		} else if errors.Is(err, os.ErrDeadlineExceeded) && !pinged {
+			pinged, err = true, ping()
 		}
-		if len(msg) != 3 { // the answer to PING has two
-			t.goLive()
-			continue
-		}
-		keys, err := redis.ByteSlices(msg[2], nil)
-		if err != nil && err != redis.ErrNil {
-			return err
-		}
-		if u.guard.bulk != nil { // a key that is too long for the report
-			keys, u.guard.bulk = nil, nil
-		}
-		t.node.pool.invalidations.Add(int64(max(len(keys), 1)))
-		t.node.pool.cache.forget(keys)
 	}
-}
-
-// goLive drops all that the cache has, once: whatever changed until now was not reported.
-func (t *tracker) goLive() {
-	if !t.live.Load() {
-		t.node.pool.cache.forget(nil)
-		t.live.Store(true)
-		t.node.log().Info("tracking is live")
-	}
-}
-
-// subscribe has a connection report changes to itself.
-func subscribe(c redis.Conn) error {
-	id, err := redis.Int64(c.Do("CLIENT", "ID"))
-	if err != nil {
-		return err
-	}
-	if _, err := c.Do("CLIENT", "TRACKING", "ON", "REDIRECT", id, "BCAST"); err != nil {
-		return err
-	}
-	if err := errors.Join(c.Send("SUBSCRIBE", "__redis__:invalidate"), c.Flush()); err != nil {
-		return err
-	}
-	_, err = c.Receive()
 	return err
 }
 
-// ping sends a PING at once and then now and then: a dead peer shows by not answering.
-func ping(c redis.Conn, stop <-chan struct{}) {
-	for tick := time.Tick(pingEvery); ; {
-		if errors.Join(c.Send("PING"), c.Flush()) != nil {
-			return // Receive fails too
-		}
-		select {
-		case <-stop:
-			return
-		case <-tick:
-		}
+// heed acts on a message to a tracking connection: the answer to PING, or a report of changes.
+func (n *node) heed(msg []any, err error) error {
+	if err != nil {
+		return err
 	}
+	p := n.pool
+	if len(msg) != 3 { // the answer to PING
+		if !n.live.Load() {
+			p.cache.forget(nil) // whatever changed until now was not reported
+			n.live.Store(true)
+			n.log().Info("tracking is live")
+		}
+		return nil
+	}
+	keys, err := redis.ByteSlices(msg[2], nil) // nil: all
+	if err != nil && err != redis.ErrNil {
+		return err
+	}
+	p.invalidations.Add(int64(max(len(keys), 1)))
+	p.cache.forget(keys)
+	return nil
 }
