@@ -48,33 +48,33 @@ const (
 	maxAdmin = 64
 )
 
-// A web is the HTTP front end. It is the net.Listener of its own http.Server, to which it gives the
-// connections that it does not answer itself.
+// A web is the HTTP front end.
 type web struct {
-	net.Listener // for its address
-	cache        *cache
-	password     *password
-	values       *budget // on their way to clients
-	server       http.Server
-	conns        chan net.Conn
-	closed       chan struct{} // closed when conns is no longer received from
-	draining     atomic.Bool
-	date         atomic.Pointer[dateField]
-	tally        tally
+	cache    *cache
+	password *password
+	values   *budget     // on their way to clients
+	server   http.Server // for the connections that the web does not answer itself
+	draining atomic.Bool
+	date     atomic.Pointer[dateField]
+	tally    tally
 }
 
-func newWeb(idle time.Duration, c *cache, pw *password, values *budget, l net.Listener, log *slog.Logger) *web {
-	w := &web{Listener: l, cache: c, password: pw, values: values, conns: make(chan net.Conn), closed: make(chan struct{})}
+func newWeb(idle time.Duration, c *cache, pw *password, values *budget, log *slog.Logger) *web {
+	w := &web{cache: c, password: pw, values: values}
 	w.server = http.Server{
 		Handler:                      w,
 		DisableGeneralOptionsHandler: true,
 		ReadHeaderTimeout:            firstLineTimeout,
 		IdleTimeout:                  cmp.Or(idle, httpIdleTimeout),
 		MaxHeaderBytes:               maxHeaderBytes,
-		ConnState:                    follow,
-		ErrorLog:                     errorLog(log),
-		Protocols:                    new(http.Protocols),
-		HTTP2:                        &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
+		ConnState: func(c net.Conn, state http.ConnState) {
+			if f, ok := c.(*framed); ok {
+				f.active.Store(state == http.StateActive)
+			}
+		},
+		ErrorLog:  errorLog(log),
+		Protocols: new(http.Protocols),
+		HTTP2:     &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 	}
 	w.server.Protocols.SetHTTP1(true)
 	w.server.Protocols.SetUnencryptedHTTP2(true)
@@ -92,12 +92,10 @@ func (w *web) serve(c *conn) {
 
 // refuse answers a connection that is one too many.
 func (w *web) refuse(c *conn) {
-	begin := make([]byte, len("PRI"))
-	if _, err := io.ReadFull(c, begin); err != nil || string(begin) == "PRI" {
-		return // HTTP/2 has no answer before a request
+	if !bytes.HasPrefix(afterEmptyLines(c.unread), []byte("PRI")) { // HTTP/2 has no answer before a request
+		head, body := w.appendAnswer(nil, new(quickRequest), &answer{err: errFull}, 0)
+		io.WriteString(c, string(head)+body)
 	}
-	head, body := w.appendAnswer(nil, new(quickRequest), &answer{err: errFull}, 0)
-	io.WriteString(c, string(head)+body)
 }
 
 // drain has connections closed with their next answer. (SetKeepAlivesEnabled would close those that
@@ -110,19 +108,6 @@ func (w *web) shutdown(ctx context.Context) {
 		w.server.Close()
 	}
 }
-
-// Accept returns connections that net/http is to go on with.
-func (w *web) Accept() (net.Conn, error) {
-	select {
-	case c := <-w.conns:
-		return c, nil
-	case <-w.closed:
-		return nil, net.ErrClosed
-	}
-}
-
-// Close is called once, by the http.Server.
-func (w *web) Close() error { close(w.closed); return nil }
 
 // ServeHTTP answers GET and HEAD for the key that is everything after the path's first slash. There is
 // no ServeMux in front, as that would clean the path.
@@ -211,8 +196,8 @@ func (w contentWriter) WriteHeader(status int) {
 // get asks for one key. A value of more than most bytes is held until letGo. If there is no room for it, get
 // lets go of it, waits for room as long as it would for Redis, and asks again.
 func (w *web) get(key []byte, most int) (a answer, now time.Duration) {
-	keys, answers := [1][]byte{key}, [1]answer{}
-	for late := (<-chan time.Time)(nil); ; {
+	keys, answers, began := [1][]byte{key}, [1]answer{}, w.cache.now()
+	for {
 		w.cache.get(&w.tally, w.cache.now(), keys[:], answers[:])
 		if now = w.cache.now(); len(answers[0].data) <= most {
 			return answers[0], now
@@ -221,12 +206,10 @@ func (w *web) get(key []byte, most int) (a answer, now time.Duration) {
 		if full == nil {
 			return answers[0], now
 		}
-		if answers[0] = (answer{err: errCrowded}); late == nil {
-			late = time.After(w.cache.timeout)
-		}
+		answers[0] = answer{err: errCrowded}
 		select {
 		case <-full:
-		case <-late:
+		case <-time.After(began + w.cache.timeout - now):
 			return answers[0], now
 		}
 	}
@@ -573,12 +556,24 @@ func (w *web) handOver(c *conn, unread []byte, fresh bool) {
 		c.link.release()
 		rest = newFramed(c, 2*w.cache.timeout)
 	}
-	select {
-	case w.conns <- rest:
-	case <-w.closed:
+	l := &handedOver{conn: rest}
+	if w.server.Serve(l); l.conn != nil { // it is shut down
 		c.Close()
 	}
 }
+
+// A handedOver is a net.Listener of one connection.
+type handedOver struct{ conn net.Conn }
+
+func (l *handedOver) Accept() (c net.Conn, err error) {
+	if c, l.conn = l.conn, nil; c == nil {
+		err = net.ErrClosed
+	}
+	return c, err
+}
+
+func (l *handedOver) Close() error   { return nil }
+func (l *handedOver) Addr() net.Addr { return nil }
 
 // A handed connection is net/http's, for HTTP/1. Between requests that waits for 4 bytes as long as for none.
 type handed struct {
@@ -625,13 +620,6 @@ func newFramed(c *conn, redis time.Duration) *framed {
 		}
 	})
 	return f
-}
-
-// follow notes whether there are streams.
-func follow(c net.Conn, state http.ConnState) {
-	if f, ok := c.(*framed); ok {
-		f.active.Store(state == http.StateActive)
-	}
 }
 
 func (f *framed) Read(p []byte) (int, error) {

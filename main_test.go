@@ -72,7 +72,7 @@ func newParts(t testing.TB, flags ...string) *parts {
 	cfg.clients.requests, cfg.clients.values = newBudget(2*maxRequest), newBudget(2*maxRequest)
 	p.cfg = cfg
 	pw := newPassword(cfg.password)
-	p.web = newWeb(0, p.cache, pw, cfg.clients.values, nil, log)
+	p.web = newWeb(0, p.cache, pw, cfg.clients.values, log)
 	p.resp = newRESP(p.cache, pw, cfg.pool.redis.db, func() []figure {
 		return slices.Concat(cfg.figures(new(net.TCPAddr)), processFigures(p.cache.started, pw), p.cache.figures(), keyFigures(&p.web.tally, &p.resp.tally), p.pool.figures())
 	})
@@ -665,7 +665,6 @@ func TestHTTPHalfARequest(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				p := newParts(t, "--cache-timeout", "1h")
 				cacheNow(p, "k", "value")
-				go p.web.server.Serve(p.web) // ends with shutdown
 				client, nc := net.Pipe()
 				c := newConn(nc, serverSettings{idleTimeout: 2 * time.Minute, writeTimeout: time.Minute})
 				c.link.idle = 2 * time.Minute
@@ -2395,7 +2394,6 @@ func FuzzQuickAnswersAsNetHTTP(f *testing.F) {
 			"medium": strings.Repeat("x", flushAt-100), "large": strings.Repeat("x", 3*flushAt)} {
 			cacheNow(p, key, val)
 		}
-		go p.web.server.Serve(p.web)
 		f.Cleanup(func() { p.web.shutdown(context.Background()) })
 	}
 	clock := regexp.MustCompile(`Date: [^\r]*|Age: \d+|ttl=\d+`)
