@@ -16,7 +16,6 @@ import (
 	"io"
 	"log"
 	"log/slog"
-	"math"
 	"net"
 	"net/http"
 	_ "net/http/pprof"
@@ -33,19 +32,13 @@ import (
 )
 
 const (
-	// bodyTimeout is how long the rest of a body is read after the answer.
-	bodyTimeout = time.Second
-	// maxHeaderBytes bounds a header. net/http takes 4 KB more.
-	maxHeaderBytes = 16 << 10
-	// quickBuffer is what a connection has to read ordinary requests into, and longBuffer what it has from
-	// its first longer one on. net/http takes what is longer still.
-	quickBuffer = 2 << 10
-	longBuffer  = 8 << 10
-	// maxStreams bounds the streams of an HTTP/2 connection, maxRanges the parts of a Range field.
-	maxStreams = 100
-	maxRanges  = 16
-	// maxAdmin bounds the connections to the admin listener.
-	maxAdmin = 64
+	bodyTimeout    = time.Second // how long the rest of a body is read after the answer
+	quickBuffer    = 2 << 10     // what a connection has to read ordinary requests into
+	longBuffer     = 8 << 10     // the same, from its first longer request on; longer ones still are net/http's
+	maxHeaderBytes = 16 << 10    // of a request; net/http takes 4 KB more
+	maxStreams     = 100         // of an HTTP/2 connection
+	maxRanges      = 16          // in a Range field
+	maxAdmin       = 64          // connections to the admin listener
 )
 
 // A web is the HTTP front end.
@@ -59,7 +52,7 @@ type web struct {
 	tally    tally
 }
 
-func newWeb(idle time.Duration, c *cache, pw *password, values *budget, log *slog.Logger) *web {
+func newWeb(idle time.Duration, c *cache, pw *password, values *budget, logger *slog.Logger) *web {
 	w := &web{cache: c, password: pw, values: values}
 	w.server = http.Server{
 		Handler:                      w,
@@ -72,7 +65,7 @@ func newWeb(idle time.Duration, c *cache, pw *password, values *budget, log *slo
 				f.active.Store(state == http.StateActive)
 			}
 		},
-		ErrorLog:  errorLog(log),
+		ErrorLog:  log.New(complaints{logger}, "", 0),
 		Protocols: new(http.Protocols),
 		HTTP2:     &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 	}
@@ -141,11 +134,10 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 
 // write answers a request as quick does, and with parts of a value and by other conditions.
 func (w *web) write(rw http.ResponseWriter, r *http.Request, a *answer, now time.Duration) {
-	fields, body := w.appendAnswer(nil, new(quickRequest), a, now)
-	h := rw.Header()
-	for line := range bytes.Lines(fields) {
-		if name, val, ok := bytes.Cut(line, []byte(": ")); ok { // not the status line
-			h.Add(string(name), string(bytes.TrimSpace(val)))
+	head, body := w.appendAnswer(nil, new(quickRequest), a, now)
+	for line := range strings.Lines(string(head)) {
+		if name, val, ok := strings.Cut(line, ": "); ok { // not the status line
+			rw.Header().Add(name, strings.TrimSpace(val))
 		}
 	}
 	if a.err != nil {
@@ -154,7 +146,7 @@ func (w *web) write(rw http.ResponseWriter, r *http.Request, a *answer, now time
 		io.WriteString(rw, body)
 		return
 	}
-	h.Del("Content-Length") // it may be that of a part
+	rw.Header().Del("Content-Length") // it may be that of a part
 	correct(r, a.header)
 	http.ServeContent(contentWriter{rw}, r, "", time.Time{}, strings.NewReader(body))
 }
@@ -170,13 +162,12 @@ func correct(r *http.Request, header string) {
 		r.Header.Del("If-None-Match")
 	}
 	unit, parts, _ := strings.Cut(list("Range"), "=")
-	if r.Header.Del("Range"); r.Method == http.MethodGet && strings.ToLower(unit) == "bytes" && strings.Count(parts, ",") < maxRanges {
-		parts = tooLarge.ReplaceAllString(parts, pastEnd)
-		r.Header.Set("Range", "bytes="+emptySuffix.ReplaceAllString(parts, "${1}"+pastEnd+"-"))
+	r.Header.Del("Range")
+	if r.Method == http.MethodGet && strings.ToLower(unit) == "bytes" && strings.Count(parts, ",") < maxRanges {
+		parts = tooLarge.ReplaceAllString(parts, "999999999999999999")
+		r.Header.Set("Range", "bytes="+emptySuffix.ReplaceAllString(parts, "${1}999999999999999999-"))
 	}
 }
-
-const pastEnd = "999999999999999999"
 
 var (
 	tooLarge    = regexp.MustCompile(`\b0*[1-9][0-9]{18,}\b`)
@@ -240,8 +231,10 @@ func (w *web) authorised(field []byte) bool {
 	return false
 }
 
-// allowed are the methods that have a meaning here.
-const allowed = "GET, HEAD, OPTIONS"
+const (
+	allowed      = "GET, HEAD, OPTIONS" // the methods that have a meaning here
+	authenticate = "Www-Authenticate: Basic realm=\"redis_proxy\"\r\nWww-Authenticate: Bearer\r\n"
+)
 
 // What can be wrong with a request, beside the errors of the cache.
 var (
@@ -262,7 +255,7 @@ func httpError(err error) (status int, text, fields string) {
 		{errTimeout, http.StatusGatewayTimeout, ""},
 		{errWrongType, http.StatusConflict, ""},
 		{errRefused, http.StatusBadGateway, ""},
-		{errDenied, http.StatusUnauthorized, "Www-Authenticate: Basic realm=\"redis_proxy\"\r\nWww-Authenticate: Bearer\r\n"},
+		{errDenied, http.StatusUnauthorized, authenticate},
 		{errCrowded, http.StatusServiceUnavailable, "Retry-After: 1\r\n"},
 		{errMethod, http.StatusMethodNotAllowed, "Allow: " + allowed + "\r\n"},
 		{errPath, http.StatusBadRequest, ""},
@@ -288,7 +281,8 @@ func (w *web) header(a *answer) string {
 		for part := range slices.Chunk(bytesOf(content), 1<<20) { // a goroutine is not preempted within one
 			digest.Write(part)
 		}
-		a.header = fmt.Sprintf("Etag: \"%x\"\r\nContent-Type: %s\r\nContent-Length: %d\r\n", digest.Sum(nil)[:16], kind, len(content))
+		const fields = "Etag: \"%x\"\r\nContent-Type: %s\r\nContent-Length: %d\r\n"
+		a.header = fmt.Sprintf(fields, digest.Sum(nil)[:16], kind, len(content))
 		w.cache.annotate(a.value)
 	}
 	return a.header
@@ -421,7 +415,7 @@ func (w *web) appendCaching(b []byte, a *answer, now time.Duration) []byte {
 	} else {
 		b = append(b, "Cache-Control: no-store\r\n"...)
 	}
-	ttl := int(math.Floor((a.expires - now).Seconds()))
+	ttl := int((a.expires - now) / time.Second)
 	switch {
 	case kept && a.source == fromCache:
 		return appendField(b, "Cache-Status: redis_proxy; hit; ttl=", ttl)
@@ -429,11 +423,12 @@ func (w *web) appendCaching(b []byte, a *answer, now time.Duration) []byte {
 		return appendField(b, "Cache-Status: redis_proxy; fwd=stale; ttl=", ttl)
 	case a.flight == nil: // the cache was not asked
 		return b
-	case a.expired:
-		b = append(b, "Cache-Status: redis_proxy; fwd=stale"...)
-	default:
-		b = append(b, "Cache-Status: redis_proxy; fwd=miss"...)
 	}
+	why := "miss"
+	if a.expired {
+		why = "stale"
+	}
+	b = append(append(b, "Cache-Status: redis_proxy; fwd="...), why...)
 	if kept && a.flight.stored {
 		b = append(b, "; stored"...)
 	}
@@ -492,15 +487,12 @@ func (r *quickRequest) begin(line []byte) (ordinary bool) {
 	target, version, _ := bytes.Cut(target, []byte(" "))
 	r.head, r.old = string(method) == "HEAD", string(version) == "HTTP/1.0"
 	path, ok := bytes.CutPrefix(target, []byte("/"))
-	if !ok || !r.head && string(method) != "GET" || !r.old && string(version) != "HTTP/1.1" || bytes.IndexByte(path, '\t') >= 0 {
-		return false
-	}
-	r.key, _, _ = bytes.Cut(path, []byte("?"))
-	if bytes.IndexByte(r.key, '%') >= 0 {
+	if r.key, _, _ = bytes.Cut(path, []byte("?")); bytes.IndexByte(r.key, '%') >= 0 {
 		key, err := url.PathUnescape(string(r.key))
-		r.key, ok = []byte(key), err == nil
+		r.key, ok = []byte(key), ok && err == nil
 	}
-	return ok
+	return ok && (r.head || string(method) == "GET") && (r.old || string(version) == "HTTP/1.1") &&
+		bytes.IndexByte(path, '\t') < 0
 }
 
 // field parses a line of the header.
@@ -512,11 +504,6 @@ func (r *quickRequest) field(line []byte) (ordinary bool) {
 		lower[min(i, len(lower)-1)] = token[c]
 	}
 	val = bytes.Trim(val, " \t")
-	once := func(field *[]byte) bool {
-		first := *field == nil && len(val) > 0
-		*field = val
-		return first
-	}
 	switch string(lower[:min(len(name), len(lower))]) {
 	case "host":
 		r.hosts++
@@ -525,9 +512,11 @@ func (r *quickRequest) field(line []byte) (ordinary bool) {
 		r.keepAlive = true
 		return string(val) == "keep-alive" || string(val) == "Keep-Alive"
 	case "authorization":
-		return once(&r.authorization)
+		ok = r.authorization == nil && len(val) > 0
+		r.authorization = val
 	case "if-none-match":
-		return once(&r.tags)
+		ok = r.tags == nil && len(val) > 0
+		r.tags = val
 	case "", "content-length", "transfer-encoding", "upgrade", "expect", "te", "trailer", "http2-settings", "range",
 		"if-match", "if-range", "if-modified-since", "if-unmodified-since":
 		return false
@@ -675,20 +664,17 @@ func (f *frames) follow(p []byte, frame func(kind, flags byte)) {
 type complaints struct{ log *slog.Logger }
 
 func (c complaints) Write(p []byte) (int, error) {
-	level := slog.LevelDebug
-	if bytes.Contains(p, []byte("panic")) {
-		level = slog.LevelError
-	}
 	text, _, _ := strings.Cut(string(p), `"`) // what it quotes is the client's, a key perhaps
-	c.log.Log(context.Background(), level, strings.TrimSpace(text))
+	say := c.log.Debug
+	if strings.Contains(text, "panic") {
+		say = c.log.Error
+	}
+	say(strings.TrimSpace(text))
 	return len(p), nil
 }
 
-// errorLog returns what net/http logs to.
-func errorLog(l *slog.Logger) *log.Logger { return log.New(complaints{l}, "", 0) }
-
 // newAdmin serves metrics, health and profiles, and drops keys that it is asked to forget.
-func newAdmin(figures func() []figure, ready func() bool, forget func([][]byte), log *slog.Logger) *http.Server {
+func newAdmin(figures func() []figure, ready func() bool, forget func([][]byte), logger *slog.Logger) *http.Server {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/healthz", func(rw http.ResponseWriter, _ *http.Request) { io.WriteString(rw, "alive\n") })
 	mux.HandleFunc("/readyz", func(rw http.ResponseWriter, _ *http.Request) {
@@ -711,7 +697,7 @@ func newAdmin(figures func() []figure, ready func() bool, forget func([][]byte),
 	mux.Handle("/debug/pprof/", http.DefaultServeMux)     // where package pprof puts its handlers
 	var open atomic.Int64
 	return &http.Server{
-		ReadHeaderTimeout: firstLineTimeout, IdleTimeout: httpIdleTimeout, ErrorLog: errorLog(log),
+		ReadHeaderTimeout: firstLineTimeout, IdleTimeout: httpIdleTimeout, ErrorLog: log.New(complaints{logger}, "", 0),
 		ConnState: func(c net.Conn, state http.ConnState) {
 			switch {
 			case state == http.StateNew && open.Add(1) > maxAdmin:
@@ -760,9 +746,9 @@ func writeMetrics(out io.Writer, figures []figure) {
 		if isHistogram {
 			writeHistogram(out, f.metric, h)
 		} else if v, isFloat := f.value.(float64); isFloat {
-			fmt.Fprintf(out, "%s %g\n", f.metric, v)
+			fmt.Fprintln(out, f.metric, v)
 		} else {
-			fmt.Fprintf(out, "%s %d\n", f.metric, f.value)
+			fmt.Fprintf(out, "%s %d\n", f.metric, f.value) // %d: a state has a name, too
 		}
 	}
 }

@@ -702,6 +702,26 @@ func TestHTTPHitAllocatesNothing(t *testing.T) {
 	}
 }
 
+// A client may keep a 404 as long as the cache does, and is told so by both ways.
+func TestHTTPAbsenceIsKept(t *testing.T) {
+	p := newParts(t, append(playRedis(t, replies), "--absent-timeout", "10s")...)
+	for _, status := range []string{"redis_proxy; fwd=miss; stored", "redis_proxy; hit; ttl=9"} {
+		r := serveHTTP(t, p, "GET /absent")
+		compare(t, "status", r.StatusCode, 404)
+		compare(t, "Cache-Control", r.Header.Get("Cache-Control"), "max-age=10")
+		compare(t, "Cache-Status", r.Header.Get("Cache-Status"), status)
+		q, _ := parse([]byte("GET /absent HTTP/1.1\r\nHost: h\r\n\r\n"))
+		a, now := p.web.get(q.key, flushAt)
+		out, body := p.web.appendAnswer(nil, &q, &a, now)
+		for _, want := range []string{"HTTP/1.1 404 Not Found\r\n", "\r\nCache-Control: max-age=10\r\n", "\r\nAge: 0\r\n"} {
+			if !strings.Contains(string(out), want) {
+				t.Errorf("quick: got %q; want %q", out, want)
+			}
+		}
+		compare(t, "quick: body", body, "no such key\n")
+	}
+}
+
 // Large values have a budget while they are on their way: a request waits for room, and is answered 503 if none
 // comes in time.
 func TestHTTPLargeValuesWaitForRoom(t *testing.T) {
