@@ -673,53 +673,51 @@ func (c complaints) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// newAdmin serves metrics, health and profiles, and drops keys that it is asked to forget.
+// newAdmin serves metrics, health and profiles, and drops keys that it is asked to forget. There is no ServeMux in
+// front, as that would clean the key.
 func newAdmin(figures func() []figure, ready func() bool, forget func([][]byte), logger *slog.Logger) *http.Server {
-	mux := http.NewServeMux()
-	mux.HandleFunc("/healthz", func(rw http.ResponseWriter, _ *http.Request) { io.WriteString(rw, "alive\n") })
-	mux.HandleFunc("/readyz", func(rw http.ResponseWriter, _ *http.Request) {
-		if ready() {
-			io.WriteString(rw, "ready\n")
-		} else {
-			http.Error(rw, "Redis cannot be read", http.StatusServiceUnavailable)
-		}
-	})
-	mux.HandleFunc("/metrics", func(rw http.ResponseWriter, _ *http.Request) {
-		rw.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		writeMetrics(rw, figures())
-	})
-	mux.HandleFunc("GET /{$}", func(rw http.ResponseWriter, _ *http.Request) {
-		rw.Header().Set("Content-Security-Policy", pagePolicy)
-		rw.Header().Set("Content-Type", "text/html; charset=utf-8")
-		io.WriteString(rw, adminPage)
-	})
-	mux.HandleFunc("/debug/pprof/cmdline", http.NotFound) // it would show secrets
-	mux.Handle("/debug/pprof/", http.DefaultServeMux)     // where package pprof puts its handlers
 	var open atomic.Int64
-	return &http.Server{
-		ReadHeaderTimeout: firstLineTimeout, IdleTimeout: httpIdleTimeout, ErrorLog: log.New(complaints{logger}, "", 0),
-		ConnState: func(c net.Conn, state http.ConnState) {
-			switch {
-			case state == http.StateNew && open.Add(1) > maxAdmin:
-				c.Close()
-			case state == http.StateClosed:
-				open.Add(-1)
-			}
-		},
-		Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-			key, ok := strings.CutPrefix(r.URL.Path, "/cache/") // not by mux, which would clean the key
-			if !ok || r.Method != http.MethodDelete {
-				mux.ServeHTTP(rw, r)
-				return
-			}
-			keys := [][]byte{[]byte(key)}
-			if key == "" {
-				keys = nil
-			}
+	limit := func(c net.Conn, state http.ConnState) {
+		if state == http.StateNew && open.Add(1) > maxAdmin {
+			c.Close()
+		} else if state == http.StateClosed {
+			open.Add(-1)
+		}
+	}
+	serve := func(rw http.ResponseWriter, r *http.Request) {
+		path, read := r.URL.Path, r.Method == http.MethodGet || r.Method == http.MethodHead
+		key, isKey := strings.CutPrefix(path, "/cache/")
+		keys := [][]byte{[]byte(key)}
+		if key == "" {
+			keys = nil // all
+		}
+		switch {
+		case isKey && r.Method == http.MethodDelete:
 			forget(keys)
 			rw.WriteHeader(http.StatusNoContent)
-		}),
+		case path == "/healthz":
+			io.WriteString(rw, "alive\n")
+		case path == "/readyz" && ready():
+			io.WriteString(rw, "ready\n")
+		case path == "/readyz":
+			http.Error(rw, "Redis cannot be read", http.StatusServiceUnavailable)
+		case path == "/metrics":
+			rw.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+			writeMetrics(rw, figures())
+		case path == "/" && read:
+			rw.Header().Set("Content-Security-Policy", pagePolicy)
+			rw.Header().Set("Content-Type", "text/html; charset=utf-8")
+			io.WriteString(rw, adminPage)
+		case path == "/":
+			http.Error(rw, "only GET and HEAD are allowed", http.StatusMethodNotAllowed)
+		case strings.HasPrefix(path, "/debug/pprof/") && path != "/debug/pprof/cmdline": // that would show secrets
+			http.DefaultServeMux.ServeHTTP(rw, r) // where package pprof puts its handlers
+		default:
+			http.NotFound(rw, r)
+		}
 	}
+	return &http.Server{Handler: http.HandlerFunc(serve), ConnState: limit, ReadHeaderTimeout: firstLineTimeout,
+		IdleTimeout: httpIdleTimeout, ErrorLog: log.New(complaints{logger}, "", 0)}
 }
 
 // writeMetrics writes the text format of Prometheus.
