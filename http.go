@@ -1,7 +1,7 @@
-// HTTP: the key from the path, the answer and its headers.
+// HTTP: the key from the path, the answer and its header.
 //
-// net/http reads, frames and times requests; RFC 9110 (semantics), RFC 9111 (caching) and RFC 9211
-// (Cache-Status) say what goes into the answers.
+// net/http reads, frames and times requests, but for ordinary ones over HTTP/1, which quick answers alike. RFC
+// 9110 (semantics), RFC 9111 (caching) and RFC 9211 (Cache-Status) say what goes into the answers.
 package main
 
 import (
@@ -14,10 +14,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"iter"
 	"log"
 	"log/slog"
-	"math"
 	"net"
 	"net/http"
 	_ "net/http/pprof"
@@ -34,135 +32,83 @@ import (
 )
 
 const (
-	// maxAdmin bounds the connections to the admin listener.
-	maxAdmin       = 64
-	headerTimeout  = 10 * time.Second
-	bodyTimeout    = time.Second
-	maxHeaderBytes = 16 << 10 // and net/http adds 4 KB
-	// quickBuffer is what a connection has to read ordinary requests into, and longBuffer what it has from
-	// its first longer one on. net/http takes what is longer still.
-	quickBuffer = 2 << 10
-	longBuffer  = 8 << 10
-	// maxStreams bounds the streams of an HTTP/2 connection, maxRanges the parts of a Range field.
-	maxStreams = 100
-	maxRanges  = 16
+	bodyTimeout    = time.Second // how long the rest of a body is read after the answer
+	quickBuffer    = 2 << 10     // what a connection has to read ordinary requests into
+	longBuffer     = 8 << 10     // the same, from its first longer request on; longer ones still are net/http's
+	maxHeaderBytes = 16 << 10    // of a request; net/http takes 4 KB more
+	maxStreams     = 100         // of an HTTP/2 connection
+	maxRanges      = 16          // in a Range field
+	maxAdmin       = 64          // connections to the admin listener
 )
 
-// errDenied is an answer without the password.
-var errDenied = errors.New("a password is required")
-
-// A web is the HTTP front end. It is the net.Listener of its own http.Server, to which it gives the
-// connections that it does not answer itself.
+// A web is the HTTP front end.
 type web struct {
 	cache    *cache
 	password *password
-	server   http.Server
-	conns    chan net.Conn
-	closed   chan struct{} // closed when conns is no longer received from
-	addr     net.Addr
-	values   *budget // on their way to clients
+	values   *budget     // on their way to clients
+	server   http.Server // for the connections that the web does not answer itself
+	draining atomic.Bool
 	date     atomic.Pointer[dateField]
 	tally    tally
-
-	draining  atomic.Bool
-	stopped   atomic.Bool
-	unstarted sync.Map // of net.Conn: connections that net/http has had no whole request from
 }
 
-func newWeb(idle time.Duration, c *cache, pw *password, values *budget, addr net.Addr, log *slog.Logger) *web {
-	w := &web{cache: c, password: pw, values: values, addr: addr,
-		conns: make(chan net.Conn), closed: make(chan struct{})}
+func newWeb(idle time.Duration, c *cache, pw *password, values *budget, logger *slog.Logger) *web {
+	w := &web{cache: c, password: pw, values: values}
 	w.server = http.Server{
 		Handler:                      w,
 		DisableGeneralOptionsHandler: true,
-		ReadHeaderTimeout:            headerTimeout,
+		ReadHeaderTimeout:            firstLineTimeout,
 		IdleTimeout:                  cmp.Or(idle, httpIdleTimeout),
 		MaxHeaderBytes:               maxHeaderBytes,
-		ConnState:                    w.follow,
-		ErrorLog:                     errorLog(log),
-		Protocols:                    new(http.Protocols),
-		HTTP2:                        &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
+		ConnState: func(c net.Conn, state http.ConnState) {
+			if f, ok := c.(*framed); ok {
+				f.active.Store(state == http.StateActive)
+			}
+		},
+		ErrorLog:  log.New(complaints{logger}, "", 0),
+		Protocols: new(http.Protocols),
+		HTTP2:     &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 	}
 	w.server.Protocols.SetHTTP1(true)
 	w.server.Protocols.SetUnencryptedHTTP2(true)
 	return w
 }
 
-// run serves until shutdown.
-func (w *web) run() { w.server.Serve(w) }
-
-// serve answers ordinary requests, and hands the connection to net/http at the first that is not.
+// serve answers requests until the connection ends, or leaves it to net/http.
 func (w *web) serve(c *conn) {
-	rest := w.quick(c)
-	if rest == nil {
-		c.Close()
-		return
-	}
-	select {
-	case w.conns <- rest:
-	case <-w.closed:
+	if unread, fresh := w.quick(c); len(unread) > 0 {
+		w.handOver(c, unread, fresh)
+	} else {
 		c.Close()
 	}
 }
 
 // refuse answers a connection that is one too many.
 func (w *web) refuse(c *conn) {
-	begin := make([]byte, len("PRI"))
-	if _, err := io.ReadFull(c, begin); err != nil || string(begin) == "PRI" {
-		return // HTTP/2 has no answer before a request
+	if !bytes.HasPrefix(afterEmptyLines(c.unread), []byte("PRI")) { // HTTP/2 has no answer before a request
+		head, body := w.appendAnswer(nil, new(quickRequest), &answer{err: errFull}, 0)
+		io.WriteString(c, string(head)+body)
 	}
-	const text = "too many clients\n"
-	fmt.Fprintf(c, "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nCache-Control: no-store\r\nConnection: close\r\n"+
-		"Content-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n\r\n%s", len(text), text)
 }
 
 // drain has connections closed with their next answer. (SetKeepAlivesEnabled would close those that
 // are idle, although a request may be on its way.)
 func (w *web) drain() { w.draining.Store(true) }
 
-// follow notes which connections have not sent a whole request yet. http.Server.Shutdown waits for those as
-// if they were being answered.
-func (w *web) follow(c net.Conn, state http.ConnState) {
-	if f, ok := c.(*framed); ok {
-		f.active.Store(state == http.StateActive)
-	}
-	if state != http.StateNew {
-		w.unstarted.Delete(c)
-	} else if w.unstarted.Store(c, nil); w.stopped.Load() { // after Store, as shutdown may have looked before
-		c.Close()
-	}
-}
-
 // shutdown closes connections that are not being answered, and the others when they are or ctx is done.
 func (w *web) shutdown(ctx context.Context) {
-	w.stopped.Store(true)
-	w.unstarted.Range(func(c, _ any) bool { c.(net.Conn).Close(); return true })
 	if w.server.Shutdown(ctx) != nil {
 		w.server.Close()
 	}
 }
 
-// Accept, Close and Addr make a net.Listener.
-func (w *web) Accept() (net.Conn, error) {
-	select {
-	case c := <-w.conns:
-		return c, nil
-	case <-w.closed:
-		return nil, net.ErrClosed
-	}
-}
-
-// Close is called once, by the http.Server.
-func (w *web) Close() error   { close(w.closed); return nil }
-func (w *web) Addr() net.Addr { return w.addr }
-
 // ServeHTTP answers GET and HEAD for the key that is everything after the path's first slash. There is
 // no ServeMux in front, as that would clean the path.
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
-	h := rw.Header()
+	a, now := answer{}, time.Duration(0)
 	body := r.ContentLength != 0 && r.ProtoMajor == 1 // it means nothing here
 	if body || w.draining.Load() {
-		h.Set("Connection", "close")
+		rw.Header().Set("Connection", "close")
 	}
 	if body { // net/http reads some of it, or the client might not see the answer
 		http.NewResponseController(rw).SetReadDeadline(time.Now().Add(bodyTimeout))
@@ -170,122 +116,63 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	path, ok := strings.CutPrefix(r.URL.Path, "/")
 	switch {
 	case !w.authorised([]byte(r.Header.Get("Authorization"))):
-		w.write(rw, r, &answer{err: errDenied}, 0)
+		a.err = errDenied
 	case r.Method == http.MethodOptions:
-		h.Set("Allow", allowed)
+		rw.Header().Set("Allow", allowed)
 		rw.WriteHeader(http.StatusNoContent)
+		return
 	case r.Method != http.MethodGet && r.Method != http.MethodHead:
-		h.Set("Allow", allowed)
-		fail(rw, http.StatusMethodNotAllowed, "only "+allowed+" are allowed")
+		a.err = errMethod
 	case !ok && (path != "" || r.URL.Host == ""): // in absolute form there may be no path (RFC 9110 §4.2.3)
-		fail(rw, http.StatusBadRequest, "the path must begin with a slash")
+		a.err = errPath
 	default:
-		a, now := w.get([]byte(path), 0) // a client may take its time with any value
-		w.write(rw, r, &a, now)
-		w.letGo(&a, 0)
+		a, now = w.get([]byte(path), 0) // a client may take its time with any value
+		defer w.letGo(&a, 0)
 	}
+	w.write(rw, r, &a, now)
 }
 
-// write answers GET or HEAD.
+// write answers a request as quick does, and with parts of a value and by other conditions.
 func (w *web) write(rw http.ResponseWriter, r *http.Request, a *answer, now time.Duration) {
-	fields := w.appendFields(nil, a, now)
-	if a.err == nil {
-		fields = append(fields, w.header(a)...)
-	}
-	h := rw.Header()
-	for line := range bytes.Lines(fields) {
-		name, val, _ := bytes.Cut(line, []byte(": "))
-		h[string(name)] = append(h[string(name)], string(bytes.TrimSpace(val)))
+	head, body := w.appendAnswer(nil, new(quickRequest), a, now)
+	for line := range strings.Lines(string(head)) {
+		if name, val, ok := strings.Cut(line, ": "); ok { // not the status line
+			rw.Header().Add(name, strings.TrimSpace(val))
+		}
 	}
 	if a.err != nil {
-		status, text := httpError(a.err)
-		fail(rw, status, text)
+		status, _, _ := httpError(a.err)
+		rw.WriteHeader(status)
+		io.WriteString(rw, body)
 		return
 	}
-	delete(h, "Content-Length") // it may be that of a part
-	if tags := []byte(strings.Join(r.Header["If-None-Match"], ", ")); lists(tags, a.header) {
-		r.Header.Set("If-None-Match", "*")
-	} else {
-		r.Header.Del("If-None-Match")
-	}
-	correct(r)
-	http.ServeContent(contentWriter{rw}, r, "", time.Time{}, strings.NewReader(a.content()))
+	rw.Header().Del("Content-Length") // it may be that of a part
+	correct(r, a.header)
+	http.ServeContent(contentWriter{rw}, r, "", time.Time{}, strings.NewReader(body))
 }
 
 // correct changes a request where http.ServeContent reads it otherwise than RFC 9110: several lines are one
 // list (§5.3); HEAD, another unit and too many parts have no range, the unit has no case, the last 0 bytes are
-// no part, and no number is too large (§14).
-func correct(r *http.Request) {
-	if lines := r.Header["If-Match"]; len(lines) > 1 {
-		r.Header.Set("If-Match", strings.Join(lines, ", "))
+// no part, and no number is too large (§14). header is that of the value.
+func correct(r *http.Request, header string) {
+	list := func(name string) string { return strings.Join(r.Header[name], ", ") }
+	if r.Header.Set("If-Match", list("If-Match")); lists([]byte(list("If-None-Match")), header) {
+		r.Header.Set("If-None-Match", "*")
+	} else {
+		r.Header.Del("If-None-Match")
 	}
-	unit, set, _ := strings.Cut(strings.Join(r.Header["Range"], ", "), "=")
-	if r.Method == http.MethodHead || strings.ToLower(unit) != "bytes" || strings.Count(set, ",") >= maxRanges {
-		r.Header.Del("Range")
-		return
+	unit, parts, _ := strings.Cut(list("Range"), "=")
+	r.Header.Del("Range")
+	if r.Method == http.MethodGet && strings.ToLower(unit) == "bytes" && strings.Count(parts, ",") < maxRanges {
+		parts = tooLarge.ReplaceAllString(parts, "999999999999999999")
+		r.Header.Set("Range", "bytes="+emptySuffix.ReplaceAllString(parts, "${1}999999999999999999-"))
 	}
-	set = tooLarge.ReplaceAllString(set, pastEnd)
-	r.Header.Set("Range", "bytes="+emptySuffix.ReplaceAllString(set, "${1}"+pastEnd+"-"))
 }
-
-const pastEnd = "999999999999999999"
 
 var (
 	tooLarge    = regexp.MustCompile(`\b0*[1-9][0-9]{18,}\b`)
 	emptySuffix = regexp.MustCompile(`((?:^|,)[ \t]*)-0+\b`)
 )
-
-// get asks for one key. A value of more than most bytes is held until letGo. If there is no room for it, get
-// lets go of it, waits for room as long as it would for Redis, and asks again.
-func (w *web) get(key []byte, most int) (a answer, now time.Duration) {
-	keys, answers := [1][]byte{key}, [1]answer{}
-	for late := (<-chan time.Time)(nil); ; {
-		w.cache.get(&w.tally, w.cache.now(), keys[:], answers[:])
-		if now = w.cache.now(); len(answers[0].data) <= most {
-			return answers[0], now
-		}
-		full := w.values.hold(answers[0].data, 0)
-		if full == nil {
-			return answers[0], now
-		}
-		if answers[0] = (answer{err: errCrowded}); late == nil {
-			late = time.After(w.cache.timeout)
-		}
-		select {
-		case <-full:
-		case <-late:
-			return answers[0], now
-		}
-	}
-}
-
-func (w *web) letGo(a *answer, most int) {
-	if len(a.data) > most {
-		w.values.release(a.data, 0)
-	}
-}
-
-// allowed are the methods that have a meaning here.
-const allowed = "GET, HEAD, OPTIONS"
-
-// authorised reports whether an Authorization field has the password, in one of the two ways of RFC 7617
-// and 6750.
-func (w *web) authorised(field []byte) bool {
-	if !w.password.needed {
-		return true
-	}
-	scheme, secret, _ := bytes.Cut(field, []byte(" "))
-	secret = bytes.TrimLeft(secret, " ")
-	switch strings.ToLower(string(scheme)) {
-	case "basic":
-		plain, err := base64.StdEncoding.AppendDecode(nil, secret)
-		_, password, ok := bytes.Cut(plain, []byte(":"))
-		return err == nil && ok && w.password.matches(password)
-	case "bearer":
-		return w.password.matches(secret)
-	}
-	return false
-}
 
 // A contentWriter gives the errors that http.ServeContent writes (412, 416) the header of all errors.
 type contentWriter struct{ http.ResponseWriter }
@@ -297,71 +184,88 @@ func (w contentWriter) WriteHeader(status int) {
 	w.ResponseWriter.WriteHeader(status)
 }
 
-// fail answers with an error: one line of text.
-func fail(rw http.ResponseWriter, status int, text string) {
-	rw.Header().Set("Cache-Control", "no-store")
-	http.Error(rw, text, status)
+// get asks for one key. A value of more than most bytes is held until letGo. If there is no room for it, get
+// lets go of it, waits for room as long as it would for Redis, and asks again.
+func (w *web) get(key []byte, most int) (a answer, now time.Duration) {
+	keys, answers, began := [1][]byte{key}, [1]answer{}, w.cache.now()
+	for {
+		w.cache.get(&w.tally, w.cache.now(), keys[:], answers[:])
+		if now = w.cache.now(); len(answers[0].data) <= most {
+			return answers[0], now
+		}
+		full := w.values.hold(answers[0].data, 0)
+		if full == nil {
+			return answers[0], now
+		}
+		answers[0] = answer{err: errCrowded}
+		select {
+		case <-full:
+		case <-time.After(began + w.cache.timeout - now):
+			return answers[0], now
+		}
+	}
 }
 
-// httpError returns the status and the text for the error of an answer.
-func httpError(err error) (status int, text string) {
+func (w *web) letGo(a *answer, most int) {
+	if len(a.data) > most {
+		w.values.release(a.data, 0)
+	}
+}
+
+// authorised reports whether an Authorization field has the password, in one of the two ways of RFC 7617
+// and 6750.
+func (w *web) authorised(field []byte) bool {
+	if !w.password.needed {
+		return true
+	}
+	scheme, secret, _ := bytes.Cut(field, []byte(" "))
+	secret = bytes.TrimLeft(secret, " ")
+	switch strings.ToLower(string(scheme)) {
+	case "bearer":
+		return w.password.matches(secret)
+	case "basic":
+		plain, err := base64.StdEncoding.AppendDecode(nil, secret)
+		_, secret, _ = bytes.Cut(plain, []byte(":"))
+		return err == nil && w.password.matches(secret)
+	}
+	return false
+}
+
+const (
+	allowed      = "GET, HEAD, OPTIONS" // the methods that have a meaning here
+	authenticate = "Www-Authenticate: Basic realm=\"redis_proxy\"\r\nWww-Authenticate: Bearer\r\n"
+)
+
+// What can be wrong with a request, beside the errors of the cache.
+var (
+	errDenied = errors.New("a password is required")
+	errMethod = errors.New("only " + allowed + " are allowed")
+	errPath   = errors.New("the path must begin with a slash")
+	errFull   = errors.New("too many clients")
+)
+
+// httpError returns the status, the body and fields of the header for the error of an answer.
+func httpError(err error) (status int, text, fields string) {
 	for _, row := range []struct {
 		err    error
 		status int
+		fields string
 	}{
-		{errAbsent, http.StatusNotFound},
-		{errTimeout, http.StatusGatewayTimeout},
-		{errWrongType, http.StatusConflict},
-		{errRefused, http.StatusBadGateway},
-		{errDenied, http.StatusUnauthorized},
-		{errCrowded, http.StatusServiceUnavailable},
+		{errAbsent, http.StatusNotFound, ""},
+		{errTimeout, http.StatusGatewayTimeout, ""},
+		{errWrongType, http.StatusConflict, ""},
+		{errRefused, http.StatusBadGateway, ""},
+		{errDenied, http.StatusUnauthorized, authenticate},
+		{errCrowded, http.StatusServiceUnavailable, "Retry-After: 1\r\n"},
+		{errMethod, http.StatusMethodNotAllowed, "Allow: " + allowed + "\r\n"},
+		{errPath, http.StatusBadRequest, ""},
+		{errFull, http.StatusServiceUnavailable, "Retry-After: 1\r\nConnection: close\r\n"},
 	} {
 		if errors.Is(err, row.err) {
-			return row.status, row.err.Error()
+			return row.status, row.err.Error() + "\n", row.fields
 		}
 	}
-	return http.StatusBadGateway, errUnavailable.Error()
-}
-
-// appendFields adds the header fields of the answer to a key, a line each, but those that every answer or
-// the value has.
-func (w *web) appendFields(b []byte, a *answer, now time.Duration) []byte {
-	switch a.err {
-	case errDenied:
-		return append(b, "Www-Authenticate: Basic realm=\"redis_proxy\"\r\nWww-Authenticate: Bearer\r\n"...)
-	case errCrowded:
-		return append(b, "Retry-After: 1\r\n"...)
-	}
-	b = append(w.appendCacheStatus(append(b, "Cache-Status: "...), a, now), "\r\n"...)
-	if a.err != nil {
-		return b
-	}
-	b = strconv.AppendInt(append(b, "Age: "...), int64((now-a.fetched)/time.Second), 10)
-	b = strconv.AppendInt(append(b, "\r\nCache-Control: max-age="...), int64((a.expires-a.fetched)/time.Second), 10)
-	return append(b, "\r\nX-Content-Type-Options: nosniff\r\n"...)
-}
-
-// appendCacheStatus adds how the cache handled a request (RFC 9211).
-func (w *web) appendCacheStatus(b []byte, a *answer, now time.Duration) []byte {
-	ttl := int64(math.Floor((a.expires - now).Seconds()))
-	if a.source == fromCache {
-		return strconv.AppendInt(append(b, "redis_proxy; hit; ttl="...), ttl, 10)
-	}
-	if a.expired {
-		b = append(b, "redis_proxy; fwd=stale"...)
-	} else {
-		b = append(b, "redis_proxy; fwd=miss"...)
-	}
-	switch {
-	case a.source == fromStale:
-		b = strconv.AppendInt(append(b, "; ttl="...), ttl, 10)
-	case a.err == nil && a.flight.stored:
-		b = append(b, "; stored"...)
-	}
-	if a.source == fromAnother {
-		b = append(b, "; collapsed"...)
-	}
-	return b
+	return http.StatusBadGateway, errUnavailable.Error() + "\n", ""
 }
 
 // header returns what HTTP says about the value of an answer, a field a line: its tag (tagField), type and
@@ -377,7 +281,8 @@ func (w *web) header(a *answer) string {
 		for part := range slices.Chunk(bytesOf(content), 1<<20) { // a goroutine is not preempted within one
 			digest.Write(part)
 		}
-		a.header = fmt.Sprintf("Etag: \"%x\"\r\nContent-Type: %s\r\nContent-Length: %d\r\n", digest.Sum(nil)[:16], kind, len(content))
+		const fields = "Etag: \"%x\"\r\nContent-Type: %s\r\nContent-Length: %d\r\n"
+		a.header = fmt.Sprintf(fields, digest.Sum(nil)[:16], kind, len(content))
 		w.cache.annotate(a.value)
 	}
 	return a.header
@@ -395,56 +300,58 @@ func lists(field []byte, header string) bool {
 // bytesOf returns the bytes of s without a copy. They must not be written to.
 func bytesOf(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
 
-// quick answers requests as ServeHTTP does, without net/http, which costs more than all the rest of a
-// hit. It takes only ordinary ones: see quickRequest. It returns the connection for net/http to go on with, or
-// nil when it is done with.
-func (w *web) quick(c *conn) net.Conn {
-	buf, kept, all := make([]byte, quickBuffer), 0, 0
-	for {
+// quick answers requests until one is not ordinary (quickRequest), without net/http, which costs more than all the
+// rest of a hit. It returns what it has read and not answered, for net/http to go on with, or nothing.
+func (w *web) quick(c *conn) (unread []byte, fresh bool) {
+	fresh = true // nothing has been answered
+	for buf, kept := make([]byte, quickBuffer), 0; ; kept = copy(buf, unread) {
 		n, err := c.Read(buf[kept:]) // an error that comes with bytes comes again
 		if n == 0 && err != io.EOF {
-			return nil
+			return nil, fresh
 		}
-		rest, answered, ordinary, err := w.answer(c, buf[:kept+n])
-		all += answered
+		begin := afterEmptyLines(buf[:kept+n])
+		rest, ordinary, err := w.answer(c, begin)
+		answered := len(rest) < len(begin)
+		fresh = fresh && !answered
 		ordinary = ordinary && n > 0 && len(rest) < longBuffer // half a request at the end is not
-		switch {
+		switch unread = rest; {
 		case err != nil:
-			return nil
-		case !ordinary && (len(rest) >= 4 || len(rest) > 0 && all == 0): // net/http waits for 4 bytes of the next
-			return w.handOver(c, rest, all == 0)
+			return nil, fresh
+		case !ordinary && (len(rest) >= 4 || fresh): // net/http waits for 4 bytes of the next
+			return rest, fresh
 		case n == 0:
-			return nil
+			return nil, fresh
 		case len(rest) == len(buf):
 			buf = make([]byte, longBuffer)
 		}
-		if kept == 0 || answered > 0 {
+		if kept == 0 || answered {
 			c.link.hurry(time.Duration(min(len(rest), 1)) * firstLineTimeout)
 		}
-		kept = copy(buf, rest)
 	}
 }
 
-// answer answers the ordinary requests that b begins with. It returns what is left, how many they were, and
-// whether what is left may become another.
-func (w *web) answer(c *conn, b []byte) (rest []byte, answered int, ordinary bool, err error) {
+// answer answers the ordinary requests that b begins with. It returns what is left, and whether that may become
+// another.
+func (w *web) answer(c *conn, b []byte) (rest []byte, ordinary bool, err error) {
 	page := pages.Get().(*[]byte)
-	out := (*page)[:0]
-	for rest, ordinary = afterEmptyLines(b), true; err == nil; rest = afterEmptyLines(rest) {
-		r, size := parse(rest)
-		if ordinary = size == 0 || size > 0 && !w.draining.Load(); size == 0 || !ordinary {
+	defer pages.Put(page)
+	out, r, size := (*page)[:0], quickRequest{}, 0
+	for rest = b; err == nil; rest = afterEmptyLines(rest[size:]) {
+		if r, size = parse(rest); size <= 0 || w.draining.Load() {
 			break
 		}
-		a, body := answer{}, ""
-		out, body = w.appendAnswer(out, &r, &a)
-		rest, answered, c.link.holding = rest[size:], answered+1, len(a.data) > flushAt
+		a, body, now := answer{err: errDenied}, "", time.Duration(0)
+		if w.authorised(r.authorization) {
+			a, now = w.get(r.key, flushAt)
+		}
+		out, body = w.appendAnswer(out, &r, &a, now)
+		c.link.holding = len(a.data) > flushAt
 		n := min(len(body), max(0, flushAt-len(out)))
-		if out = append(out, body[:n]...); n < len(body) {
-			if _, err = c.Write(out); err == nil && len(body)-n > flushAt {
+		if out = append(out, body[:n]...); n < len(body) { // the rest of a large body is not copied
+			if _, err = c.Write(out); err == nil {
 				_, err = c.Write(bytesOf(body[n:]))
-				n = len(body)
 			}
-			out = append(out[:0], body[n:]...)
+			out = out[:0]
 		}
 		w.letGo(&a, flushAt)
 	}
@@ -452,26 +359,19 @@ func (w *web) answer(c *conn, b []byte) (rest []byte, answered int, ordinary boo
 		_, err = c.Write(out)
 	}
 	*page = out
-	pages.Put(page)
-	return rest, answered, ordinary, err
+	return rest, size == 0, err
 }
 
 // pages are buffers for answers.
 var pages = sync.Pool{New: func() any { b := make([]byte, 0, flushAt+1<<10); return &b }}
 
-// appendAnswer adds the header of the answer to a request, and returns its body, which a holds.
-func (w *web) appendAnswer(b []byte, r *quickRequest, a *answer) (out []byte, body string) {
-	now := time.Duration(0)
-	if a.err = errDenied; w.authorised(r.authorization) {
-		*a, now = w.get(r.key, flushAt)
-	}
+// appendAnswer adds the header of an answer, and returns its body, which a holds.
+func (w *web) appendAnswer(b []byte, r *quickRequest, a *answer, now time.Duration) (out []byte, body string) {
 	status, fields, own := http.StatusOK, "Accept-Ranges: bytes\r\n", ""
 	if a.err != nil {
-		status, body = httpError(a.err)
-		body += "\n"
-		fields = "Cache-Control: no-store\r\nContent-Type: text/plain; charset=utf-8\r\nX-Content-Type-Options: nosniff\r\n"
+		status, body, fields = httpError(a.err)
 	} else if own, body = w.header(a), a.content(); lists(r.tags, own) {
-		status, fields, own, body = http.StatusNotModified, "", own[:tagField], ""
+		status, own, body = http.StatusNotModified, own[:tagField], ""
 	}
 	b = append(b, "HTTP/1.1 "...)
 	if r.old {
@@ -479,10 +379,10 @@ func (w *web) appendAnswer(b []byte, r *quickRequest, a *answer) (out []byte, bo
 		fields += "Connection: keep-alive\r\n"
 	}
 	b = append(strconv.AppendInt(b, int64(status), 10), ' ')
-	b = append(append(b, http.StatusText(status)...), "\r\n"...)
-	b = append(w.appendFields(append(b, fields...), a, now), own...)
+	b = append(append(b, http.StatusText(status)...), "\r\nX-Content-Type-Options: nosniff\r\n"...)
+	b = w.appendCaching(append(append(b, fields...), own...), a, now)
 	if a.err != nil {
-		b = append(strconv.AppendInt(append(b, "Content-Length: "...), int64(len(body)), 10), "\r\n"...)
+		b = appendField(append(b, "Content-Type: text/plain; charset=utf-8\r\n"...), "Content-Length: ", len(body))
 	}
 	date := w.date.Load()
 	if t := time.Now(); date == nil || date.second != t.Unix() {
@@ -499,6 +399,43 @@ func (w *web) appendAnswer(b []byte, r *quickRequest, a *answer) (out []byte, bo
 type dateField struct {
 	second int64
 	text   string
+}
+
+// appendField adds a field that ends in a number.
+func appendField(b []byte, field string, n int) []byte {
+	return append(strconv.AppendInt(append(b, field...), int64(n), 10), "\r\n"...)
+}
+
+// appendCaching adds how long an answer may be kept, and how the cache handled the request (RFC 9211).
+func (w *web) appendCaching(b []byte, a *answer, now time.Duration) []byte {
+	kept := a.err == nil || a.err == errAbsent && w.cache.absent > 0
+	if kept {
+		b = appendField(b, "Age: ", int((now-a.fetched)/time.Second))
+		b = appendField(b, "Cache-Control: max-age=", int((a.expires-a.fetched)/time.Second))
+	} else {
+		b = append(b, "Cache-Control: no-store\r\n"...)
+	}
+	ttl := int((a.expires - now) / time.Second)
+	switch {
+	case kept && a.source == fromCache:
+		return appendField(b, "Cache-Status: redis_proxy; hit; ttl=", ttl)
+	case a.source == fromStale:
+		return appendField(b, "Cache-Status: redis_proxy; fwd=stale; ttl=", ttl)
+	case a.flight == nil: // the cache was not asked
+		return b
+	}
+	why := "miss"
+	if a.expired {
+		why = "stale"
+	}
+	b = append(append(b, "Cache-Status: redis_proxy; fwd="...), why...)
+	if kept && a.flight.stored {
+		b = append(b, "; stored"...)
+	}
+	if a.source == fromAnother {
+		b = append(b, "; collapsed"...)
+	}
+	return append(b, "\r\n"...)
 }
 
 // A quickRequest is an ordinary request: GET or HEAD, well-formed to the byte, with one Host, no body, and no
@@ -519,18 +456,14 @@ func parse(b []byte) (r quickRequest, size int) {
 		return r, 0
 	}
 	for rest, first := b, true; ; first = false {
-		end := bytes.IndexByte(rest, '\n')
-		if end < 0 {
+		line, after, whole := bytes.Cut(rest, []byte("\r\n"))
+		switch rest = after; {
+		case !whole && bytes.IndexByte(line, '\n') < 0:
 			return r, 0
-		}
-		if end == 0 || rest[end-1] != '\r' {
+		case !whole || first && !r.begin(line) || len(line) > 0 && (!printable(line) || !first && !r.field(line)):
 			return r, -1
-		}
-		line := rest[:end-1]
-		rest = rest[end+1:]
-		switch {
-		case first && r.begin(line) || !first && len(line) > 0 && r.field(line):
-		case first || len(line) > 0 || r.hosts > 1 || r.hosts == 0 && !r.old || r.old && !r.keepAlive:
+		case first || len(line) > 0:
+		case r.hosts > 1 || r.hosts == 0 && !r.old || r.old && !r.keepAlive:
 			return r, -1
 		default:
 			return r, len(b) - len(rest)
@@ -538,75 +471,57 @@ func parse(b []byte) (r quickRequest, size int) {
 	}
 }
 
-// begin parses the request line. net/http takes any target but for blanks and control characters.
-func (r *quickRequest) begin(line []byte) (ordinary bool) {
-	target, ok := bytes.CutPrefix(line, []byte("GET /"))
-	if !ok {
-		target, r.head = bytes.CutPrefix(line, []byte("HEAD /"))
-	}
-	target, current := bytes.CutSuffix(target, []byte(" HTTP/1.1"))
-	if !current {
-		target, r.old = bytes.CutSuffix(target, []byte(" HTTP/1.0"))
-	}
-	for _, c := range target {
-		if c <= ' ' || c == 0x7f {
-			return false
-		}
-	}
-	r.key, _, _ = bytes.Cut(target, []byte("?"))
-	if bytes.IndexByte(r.key, '%') >= 0 {
-		key, err := url.PathUnescape(string(r.key))
-		if err != nil {
-			return false
-		}
-		r.key = []byte(key)
-	}
-	return (ok || r.head) && (current || r.old)
-}
-
-// field parses a line of the header.
-func (r *quickRequest) field(line []byte) (ordinary bool) {
-	var lower [len("if-unmodified-since") + 1]byte // a longer name is none of those below
-	n := 0
-	for ; n < len(line) && line[n] != ':'; n++ {
-		c := token[line[n]]
-		if c == 0 {
-			return false
-		}
-		lower[min(n, len(lower)-1)] = c
-	}
-	if n == 0 || n == len(line) {
-		return false
-	}
-	val := line[n+1:]
-	val = val[len(val)-len(bytes.TrimLeft(val, " \t")):] // nor is it nil when it is empty
-	val = val[:len(bytes.TrimRight(val, " \t"))]
-	for _, c := range val {
+// printable reports whether a line has no control characters but tabs.
+func printable(line []byte) bool {
+	for _, c := range line {
 		if c < ' ' && c != '\t' || c == 0x7f {
 			return false
 		}
 	}
-	once := func(field *[]byte) bool {
-		first := *field == nil
-		*field = val
-		return first
+	return true
+}
+
+// begin parses the request line.
+func (r *quickRequest) begin(line []byte) (ordinary bool) {
+	method, target, _ := bytes.Cut(line, []byte(" "))
+	target, version, _ := bytes.Cut(target, []byte(" "))
+	r.head, r.old = string(method) == "HEAD", string(version) == "HTTP/1.0"
+	path, ok := bytes.CutPrefix(target, []byte("/"))
+	if r.key, _, _ = bytes.Cut(path, []byte("?")); bytes.IndexByte(r.key, '%') >= 0 {
+		key, err := url.PathUnescape(string(r.key))
+		r.key, ok = []byte(key), ok && err == nil
 	}
-	switch string(lower[:min(n, len(lower))]) {
+	return ok && (r.head || string(method) == "GET") && (r.old || string(version) == "HTTP/1.1") &&
+		bytes.IndexByte(path, '\t') < 0
+}
+
+// field parses a line of the header.
+func (r *quickRequest) field(line []byte) (ordinary bool) {
+	name, val, ok := bytes.Cut(line, []byte(":"))
+	var lower [len("if-unmodified-since") + 1]byte // a longer name is none of those below
+	for i, c := range name {
+		ok = ok && token[c] > 0
+		lower[min(i, len(lower)-1)] = token[c]
+	}
+	val = bytes.Trim(val, " \t")
+	switch string(lower[:min(len(name), len(lower))]) {
 	case "host":
 		r.hosts++
-		return len(bytes.TrimLeft(val, letters+"-._:[]")) == 0
+		return ok && len(bytes.TrimLeft(val, letters+"-._:[]")) == 0
 	case "connection":
 		r.keepAlive = true
 		return string(val) == "keep-alive" || string(val) == "Keep-Alive"
 	case "authorization":
-		return once(&r.authorization)
+		ok = r.authorization == nil && len(val) > 0
+		r.authorization = val
 	case "if-none-match":
-		return once(&r.tags)
-	case "content-length", "transfer-encoding", "upgrade", "expect", "te", "trailer", "http2-settings", "range",
+		ok = r.tags == nil && len(val) > 0
+		r.tags = val
+	case "", "content-length", "transfer-encoding", "upgrade", "expect", "te", "trailer", "http2-settings", "range",
 		"if-match", "if-range", "if-modified-since", "if-unmodified-since":
 		return false
 	}
-	return true
+	return ok
 }
 
 const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
@@ -623,13 +538,31 @@ var token = func() (t [256]byte) {
 }()
 
 // handOver gives net/http a connection, with bytes that have been read; fresh: they are the first.
-func (w *web) handOver(c *conn, unread []byte, fresh bool) net.Conn {
-	c.release(unread)
+func (w *web) handOver(c *conn, unread []byte, fresh bool) {
+	c.unread, c.link.idle = slices.Concat(unread, c.unread), 0
+	var rest net.Conn = &handed{conn: c}
 	if fresh && bytes.HasPrefix(unread, []byte(preface)) {
-		return newFramed(c, 2*w.cache.timeout)
+		c.link.release()
+		rest = newFramed(c, 2*w.cache.timeout)
 	}
-	return &handed{conn: c}
+	l := &handedOver{conn: rest}
+	if w.server.Serve(l); l.conn != nil { // it is shut down
+		c.Close()
+	}
 }
+
+// A handedOver is a net.Listener of one connection.
+type handedOver struct{ conn net.Conn }
+
+func (l *handedOver) Accept() (c net.Conn, err error) {
+	if c, l.conn = l.conn, nil; c == nil {
+		err = net.ErrClosed
+	}
+	return c, err
+}
+
+func (l *handedOver) Close() error   { return nil }
+func (l *handedOver) Addr() net.Addr { return nil }
 
 // A handed connection is net/http's, for HTTP/1. Between requests that waits for 4 bytes as long as for none.
 type handed struct {
@@ -641,14 +574,14 @@ type handed struct {
 func (h *handed) ConnectionState() (none tls.ConnectionState) { return }
 
 func (h *handed) SetReadDeadline(t time.Time) error {
-	h.waits.Store(time.Until(t) > headerTimeout)
+	h.waits.Store(time.Until(t) > firstLineTimeout)
 	return h.conn.SetReadDeadline(t)
 }
 
 func (h *handed) Read(p []byte) (int, error) {
 	n, err := h.conn.Read(p)
 	if n > 0 && h.waits.Swap(false) {
-		h.conn.SetReadDeadline(time.Now().Add(headerTimeout))
+		h.conn.SetReadDeadline(time.Now().Add(firstLineTimeout))
 	}
 	return n, err
 }
@@ -680,12 +613,12 @@ func newFramed(c *conn, redis time.Duration) *framed {
 
 func (f *framed) Read(p []byte) (int, error) {
 	n, err := f.conn.Read(p)
-	for kind, flags := range f.in.headers(p[:n]) {
+	f.in.follow(p[:n], func(kind, flags byte) {
 		if kind == 1 || kind == 9 { // HEADERS, CONTINUATION
 			f.block = flags&4 == 0 // END_HEADERS
 			f.stuck.Reset(f.link.server.writeTimeout + f.redis)
 		}
-	}
+	})
 	if begun := f.in.got+f.in.left > 0 || f.block; begun != f.begun {
 		f.begun = begun
 		f.link.hurry(map[bool]time.Duration{true: firstLineTimeout}[begun])
@@ -695,11 +628,11 @@ func (f *framed) Read(p []byte) (int, error) {
 
 func (f *framed) Write(p []byte) (int, error) {
 	n, err := f.conn.Write(p)
-	for kind := range f.out.headers(p[:n]) {
+	f.out.follow(p[:n], func(kind, _ byte) {
 		if kind <= 1 { // DATA, HEADERS
 			f.stuck.Reset(f.link.server.writeTimeout)
 		}
-	}
+	})
 	return n, err
 }
 
@@ -714,19 +647,15 @@ type frames struct {
 	got, left int // how much of head has come; how much of what follows has not
 }
 
-// headers takes bytes, and yields types and flags of the frames of which the last byte of the header is there.
-func (f *frames) headers(p []byte) iter.Seq2[byte, byte] {
-	return func(yield func(kind, flags byte) bool) {
-		for len(p) > 0 {
-			n := min(f.left, len(p))
-			f.left, p = f.left-n, p[n:]
-			n = copy(f.head[f.got:], p)
-			if f.got, p = (f.got+n)%len(f.head), p[n:]; n > 0 && f.got == 0 {
-				f.left = int(f.head[0])<<16 | int(f.head[1])<<8 | int(f.head[2])
-				if !yield(f.head[3], f.head[4]) {
-					return
-				}
-			}
+// follow takes bytes, and calls frame with type and flags of each whose header is complete with them.
+func (f *frames) follow(p []byte, frame func(kind, flags byte)) {
+	for len(p) > 0 {
+		n := min(f.left, len(p))
+		f.left, p = f.left-n, p[n:]
+		n = copy(f.head[f.got:], p)
+		if f.got, p = (f.got+n)%len(f.head), p[n:]; n > 0 && f.got == 0 {
+			f.left = int(f.head[0])<<16 | int(f.head[1])<<8 | int(f.head[2])
+			frame(f.head[3], f.head[4])
 		}
 	}
 }
@@ -735,61 +664,60 @@ func (f *frames) headers(p []byte) iter.Seq2[byte, byte] {
 type complaints struct{ log *slog.Logger }
 
 func (c complaints) Write(p []byte) (int, error) {
-	level := slog.LevelDebug
-	if bytes.Contains(p, []byte("panic")) {
-		level = slog.LevelError
-	}
 	text, _, _ := strings.Cut(string(p), `"`) // what it quotes is the client's, a key perhaps
-	c.log.Log(context.Background(), level, strings.TrimSpace(text))
+	say := c.log.Debug
+	if strings.Contains(text, "panic") {
+		say = c.log.Error
+	}
+	say(strings.TrimSpace(text))
 	return len(p), nil
 }
 
-// errorLog returns what net/http logs to.
-func errorLog(l *slog.Logger) *log.Logger { return log.New(complaints{l}, "", 0) }
-
-// newAdmin serves metrics, health and profiles, and drops keys that it is asked to forget.
-func newAdmin(figures func() []figure, ready func() bool, forget func([][]byte), log *slog.Logger) *http.Server {
-	mux := http.NewServeMux()
-	mux.HandleFunc("/healthz", func(rw http.ResponseWriter, _ *http.Request) { io.WriteString(rw, "alive\n") })
-	mux.HandleFunc("/readyz", func(rw http.ResponseWriter, _ *http.Request) {
-		if !ready() {
-			fail(rw, http.StatusServiceUnavailable, "Redis cannot be read")
-			return
-		}
-		io.WriteString(rw, "ready\n")
-	})
-	mux.HandleFunc("/metrics", func(rw http.ResponseWriter, _ *http.Request) {
-		rw.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		writeMetrics(rw, figures())
-	})
-	mux.HandleFunc("/debug/pprof/cmdline", http.NotFound) // it would show secrets
-	mux.HandleFunc("GET /{$}", servePage)
-	mux.Handle("/debug/pprof/", http.DefaultServeMux) // where package pprof puts its handlers
+// newAdmin serves metrics, health and profiles, and drops keys that it is asked to forget. There is no ServeMux in
+// front, as that would clean the key.
+func newAdmin(figures func() []figure, ready func() bool, forget func([][]byte), logger *slog.Logger) *http.Server {
 	var open atomic.Int64
-	return &http.Server{
-		ReadHeaderTimeout: headerTimeout, IdleTimeout: httpIdleTimeout, ErrorLog: errorLog(log),
-		ConnState: func(c net.Conn, state http.ConnState) {
-			switch {
-			case state == http.StateNew && open.Add(1) > maxAdmin:
-				c.Close()
-			case state == http.StateClosed:
-				open.Add(-1)
-			}
-		},
-		Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-			key, ok := strings.CutPrefix(r.URL.Path, "/cache/") // not by mux, which would clean the key
-			switch {
-			case !ok || r.Method != http.MethodDelete:
-				mux.ServeHTTP(rw, r)
-				return
-			case key == "":
-				forget(nil)
-			default:
-				forget([][]byte{[]byte(key)})
-			}
-			rw.WriteHeader(http.StatusNoContent)
-		}),
+	limit := func(c net.Conn, state http.ConnState) {
+		if state == http.StateNew && open.Add(1) > maxAdmin {
+			c.Close()
+		} else if state == http.StateClosed {
+			open.Add(-1)
+		}
 	}
+	serve := func(rw http.ResponseWriter, r *http.Request) {
+		path, read := r.URL.Path, r.Method == http.MethodGet || r.Method == http.MethodHead
+		key, isKey := strings.CutPrefix(path, "/cache/")
+		keys := [][]byte{[]byte(key)}
+		if key == "" {
+			keys = nil // all
+		}
+		switch {
+		case isKey && r.Method == http.MethodDelete:
+			forget(keys)
+			rw.WriteHeader(http.StatusNoContent)
+		case path == "/healthz":
+			io.WriteString(rw, "alive\n")
+		case path == "/readyz" && ready():
+			io.WriteString(rw, "ready\n")
+		case path == "/readyz":
+			http.Error(rw, "Redis cannot be read", http.StatusServiceUnavailable)
+		case path == "/metrics":
+			rw.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+			writeMetrics(rw, figures())
+		case path == "/" && read:
+			rw.Header().Set("Content-Security-Policy", pagePolicy)
+			rw.Header().Set("Content-Type", "text/html; charset=utf-8")
+			io.WriteString(rw, adminPage)
+		case path == "/":
+			http.Error(rw, "only GET and HEAD are allowed", http.StatusMethodNotAllowed)
+		case strings.HasPrefix(path, "/debug/pprof/") && path != "/debug/pprof/cmdline": // that would show secrets
+			http.DefaultServeMux.ServeHTTP(rw, r) // where package pprof puts its handlers
+		default:
+			http.NotFound(rw, r)
+		}
+	}
+	return &http.Server{Handler: http.HandlerFunc(serve), ConnState: limit, ReadHeaderTimeout: firstLineTimeout,
+		IdleTimeout: httpIdleTimeout, ErrorLog: log.New(complaints{logger}, "", 0)}
 }
 
 // writeMetrics writes the text format of Prometheus.
@@ -799,28 +727,26 @@ func writeMetrics(out io.Writer, figures []figure) {
 		if f.metric == "" {
 			continue
 		}
-		name, _, _ := strings.Cut(f.metric, "{")
-		kind := "gauge"
-		if _, ok := f.value.(histogram); ok {
-			kind = "histogram"
-		} else if strings.HasSuffix(name, "_total") {
-			kind = "counter"
+		if !strings.HasPrefix(f.metric, "process_") { // a name that every exporter has
+			f.metric = "redis_proxy_" + f.metric
 		}
-		prefix := "redis_proxy_"
-		if strings.HasPrefix(name, "process_") { // a name that every exporter has
-			prefix = ""
-		}
-		if name != last {
-			fmt.Fprintf(out, "# HELP %s%s %s\n# TYPE %s%s %s\n", prefix, name, f.help, prefix, name, kind)
+		h, isHistogram := f.value.(histogram)
+		if name, _, _ := strings.Cut(f.metric, "{"); name != last {
+			kind := "gauge"
+			if isHistogram {
+				kind = "histogram"
+			} else if strings.HasSuffix(name, "_total") {
+				kind = "counter"
+			}
+			fmt.Fprintf(out, "# HELP %s %s\n# TYPE %s %s\n", name, f.help, name, kind)
 			last = name
 		}
-		switch v := f.value.(type) {
-		case float64:
-			fmt.Fprintf(out, "%s%s %g\n", prefix, f.metric, v)
-		default:
-			fmt.Fprintf(out, "%s%s %d\n", prefix, f.metric, v)
-		case histogram:
-			writeHistogram(out, prefix+name, v)
+		if isHistogram {
+			writeHistogram(out, f.metric, h)
+		} else if v, isFloat := f.value.(float64); isFloat {
+			fmt.Fprintln(out, f.metric, v)
+		} else {
+			fmt.Fprintf(out, "%s %d\n", f.metric, f.value) // %d: a state has a name, too
 		}
 	}
 }
@@ -832,32 +758,21 @@ func writeHistogram(out io.Writer, name string, h histogram) {
 		count += n
 		bound := "+Inf"
 		if i < len(h.bounds) {
-			bound = strconv.FormatFloat(h.bounds[i].Seconds(), 'g', -1, 64)
+			bound = fmt.Sprint(h.bounds[i].Seconds())
 		}
 		fmt.Fprintf(out, "%s_bucket{le=%q} %d\n", name, bound, count)
 	}
 	fmt.Fprintf(out, "%s_sum %g\n%s_count %d\n", name, h.sum.Seconds(), name, count)
 }
 
-// servePage answers with the admin page. Its Content-Security-Policy allows what the page itself consists
-// of, by digest, and requests to the host that it came from.
-func servePage(rw http.ResponseWriter, _ *http.Request) {
-	h := rw.Header()
-	h.Set("Content-Security-Policy", pagePolicy)
-	h.Set("Content-Type", "text/html; charset=utf-8")
-	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Referrer-Policy", "no-referrer")
-	h.Set("Cache-Control", "no-cache")
-	io.WriteString(rw, adminPage)
-}
-
+// pagePolicy allows what the page itself consists of, by digest, and requests to the host that it came from.
 var pagePolicy = "default-src 'none'; connect-src 'self'; img-src data:; style-src " + digestOf("style") +
 	"; script-src " + digestOf("script") + "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 // digestOf returns the digest of an element of the page, as a source in a Content-Security-Policy.
 func digestOf(element string) string {
-	_, after, _ := strings.Cut(adminPage, "<"+element+">")
-	text, _, _ := strings.Cut(after, "</"+element+">")
+	_, text, _ := strings.Cut(adminPage, "<"+element+">")
+	text, _, _ = strings.Cut(text, "</"+element+">")
 	sum := sha256.Sum256([]byte(text))
 	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
 }

@@ -338,7 +338,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	room := int(max(16<<20, min(cfg.cache.maxBytes, 1<<60)/4))
 	cfg.clients.requests, cfg.clients.values = newBudget(room), newBudget(room)
 	var figures func() []figure
-	web := newWeb(cfg.clients.idleTimeout, c, pw, cfg.clients.values, l.Addr(), log)
+	web := newWeb(cfg.clients.idleTimeout, c, pw, cfg.clients.values, log)
 	resp := newRESP(c, pw, cfg.pool.redis.db, func() []figure { return figures() })
 	s := newServer(l, cfg.clients, log, [...]frontEnd{protoHTTP: web, protoRESP: resp})
 	figures = func() []figure {
@@ -356,8 +356,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 		go a.Serve(admin) // ends with its Close
 		defer a.Close()
 	}
-	go web.run() // ends with web.shutdown
-	go s.run()   // ends with s.stop
+	go s.run() // ends with s.stop
 	p.try()
 	<-ctx.Done()
 

@@ -72,7 +72,7 @@ func newParts(t testing.TB, flags ...string) *parts {
 	cfg.clients.requests, cfg.clients.values = newBudget(2*maxRequest), newBudget(2*maxRequest)
 	p.cfg = cfg
 	pw := newPassword(cfg.password)
-	p.web = newWeb(0, p.cache, pw, cfg.clients.values, nil, log)
+	p.web = newWeb(0, p.cache, pw, cfg.clients.values, log)
 	p.resp = newRESP(p.cache, pw, cfg.pool.redis.db, func() []figure {
 		return slices.Concat(cfg.figures(new(net.TCPAddr)), processFigures(p.cache.started, pw), p.cache.figures(), keyFigures(&p.web.tally, &p.resp.tally), p.pool.figures())
 	})
@@ -698,7 +698,6 @@ func TestHTTPHalfARequest(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				p := newParts(t, "--cache-timeout", "1h")
 				cacheNow(p, "k", "value")
-				go p.web.run() // ends with shutdown
 				client, nc := net.Pipe()
 				c := newConn(nc, serverSettings{idleTimeout: 2 * time.Minute, writeTimeout: time.Minute})
 				c.link.idle = 2 * time.Minute
@@ -729,10 +728,30 @@ func TestHTTPHitAllocatesNothing(t *testing.T) {
 	out, r := make([]byte, 0, flushAt), []byte("GET /k HTTP/1.1\r\nHost: h\r\nIf-None-Match: \"x\"\r\n\r\n")
 	if n := testing.AllocsPerRun(1000, func() {
 		q, _ := parse(r)
-		var a answer
-		p.web.appendAnswer(out, &q, &a)
+		a, now := p.web.get(q.key, flushAt)
+		p.web.appendAnswer(out, &q, &a, now)
 	}); n >= 1 { // the date may change
 		t.Errorf("got %v allocations; want none", n)
+	}
+}
+
+// A client may keep a 404 as long as the cache does, and is told so by both ways.
+func TestHTTPAbsenceIsKept(t *testing.T) {
+	p := newParts(t, append(playRedis(t, replies), "--absent-timeout", "10s")...)
+	for _, status := range []string{"redis_proxy; fwd=miss; stored", "redis_proxy; hit; ttl=9"} {
+		r := serveHTTP(t, p, "GET /absent")
+		compare(t, "status", r.StatusCode, 404)
+		compare(t, "Cache-Control", r.Header.Get("Cache-Control"), "max-age=10")
+		compare(t, "Cache-Status", r.Header.Get("Cache-Status"), status)
+		q, _ := parse([]byte("GET /absent HTTP/1.1\r\nHost: h\r\n\r\n"))
+		a, now := p.web.get(q.key, flushAt)
+		out, body := p.web.appendAnswer(nil, &q, &a, now)
+		for _, want := range []string{"HTTP/1.1 404 Not Found\r\n", "\r\nCache-Control: max-age=10\r\n", "\r\nAge: 0\r\n"} {
+			if !strings.Contains(string(out), want) {
+				t.Errorf("quick: got %q; want %q", out, want)
+			}
+		}
+		compare(t, "quick: body", body, "no such key\n")
 	}
 }
 
@@ -754,8 +773,8 @@ func TestHTTPLargeValuesWaitForRoom(t *testing.T) {
 		compare(t, tt.key+": status", r.StatusCode, tt.status)
 		compare(t, tt.key+": Retry-After", r.Header.Get("Retry-After"), map[int]string{503: "1"}[tt.status])
 		q, _ := parse([]byte("GET /" + tt.key + " HTTP/1.1\r\nHost: h\r\n\r\n"))
-		a := answer{}
-		out, _ := p.web.appendAnswer(nil, &q, &a)
+		a, now := p.web.get(q.key, flushAt)
+		out, _ := p.web.appendAnswer(nil, &q, &a, now)
 		p.web.letGo(&a, flushAt)
 		compare(t, tt.key+": quick", string(out[:12]), "HTTP/1.1 "+strconv.Itoa(tt.quick))
 	}
@@ -841,8 +860,8 @@ func TestHTTPErrors(t *testing.T) {
 		errAbsent: "404 no such key", replyError("WRONGTYPE Operation"): "409 the key holds another type than a string",
 		errUnavailable: "502 upstream unavailable", replyError("LOADING Redis at 10.0.0.1"): "502 upstream refused", errTimeout: "504 upstream timed out",
 	} {
-		status, text := httpError(err)
-		compare(t, err.Error(), fmt.Sprint(status, " ", text), want)
+		status, text, _ := httpError(err)
+		compare(t, err.Error(), fmt.Sprint(status, " ", text), want+"\n")
 	}
 }
 
@@ -2426,7 +2445,6 @@ func FuzzQuickAnswersAsNetHTTP(f *testing.F) {
 			"medium": strings.Repeat("x", flushAt-100), "large": strings.Repeat("x", 3*flushAt)} {
 			cacheNow(p, key, val)
 		}
-		go p.web.run()
 		f.Cleanup(func() { p.web.shutdown(context.Background()) })
 	}
 	clock := regexp.MustCompile(`Date: [^\r]*|Age: \d+|ttl=\d+`)
@@ -2463,7 +2481,7 @@ func FuzzQuickAnswersAsNetHTTP(f *testing.F) {
 // byNetHTTP is a web without its quick way.
 type byNetHTTP struct{ *web }
 
-func (w byNetHTTP) serve(c *conn) { w.conns <- w.handOver(c, nil, false) }
+func (w byNetHTTP) serve(c *conn) { w.handOver(c, nil, false) }
 
 // sortHeaders splits what came back into header blocks with sorted lines, and what is between them.
 func sortHeaders(s string) (parts []string) {

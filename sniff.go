@@ -18,7 +18,6 @@ import (
 	"net"
 	"os"
 	"runtime/debug"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -340,13 +339,6 @@ func afterEmptyLines(b []byte) []byte {
 	return b
 }
 
-// release leaves the read deadlines to the reader that has the connection now, and gives back what was
-// read too much: it is read again.
-func (c *conn) release(unread []byte) {
-	c.unread = slices.Concat(unread, c.unread)
-	c.link.release()
-}
-
 // CloseWrite lets net/http end its side first when it hangs up on a client that is still sending.
 func (c *conn) CloseWrite() error {
 	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
@@ -379,32 +371,35 @@ type link struct {
 	ahead    [][]byte      // what it has read; its capacity counts against the budget of requests
 	holds    []hold        // of values on their way to the client
 	holding  bool          // there are such
-	released bool          // net/http sets the read deadlines; the server's lock guards it
+	released bool          // it may be read from after the server's stop; the server's lock guards it
 }
 
-// release leaves the read deadlines to net/http.
+// release exempts the connection from the server's stop: net/http ends those of HTTP/2 in its way.
 func (l *link) release() {
-	l.idle = 0
 	l.server.mu.Lock()
 	defer l.server.mu.Unlock()
 	l.released = true
 	l.Conn.SetReadDeadline(time.Time{})
 }
 
-// readFor sets the read deadline, 0 for none, and never later than the server's stop asks for. A refused
-// connection keeps its deadline.
-func (l *link) readFor(d time.Duration) {
-	if l.refused {
-		return
+// SetReadDeadline sets the read deadline, but never later than the server's stop asks for.
+func (l *link) SetReadDeadline(t time.Time) error {
+	err := l.Conn.SetReadDeadline(t)
+	// After, as stop may have set its own in between.
+	if drain := l.server.draining.Load(); drain != nil && !l.released && (t.IsZero() || drain.Before(t)) {
+		err = l.Conn.SetReadDeadline(*drain)
 	}
+	return err
+}
+
+// readFor sets the read deadline, 0 for none. A refused connection keeps its deadline.
+func (l *link) readFor(d time.Duration) {
 	var until time.Time
 	if d > 0 {
 		until = time.Now().Add(d)
 	}
-	l.Conn.SetReadDeadline(until)
-	// After, as stop may have set its own in between.
-	if drain := l.server.draining.Load(); drain != nil && !l.released && (d == 0 || drain.Before(until)) {
-		l.Conn.SetReadDeadline(*drain)
+	if !l.refused {
+		l.SetReadDeadline(until)
 	}
 }
 
