@@ -1498,13 +1498,15 @@ func TestCacheRefillRenewsTheExpiryAndAReadDoesNot(t *testing.T) {
 }
 
 func TestCacheExpiredCostsNoLiveEntryItsPlace(t *testing.T) {
-	c := newTestCache(3, 1<<20, 10*time.Second, 0)
-	putAt(c, 0, "a", "b")
-	putAt(c, 5*time.Second, "c")
-	compare(t, "all read, c first", holds(c, 9*time.Second, "cab"), "cab")
-	putAt(c, 10*time.Second, "d", "e")
-	compare(t, "a and b expired", holds(c, 10*time.Second, "abcde"), "cde")
-	compare(t, "counts", c.cacheCounts, cacheCounts{expirations: 2})
+	for _, stale := range []time.Duration{0, time.Hour} { // an expired entry may still be of use
+		c := newTestCache(3, 1<<20, 10*time.Second, stale)
+		putAt(c, 0, "a", "b")
+		putAt(c, 5*time.Second, "c")
+		compare(t, "all read, c first", holds(c, 9*time.Second, "cab"), "cab")
+		putAt(c, 10*time.Second, "d", "e")
+		compare(t, "a and b expired", holds(c, 10*time.Second, "abcde"), "cde")
+		compare(t, "counts", c.cacheCounts, cacheCounts{expirations: 2})
+	}
 }
 
 func TestCacheExpiredCostsNoLiveEntryItsPlaceAfterASlowFetch(t *testing.T) {
@@ -1677,6 +1679,20 @@ func TestCacheStoresNothingThatChangedInFlight(t *testing.T) {
 		compare(t, tt.what+": the old reply is stored", old.stored, false)
 		d.land(newValue("k", []byte("new"), d.now()), nil)
 		compare(t, tt.what+": after both replies", d.ask("k"), "hit")
+	}
+}
+
+// What Redis said about a key before it changed removes nothing that was stored since.
+func TestCacheKeepsWhatIsNewerThanAnAbsence(t *testing.T) {
+	for _, err := range []error{errAbsent, errWrongType} {
+		d := newFlightDeck(cacheSettings{ttl: time.Hour})
+		d.ask("k")
+		d.forget([][]byte{[]byte("k")})
+		d.ask("k")
+		old, renewed := d.begun[0], d.begun[1]
+		d.finish(renewed, newValue("k", []byte("new"), d.now()), nil)
+		d.finish(old, newAbsent("k", 0), err)
+		compare(t, fmt.Sprintf("after a late %q", err), d.ask("k"), "hit")
 	}
 }
 
@@ -2073,11 +2089,12 @@ func TestPoolStoresNothingThatWasSuperseded(t *testing.T) {
 // The second connection is not one that may have died with the first.
 func TestPoolRetriesOnAFreshConnection(t *testing.T) {
 	slow, down := make(chan struct{}), make(chan struct{})
+	asked := sync.OnceFunc(func() { close(slow) })
 	p := newParts(t, playRedis(t, func(conn int, args []string) string {
 		switch {
 		case conn > 2: // Redis has been restarted
 		case args[1] == "slow":
-			close(slow)
+			asked()
 			<-down
 			return hungUp
 		case args[1] == "last":
