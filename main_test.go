@@ -8,6 +8,7 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
+	"container/list"
 	"context"
 	"errors"
 	"flag"
@@ -1454,10 +1455,11 @@ func putAt(c *cache, now time.Duration, keys ...string) {
 
 // lookUp reads a key.
 func lookUp(c *cache, now time.Duration, key string) (val string, hit bool) {
-	e, live := c.lookUp(now, []byte(key))
-	if !live {
+	e := c.entries[key]
+	if e == nil || e.expired(now) {
 		return "", false
 	}
+	c.use([]*list.Element{e.used})
 	return e.content(), true
 }
 
@@ -1481,7 +1483,7 @@ func TestCacheEvictsLeastRecentlyUsed(t *testing.T) {
 	putAt(c, 0, "c")
 	putAt(c, 0, "e", "f")
 	compare(t, "c refilled, e and f filled", holds(c, 0, "abcdef"), "cef")
-	compare(t, "counts", c.cacheCounts, cacheCounts{evictions: 3})
+	compare(t, "counts", fmt.Sprint(c.evictions, c.expirations), "3 0")
 }
 
 func TestCacheRefillRenewsTheExpiryAndAReadDoesNot(t *testing.T) {
@@ -1505,7 +1507,7 @@ func TestCacheExpiredCostsNoLiveEntryItsPlace(t *testing.T) {
 		compare(t, "all read, c first", holds(c, 9*time.Second, "cab"), "cab")
 		putAt(c, 10*time.Second, "d", "e")
 		compare(t, "a and b expired", holds(c, 10*time.Second, "abcde"), "cde")
-		compare(t, "counts", c.cacheCounts, cacheCounts{expirations: 2})
+		compare(t, "counts", fmt.Sprint(c.evictions, c.expirations), "0 2")
 	}
 }
 
@@ -1542,15 +1544,15 @@ func TestCacheBoundsBytes(t *testing.T) {
 	most := large[:bytesFor(3, 6)-bytesFor(1, 0)-int64(len("c")+len("123"))]
 	compare(t, "the largest value: stored", putValue(c, 0, newValue("c", most, 0)), true)
 	compare(t, "c as large as the cache", holds(c, 0, "bcd"), "c")
-	c.remove(0, "c")
+	c.drop(0, c.entries["c"])
 	compare(t, "usage when empty", fmt.Sprint(len(c.entries), c.bytes), "0 0")
 }
 
 func TestCacheRemovesAndClears(t *testing.T) {
 	c := newTestCache(5, 1<<20, time.Hour, 0)
 	putAt(c, 0, "a", "b", "c")
-	c.remove(0, "b")
-	c.remove(0, "x")
+	c.drop(0, c.entries["b"])
+	c.drop(0, c.entries["x"])
 	compare(t, "b removed", holds(c, 0, "abc"), "ac")
 	c.forget(nil)
 	compare(t, "cleared", holds(c, 0, "abc"), "")
@@ -1773,7 +1775,7 @@ func FuzzCache(f *testing.F) {
 			case what < 15:
 				now += time.Duration(arg%4) * time.Second
 			case arg > 0:
-				c.remove(now, key)
+				c.drop(now, c.entries[key])
 				m.remove(key)
 			default:
 				c.forget(nil)
@@ -2184,7 +2186,7 @@ func TestCacheAsksForFewLargeValuesAhead(t *testing.T) {
 		}
 		p := newParts(t)
 		p.cache.typical.Store(typical)
-		n, _ := p.cache.decide(p.now(), keys, answers)
+		n := p.cache.decide(p.now(), keys, answers)
 		compare(t, fmt.Sprint("typically ", typical, " bytes"), n, want)
 	}
 	p := newParts(t)
@@ -2193,7 +2195,7 @@ func TestCacheAsksForFewLargeValuesAhead(t *testing.T) {
 		keys[i] = fmt.Append(nil, "hit", i)
 		cacheNow(p, string(keys[i]), large)
 	}
-	n, _ := p.cache.decide(p.now(), keys, answers)
+	n := p.cache.decide(p.now(), keys, answers)
 	compare(t, "hits that fill the bound", n, 1)
 }
 
