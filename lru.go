@@ -25,8 +25,8 @@ const (
 	entryOverhead = 233
 	// refreshPause is the least time between two refreshes of an entry: the first may have failed.
 	refreshPause = 100 * time.Millisecond
-	// maxLate bounds how far back the list of filling is searched for the place of a late reply. Behind
-	// more entries than that, its expiry may be noticed as much too late as the reply was.
+	// maxLate bounds the search for the place of a late reply in the list of filling. Behind more entries
+	// than that, its expiry may be noticed as much too late as the reply was.
 	maxLate = 1000
 	// aheadBytes bounds the values that one request has asked for and not yet taken, by the size that
 	// values had lately. At least one value is asked for.
@@ -68,10 +68,12 @@ type entry struct {
 	refreshed    time.Duration // when a flight to refresh it began last
 }
 
-func (e *entry) size() int64                    { return int64(len(e.data)+len(e.header)) + entryOverhead }
-func (e *entry) expired(now time.Duration) bool { return now >= e.expires }
+func (e *entry) size() int64 { return int64(len(e.data)+len(e.header)) + entryOverhead }
 
-// answer is the answer of an entry that is not expired.
+// live reports whether an entry is there and may answer.
+func (e *entry) live(now time.Duration) bool { return e != nil && now < e.expires }
+
+// answer is the answer of a live entry.
 func (e *entry) answer() (a answer) {
 	if a.value = e.value; e.absent() {
 		a.err = errAbsent
@@ -171,10 +173,9 @@ const (
 	fromStale          // the cache, past the TTL, because Redis cannot answer
 )
 
-// What an answer counts as in the statistics: its source, or why it has no value.
+// What an answer counts as in the statistics, its source or why it has no value, and the names in the metrics.
 const hit, miss, collapsed, stale, absent, absentHit, failed = 0, 1, 2, 3, 4, 5, 6
 
-// outcomes are their names in the metrics.
 var outcomes = [...]string{"hit", "miss", "collapsed", "stale", "absent", "absent_hit", "error"}
 
 func (a *answer) outcome() int {
@@ -241,15 +242,15 @@ func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n 
 	ahead, typical := aheadBytes, cmp.Or(int(c.typical.Load()), aheadBytes)
 	for i, key := range keys {
 		e := c.entries[string(key)]
-		live, size := e != nil && !e.expired(now), typical
-		if live {
+		size := typical
+		if e.live(now) {
 			size = len(e.data)
 		}
 		if ahead -= size; i > 0 && ahead < 0 {
 			break
 		}
 		n++
-		if !live {
+		if !e.live(now) {
 			f, source := c.flights[string(key)], fromAnother
 			if f == nil || now >= f.began+min(c.timeout, c.ttl) { // it must not bring what is older than the TTL
 				f, source = c.begin(string(key), now, 0), fromRedis
@@ -276,14 +277,18 @@ func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n 
 	return n
 }
 
-// again replaces the answers to keys by what the cache holds now, all at one moment.
+// again replaces the answers to keys by what the cache holds now, all at one moment: live entries, and for an
+// outage entries that are past the TTL by less than the stale time.
 func (c *cache) again(keys [][]byte, answers []answer) {
 	now := c.now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for i, key := range keys {
-		if e := c.entries[string(key)]; e != nil && !e.expired(now) {
+		switch e := c.entries[string(key)]; {
+		case e.live(now):
 			answers[i] = e.answer()
+		case e != nil && isOutage(answers[i].err) && !c.useless(e, now):
+			answers[i] = answer{value: e.value, source: fromStale, expired: true}
 		}
 	}
 }
@@ -306,7 +311,7 @@ func (c *cache) wait(since time.Duration, keys [][]byte, answers []answer) {
 			a.err, late = errTimeout, time.After(0) // the other flights have had their time too
 		}
 		if c.stale > 0 && isOutage(a.err) {
-			c.answerStale(keys[i], a)
+			c.again(keys[i:i+1], answers[i:i+1])
 		}
 	}
 }
@@ -330,16 +335,6 @@ func (c *cache) ended(f *flight, late <-chan time.Time) bool {
 	return f.finished.Load()
 }
 
-// answerStale answers with the entry for a key if it is past its TTL by less than the stale time now.
-func (c *cache) answerStale(key []byte, a *answer) {
-	now := c.now()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if e := c.entries[string(key)]; e != nil && !c.useless(e, now) {
-		a.value, a.err, a.source = e.value, nil, fromStale
-	}
-}
-
 // finish ends a flight with what Redis had, and stores that. The entry is there before a waiter learns of
 // it, and before another flight for the key can begin.
 //
@@ -355,31 +350,26 @@ func (c *cache) answerStale(key []byte, a *answer) {
 func (c *cache) finish(f *flight, v value, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	now, joinable := c.now(), c.flights[f.key] == f
-	if joinable {
+	if c.flights[f.key] == f {
 		delete(c.flights, f.key)
+		size := int64(len(f.key) + len(v.data))
+		if !isOutage(err) && !c.typical.CompareAndSwap(0, size) && err == nil {
+			c.typical.Add((size - c.typical.Load()) / 16)
+		}
 	}
 	f.older.spoil() // it must not replace what is newer
 	f.older = nil
-	switch typical, size := c.typical.Load(), int64(len(f.key)+len(v.data)); {
-	case isOutage(err) || !joinable:
-	case typical == 0:
-		c.typical.Store(size)
-	case err == nil:
-		c.typical.Add((size - typical) / 16)
-	}
-	life := c.ttl
+	limit := v.fetched + c.ttl
 	if err == errAbsent {
-		life = c.absent
+		limit = v.fetched + c.absent
 	}
-	limit := v.fetched + life
 	v.expires = min(limit, cmp.Or(v.expires, limit))
 	switch {
 	case f.dirty:
-	case err == nil || err == errAbsent && life > 0:
-		f.stored = c.put(now, v)
+	case err == nil || err == errAbsent && c.absent > 0:
+		f.stored = c.put(c.now(), v)
 	case !isOutage(err):
-		c.drop(now, c.entries[f.key]) // or it might be answered once more, as stale
+		c.drop(c.now(), c.entries[f.key]) // or it might be answered once more, as stale
 	}
 	f.value, f.err = v, err
 	f.finished.Store(true)
@@ -508,7 +498,7 @@ func (c *cache) shrink(now time.Duration) {
 		oldest := c.filled.Back().Value.(*entry)
 		over := len(c.entries) > c.maxKeys || c.bytes > c.maxBytes
 		switch {
-		case over && oldest.expired(now) || n < few && c.useless(oldest, now):
+		case over && !oldest.live(now) || n < few && c.useless(oldest, now):
 			c.drop(now, oldest)
 		case over:
 			c.drop(now, c.used.Back().Value.(*entry))
@@ -524,7 +514,7 @@ func (c *cache) drop(now time.Duration, e *entry) {
 	if e == nil {
 		return
 	}
-	if e.expired(now) {
+	if !e.live(now) {
 		c.expirations++
 	}
 	c.used.Remove(e.used)
@@ -536,7 +526,7 @@ func (c *cache) drop(now time.Duration, e *entry) {
 // useless reports whether an entry may not even answer in an outage. One that ended before the TTL, with
 // its key or because it is an absence, may not.
 func (c *cache) useless(e *entry, now time.Duration) bool {
-	return e.expired(now) && (e.expires < e.fetched+c.ttl || now >= e.expires+c.stale)
+	return !e.live(now) && (e.expires < e.fetched+c.ttl || now >= e.expires+c.stale)
 }
 
 // A figure is what a part reports about itself: in INFO, in the metrics, or in both.
