@@ -5873,9 +5873,9 @@ func behindReplica(t *testing.T, load string) {
 
 // checkPeak watches the memory of a proxy until its peak stays what it is, and compares it with what is promised
 // for a cache of so many bytes, and a tenth of that more.
-func checkPeak(t testing.TB, proxy string, cacheBytes int64) {
+func checkPeak(t testing.TB, info *rawClient, cacheBytes int64) {
 	t.Helper()
-	limit, most, info := (2*cacheBytes+64<<20)/10*11, int64(0), dial(t, proxy)
+	limit, most := (2*cacheBytes+64<<20)/10*11, int64(0)
 	for quiet := 0; quiet < 25 && most <= limit; quiet++ {
 		var now int64
 		fmt.Sscan(infoField(t, info, "used_memory_rss"), &now)
@@ -6052,7 +6052,7 @@ func TestIntegrationMemoryHoldsWithHostileClients(t *testing.T) {
 			for n := range row.clients {
 				row.attack(t, proxy, n)
 			}
-			checkPeak(t, proxy, cache)
+			checkPeak(t, dial(t, proxy), cache)
 		})
 	}
 }

@@ -7,9 +7,11 @@
 package main
 
 import (
+	"cmp"
 	"container/list"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -23,8 +25,8 @@ const (
 	entryOverhead = 233
 	// refreshPause is the least time between two refreshes of an entry: the first may have failed.
 	refreshPause = 100 * time.Millisecond
-	// maxLate bounds how far back the list of filling is searched for the place of a late reply. Behind
-	// more entries than that, its expiry may be noticed as much too late as the reply was.
+	// maxLate bounds the search for the place of a late reply in the list of filling. Behind more entries
+	// than that, its expiry may be noticed as much too late as the reply was.
 	maxLate = 1000
 	// aheadBytes bounds the values that one request has asked for and not yet taken, by the size that
 	// values had lately. At least one value is asked for.
@@ -55,12 +57,8 @@ type cache struct {
 	used    list.List          // of *entry, the most recently read or filled in front
 	filled  list.List          // of *entry, the most recently filled in front
 	bytes   int64
-	cacheCounts
-}
 
-// cacheCounts count entries that have left the cache.
-type cacheCounts struct {
-	evictions, expirations int64
+	evictions, expirations int64 // entries that have left the cache
 }
 
 // An entry is a value in the cache, and its place in both lists.
@@ -71,6 +69,17 @@ type entry struct {
 }
 
 func (e *entry) size() int64 { return int64(len(e.data)+len(e.header)) + entryOverhead }
+
+// live reports whether an entry is there and may answer.
+func (e *entry) live(now time.Duration) bool { return e != nil && now < e.expires }
+
+// answer is the answer of a live entry.
+func (e *entry) answer() (a answer) {
+	if a.value = e.value; e.absent() {
+		a.err = errAbsent
+	}
+	return a
+}
 
 // A value is what Redis had for a key at one moment. It is a string, because the cache and all its
 // readers share it: nobody can write to it.
@@ -164,32 +173,21 @@ const (
 	fromStale          // the cache, past the TTL, because Redis cannot answer
 )
 
-// An outcome is what an answer counts as in the statistics.
-type outcome uint8
+// What an answer counts as in the statistics, its source or why it has no value, and the names in the metrics.
+const hit, miss, collapsed, stale, absent, absentHit, failed = 0, 1, 2, 3, 4, 5, 6
 
-const (
-	hit outcome = iota
-	miss
-	collapsed
-	stale
-	absent
-	absentHit
-	failed
-)
-
-// outcomes are the names of the outcomes in the metrics.
 var outcomes = [...]string{"hit", "miss", "collapsed", "stale", "absent", "absent_hit", "error"}
 
-func (a *answer) outcome() outcome {
+func (a *answer) outcome() int {
 	switch {
-	case a.err == errAbsent && a.source == fromCache:
-		return absentHit
-	case a.err == errAbsent:
-		return absent
-	case a.err != nil:
+	case a.err == nil:
+		return int(a.source)
+	case a.err != errAbsent:
 		return failed
+	case a.source == fromCache:
+		return absentHit
 	}
-	return [...]outcome{fromCache: hit, fromRedis: miss, fromAnother: collapsed, fromStale: stale}[a.source]
+	return absent
 }
 
 // A tally counts answers by their outcome. It is safe for concurrent use.
@@ -229,77 +227,68 @@ func (c *cache) now() time.Duration { return time.Since(c.started) }
 // read yet. It returns how many keys it answered, from the first on, at least one. It does not keep the
 // keys. len(answers) must be len(keys).
 func (c *cache) get(t *tally, since time.Duration, keys [][]byte, answers []answer) int {
-	n, hits := c.decide(since, keys, answers)
-	if n == hits {
-		t[hit].Add(int64(n))
-		return n
-	}
+	n := c.decide(since, keys, answers)
 	c.wait(since, keys, answers[:n])
 	t.add(answers[:n])
 	return n
 }
 
-// decide answers keys that the cache holds, and gives each of the others a flight. It returns how many
-// keys it handled, and how many of them were hits.
-func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n, hits int) {
+// decide answers keys that the cache holds, and gives each of the others a flight. It returns how many keys
+// it handled.
+func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n int) {
 	var begun []*flight
-	flights, used := 0, make([]*list.Element, 0, 32)
-	now := c.now()
+	now, used := c.now(), make([]*list.Element, 0, 32)
 	c.mu.Lock()
-	ahead, typical := aheadBytes, int(c.typical.Load())
+	ahead, typical := aheadBytes, cmp.Or(int(c.typical.Load()), aheadBytes)
 	for i, key := range keys {
-		a := &answers[i]
-		e, live := c.find(now, key)
-		size := max(1, typical)
-		if live {
+		e := c.entries[string(key)]
+		size := typical
+		if e.live(now) {
 			size = len(e.data)
 		}
-		if ahead -= size; i > 0 && (ahead < 0 || !live && flights > 0 && typical == 0) {
+		if ahead -= size; i > 0 && ahead < 0 {
 			break
 		}
 		n++
-		if live {
-			if used = append(used, e.used); len(used) == cap(used) {
-				used = c.use(used)
+		if !e.live(now) {
+			f, source := c.flights[string(key)], fromAnother
+			if f == nil || now >= f.began+min(c.timeout, c.ttl) { // it must not bring what is older than the TTL
+				f, source = c.begin(string(key), now, 0), fromRedis
+				begun = append(begun, f)
 			}
-			*a = answer{value: e.value}
-			if hits++; e.absent() {
-				hits--
-				a.err = errAbsent
-			}
-			if c.dueForRefresh(e, now) {
-				e.refreshed = now
-				begun = append(begun, c.begin(string(key), now, now+c.timeout))
-			}
+			f.until = max(f.until, since+c.timeout)
+			answers[i] = answer{source: source, expired: e != nil, flight: f}
 			continue
 		}
-		flights++
-		*a = answer{source: fromAnother, expired: e != nil, flight: c.flights[string(key)]}
-		if f := a.flight; f == nil || now >= f.began+min(c.timeout, c.ttl) { // it must not bring what is older than the TTL
-			a.flight, a.source = c.begin(string(key), now, 0), fromRedis
-			begun = append(begun, a.flight)
+		answers[i] = e.answer()
+		if used = append(used, e.used); len(used) == cap(used) {
+			used = c.use(used)
 		}
-		a.flight.until = max(a.flight.until, since+c.timeout)
+		if c.dueForRefresh(e, now) {
+			e.refreshed = now
+			begun = append(begun, c.begin(string(key), now, now+c.timeout))
+		}
 	}
 	c.use(used)
 	c.mu.Unlock()
 	if len(begun) > 0 {
 		c.carryOut(begun)
 	}
-	return n, hits
+	return n
 }
 
-// again replaces the answers to keys by what the cache holds now, all at one moment.
+// again replaces the answers to keys by what the cache holds now, all at one moment: live entries, and for an
+// outage entries that are past the TTL by less than the stale time.
 func (c *cache) again(keys [][]byte, answers []answer) {
 	now := c.now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for i, key := range keys {
-		if e, live := c.lookUp(now, key); live {
-			answers[i].value, answers[i].err = e.value, nil
-			if e.absent() {
-				answers[i].err = errAbsent
-			}
+		switch e := c.entries[string(key)]; {
+		case e.live(now):
+			answers[i] = e.answer()
+		case e != nil && isOutage(answers[i].err) && !c.useless(e, now):
+			answers[i] = answer{value: e.value, source: fromStale, expired: true}
 		}
 	}
 }
@@ -307,58 +296,43 @@ func (c *cache) again(keys [][]byte, answers []answer) {
 // wait completes answers. It begins with the last: replies come in the order of the questions, so that a
 // request for many keys is woken once.
 func (c *cache) wait(since time.Duration, keys [][]byte, answers []answer) {
-	var timer *time.Timer
-	for i := len(answers) - 1; i >= 0; i-- {
+	var late <-chan time.Time
+	for i := range slices.Backward(answers) {
 		a := &answers[i]
 		if a.flight == nil {
 			continue
 		}
-		if timer == nil {
-			timer = time.NewTimer(since + c.timeout - c.now())
-			defer timer.Stop()
+		if late == nil {
+			late = time.After(since + c.timeout - c.now())
 		}
-		if c.ended(a.flight, timer.C) {
+		if c.ended(a.flight, late) {
 			a.value, a.err = a.flight.value, a.flight.err
 		} else {
-			a.err = errTimeout
-			timer.Reset(0) // the other flights have had their time too
+			a.err, late = errTimeout, time.After(0) // the other flights have had their time too
 		}
 		if c.stale > 0 && isOutage(a.err) {
-			c.answerStale(keys[i], a)
+			c.again(keys[i:i+1], answers[i:i+1])
 		}
 	}
 }
 
 // ended waits for the end of a flight, and reports whether it came before late.
 func (c *cache) ended(f *flight, late <-chan time.Time) bool {
-	if f.finished.Load() {
+	if f.finished.Load() { // of a pipeline, only the last is waited for
 		return true
 	}
 	c.mu.Lock()
-	if f.done == nil && !f.finished.Load() { // of a pipeline, only the last is waited for
+	if f.done == nil {
 		f.done = make(chan struct{})
 	}
-	done := f.done
 	c.mu.Unlock()
-	if done == nil {
-		return true
+	if !f.finished.Load() {
+		select {
+		case <-f.done:
+		case <-late:
+		}
 	}
-	select {
-	case <-done:
-		return true
-	case <-late:
-		return f.finished.Load()
-	}
-}
-
-// answerStale answers with the entry for a key if it is past its TTL by less than the stale time now.
-func (c *cache) answerStale(key []byte, a *answer) {
-	now := c.now()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if e := c.entries[string(key)]; e != nil && !c.useless(e, now) {
-		a.value, a.err, a.source = e.value, nil, fromStale
-	}
+	return f.finished.Load()
 }
 
 // finish ends a flight with what Redis had, and stores that. The entry is there before a waiter learns of
@@ -376,33 +350,26 @@ func (c *cache) answerStale(key []byte, a *answer) {
 func (c *cache) finish(f *flight, v value, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	joinable := c.flights[f.key] == f
-	if joinable {
+	if c.flights[f.key] == f {
 		delete(c.flights, f.key)
+		size := int64(len(f.key) + len(v.data))
+		if !isOutage(err) && !c.typical.CompareAndSwap(0, size) && err == nil {
+			c.typical.Add((size - c.typical.Load()) / 16)
+		}
 	}
 	f.older.spoil() // it must not replace what is newer
 	f.older = nil
-	now := c.now()
-	switch typical, size := c.typical.Load(), int64(len(f.key)+len(v.data)); {
-	case isOutage(err) || !joinable:
-	case typical == 0:
-		c.typical.Store(size)
-	case err == nil:
-		c.typical.Add((size - typical) / 16)
-	}
-	life := c.ttl
+	limit := v.fetched + c.ttl
 	if err == errAbsent {
-		life = c.absent
+		limit = v.fetched + c.absent
 	}
-	if limit := v.fetched + life; v.expires == 0 || v.expires > limit {
-		v.expires = limit
-	}
+	v.expires = min(limit, cmp.Or(v.expires, limit))
 	switch {
 	case f.dirty:
-	case err == nil || err == errAbsent && life > 0:
-		f.stored = c.put(now, v)
+	case err == nil || err == errAbsent && c.absent > 0:
+		f.stored = c.put(c.now(), v)
 	case !isOutage(err):
-		c.remove(now, f.key) // or it might be answered once more, as stale
+		c.drop(c.now(), c.entries[f.key]) // or it might be answered once more, as stale
 	}
 	f.value, f.err = v, err
 	f.finished.Store(true)
@@ -437,7 +404,7 @@ func (c *cache) forget(keys [][]byte) {
 	for _, key := range keys {
 		c.flights[string(key)].spoil()
 		delete(c.flights, string(key))
-		c.remove(c.now(), string(key))
+		c.drop(c.now(), c.entries[string(key)])
 	}
 	if keys == nil {
 		for _, f := range c.flights {
@@ -481,20 +448,6 @@ func (c *cache) figures() []figure {
 
 // The following need the lock.
 
-// find returns the entry for a key, or nil, and whether it may answer.
-func (c *cache) find(now time.Duration, key []byte) (e *entry, live bool) {
-	e = c.entries[string(key)]
-	return e, e != nil && !c.expired(e, now)
-}
-
-// lookUp is find, and counts as a use.
-func (c *cache) lookUp(now time.Duration, key []byte) (e *entry, live bool) {
-	if e, live = c.find(now, key); live {
-		c.used.MoveToFront(e.used)
-	}
-	return e, live
-}
-
 // use counts uses, in their order. Many at once are quicker: each waits for memory, and not for the one before.
 func (c *cache) use(es []*list.Element) (none []*list.Element) {
 	for _, e := range es {
@@ -519,7 +472,7 @@ func (c *cache) dueForRefresh(e *entry, now time.Duration) bool {
 
 // put stores v in place of what its key had. It does not keep a value that is larger than the limit of bytes.
 func (c *cache) put(now time.Duration, v value) (stored bool) {
-	c.remove(now, v.key()) // whole: the map's key is part of the old value
+	c.drop(now, c.entries[v.key()]) // whole: the map's key is part of the old value
 	e := &entry{value: v}
 	if e.size() > c.maxBytes {
 		return false
@@ -545,7 +498,7 @@ func (c *cache) shrink(now time.Duration) {
 		oldest := c.filled.Back().Value.(*entry)
 		over := len(c.entries) > c.maxKeys || c.bytes > c.maxBytes
 		switch {
-		case over && c.expired(oldest, now) || n < few && c.useless(oldest, now):
+		case over && !oldest.live(now) || n < few && c.useless(oldest, now):
 			c.drop(now, oldest)
 		case over:
 			c.drop(now, c.used.Back().Value.(*entry))
@@ -556,15 +509,12 @@ func (c *cache) shrink(now time.Duration) {
 	}
 }
 
-// remove drops a key, if it is there.
-func (c *cache) remove(now time.Duration, key string) {
-	if e := c.entries[key]; e != nil {
-		c.drop(now, e)
-	}
-}
-
+// drop drops an entry, if there is one.
 func (c *cache) drop(now time.Duration, e *entry) {
-	if c.expired(e, now) {
+	if e == nil {
+		return
+	}
+	if !e.live(now) {
 		c.expirations++
 	}
 	c.used.Remove(e.used)
@@ -573,12 +523,10 @@ func (c *cache) drop(now time.Duration, e *entry) {
 	c.bytes -= e.size()
 }
 
-func (c *cache) expired(e *entry, now time.Duration) bool { return now >= e.expires }
-
 // useless reports whether an entry may not even answer in an outage. One that ended before the TTL, with
 // its key or because it is an absence, may not.
 func (c *cache) useless(e *entry, now time.Duration) bool {
-	return now >= e.expires && (e.expires < e.fetched+c.ttl || now >= e.expires+c.stale)
+	return !e.live(now) && (e.expires < e.fetched+c.ttl || now >= e.expires+c.stale)
 }
 
 // A figure is what a part reports about itself: in INFO, in the metrics, or in both.
@@ -596,10 +544,7 @@ type histogram struct {
 }
 
 func (h *histogram) add(d time.Duration) {
-	i := 0
-	for i < len(h.bounds) && d > h.bounds[i] {
-		i++
-	}
+	i, _ := slices.BinarySearch(h.bounds, d)
 	h.counts[i]++
 	h.sum += d
 }

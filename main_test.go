@@ -8,6 +8,7 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
+	"container/list"
 	"context"
 	"errors"
 	"flag"
@@ -1506,10 +1507,11 @@ func putAt(c *cache, now time.Duration, keys ...string) {
 
 // lookUp reads a key.
 func lookUp(c *cache, now time.Duration, key string) (val string, hit bool) {
-	e, live := c.lookUp(now, []byte(key))
-	if !live {
+	e := c.entries[key]
+	if !e.live(now) {
 		return "", false
 	}
+	c.use([]*list.Element{e.used})
 	return e.content(), true
 }
 
@@ -1533,7 +1535,7 @@ func TestCacheEvictsLeastRecentlyUsed(t *testing.T) {
 	putAt(c, 0, "c")
 	putAt(c, 0, "e", "f")
 	compare(t, "c refilled, e and f filled", holds(c, 0, "abcdef"), "cef")
-	compare(t, "counts", c.cacheCounts, cacheCounts{evictions: 3})
+	compare(t, "counts", fmt.Sprint(c.evictions, c.expirations), "3 0")
 }
 
 func TestCacheRefillRenewsTheExpiryAndAReadDoesNot(t *testing.T) {
@@ -1550,13 +1552,15 @@ func TestCacheRefillRenewsTheExpiryAndAReadDoesNot(t *testing.T) {
 }
 
 func TestCacheExpiredCostsNoLiveEntryItsPlace(t *testing.T) {
-	c := newTestCache(3, 1<<20, 10*time.Second, 0)
-	putAt(c, 0, "a", "b")
-	putAt(c, 5*time.Second, "c")
-	compare(t, "all read, c first", holds(c, 9*time.Second, "cab"), "cab")
-	putAt(c, 10*time.Second, "d", "e")
-	compare(t, "a and b expired", holds(c, 10*time.Second, "abcde"), "cde")
-	compare(t, "counts", c.cacheCounts, cacheCounts{expirations: 2})
+	for _, stale := range []time.Duration{0, time.Hour} { // an expired entry may still be of use
+		c := newTestCache(3, 1<<20, 10*time.Second, stale)
+		putAt(c, 0, "a", "b")
+		putAt(c, 5*time.Second, "c")
+		compare(t, "all read, c first", holds(c, 9*time.Second, "cab"), "cab")
+		putAt(c, 10*time.Second, "d", "e")
+		compare(t, "a and b expired", holds(c, 10*time.Second, "abcde"), "cde")
+		compare(t, "counts", fmt.Sprint(c.evictions, c.expirations), "0 2")
+	}
 }
 
 func TestCacheExpiredCostsNoLiveEntryItsPlaceAfterASlowFetch(t *testing.T) {
@@ -1592,15 +1596,15 @@ func TestCacheBoundsBytes(t *testing.T) {
 	most := large[:bytesFor(3, 6)-bytesFor(1, 0)-int64(len("c")+len("123"))]
 	compare(t, "the largest value: stored", putValue(c, 0, newValue("c", most, 0)), true)
 	compare(t, "c as large as the cache", holds(c, 0, "bcd"), "c")
-	c.remove(0, "c")
+	c.drop(0, c.entries["c"])
 	compare(t, "usage when empty", fmt.Sprint(len(c.entries), c.bytes), "0 0")
 }
 
 func TestCacheRemovesAndClears(t *testing.T) {
 	c := newTestCache(5, 1<<20, time.Hour, 0)
 	putAt(c, 0, "a", "b", "c")
-	c.remove(0, "b")
-	c.remove(0, "x")
+	c.drop(0, c.entries["b"])
+	c.drop(0, c.entries["x"])
 	compare(t, "b removed", holds(c, 0, "abc"), "ac")
 	c.forget(nil)
 	compare(t, "cleared", holds(c, 0, "abc"), "")
@@ -1640,6 +1644,13 @@ func (d *flightDeck) ask(key string) string {
 	return outcomes[a[0].outcome()]
 }
 
+// without returns how a request for a key ends in an outage.
+func (d *flightDeck) without(key string) string {
+	a := [1]answer{{err: errUnavailable}}
+	d.again([][]byte{[]byte(key)}, a[:])
+	return outcomes[a[0].outcome()]
+}
+
 // land ends the oldest flight.
 func (d *flightDeck) land(v value, err error) {
 	f := d.begun[0]
@@ -1657,9 +1668,7 @@ func TestCacheKeepsAbsencesForTheirTime(t *testing.T) {
 		time.Sleep(time.Nanosecond)
 		compare(t, "after its time", d.ask("k"), "flight")
 		d.land(value{}, errUnavailable)
-		var a answer
-		d.answerStale([]byte("k"), &a)
-		compare(t, "in an outage: source", a.source, fromCache)
+		compare(t, "in an outage", d.without("k"), "error")
 		d.ask("k")
 		d.land(newValue("k", []byte("v"), d.now()), nil)
 		compare(t, "created", d.ask("k"), "hit")
@@ -1683,14 +1692,10 @@ func TestCacheEndsEntriesWithTheirKeys(t *testing.T) {
 		compare(t, "after its key expired", d.ask("short"), "flight")
 		compare(t, "the other", d.ask("long"), "hit")
 		d.land(value{}, errUnavailable)
-		a := answer{err: errUnavailable}
-		d.answerStale([]byte("short"), &a)
-		compare(t, "in an outage", a.err, errUnavailable)
+		compare(t, "in an outage", d.without("short"), "error")
 		time.Sleep(9 * time.Second)
 		compare(t, "after the TTL", d.ask("long"), "flight")
-		a = answer{err: errUnavailable}
-		d.answerStale([]byte("long"), &a)
-		compare(t, "in an outage, past its TTL only", a.err, nil)
+		compare(t, "in an outage, past its TTL only", d.without("long"), "stale")
 	})
 }
 
@@ -1729,6 +1734,20 @@ func TestCacheStoresNothingThatChangedInFlight(t *testing.T) {
 		compare(t, tt.what+": the old reply is stored", old.stored, false)
 		d.land(newValue("k", []byte("new"), d.now()), nil)
 		compare(t, tt.what+": after both replies", d.ask("k"), "hit")
+	}
+}
+
+// What Redis said about a key before it changed removes nothing that was stored since.
+func TestCacheKeepsWhatIsNewerThanAnAbsence(t *testing.T) {
+	for _, err := range []error{errAbsent, errWrongType} {
+		d := newFlightDeck(cacheSettings{ttl: time.Hour})
+		d.ask("k")
+		d.forget([][]byte{[]byte("k")})
+		d.ask("k")
+		old, renewed := d.begun[0], d.begun[1]
+		d.finish(renewed, newValue("k", []byte("new"), d.now()), nil)
+		d.finish(old, newAbsent("k", 0), err)
+		compare(t, fmt.Sprintf("after a late %q", err), d.ask("k"), "hit")
 	}
 }
 
@@ -1809,7 +1828,7 @@ func FuzzCache(f *testing.F) {
 			case what < 15:
 				now += time.Duration(arg%4) * time.Second
 			case arg > 0:
-				c.remove(now, key)
+				c.drop(now, c.entries[key])
 				m.remove(key)
 			default:
 				c.forget(nil)
@@ -2125,11 +2144,12 @@ func TestPoolStoresNothingThatWasSuperseded(t *testing.T) {
 // The second connection is not one that may have died with the first.
 func TestPoolRetriesOnAFreshConnection(t *testing.T) {
 	slow, down := make(chan struct{}), make(chan struct{})
+	asked := sync.OnceFunc(func() { close(slow) })
 	p := newParts(t, playRedis(t, func(conn int, args []string) string {
 		switch {
 		case conn > 2: // Redis has been restarted
 		case args[1] == "slow":
-			close(slow)
+			asked()
 			<-down
 			return hungUp
 		case args[1] == "last":
@@ -2217,7 +2237,7 @@ func TestCacheAsksForFewLargeValuesAhead(t *testing.T) {
 		}
 		p := newParts(t)
 		p.cache.typical.Store(typical)
-		n, _ := p.cache.decide(p.now(), keys, answers)
+		n := p.cache.decide(p.now(), keys, answers)
 		compare(t, fmt.Sprint("typically ", typical, " bytes"), n, want)
 	}
 	p := newParts(t)
@@ -2226,7 +2246,7 @@ func TestCacheAsksForFewLargeValuesAhead(t *testing.T) {
 		keys[i] = fmt.Append(nil, "hit", i)
 		cacheNow(p, string(keys[i]), large)
 	}
-	n, _ := p.cache.decide(p.now(), keys, answers)
+	n := p.cache.decide(p.now(), keys, answers)
 	compare(t, "hits that fill the bound", n, 1)
 }
 
