@@ -7,6 +7,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -60,59 +61,49 @@ const (
 // A reader splits what a client sends into requests.
 type reader struct {
 	src    io.Reader
-	buf    []byte // what has been read and not consumed is buf[start:end]
-	start  int    // of the current request
-	end    int
-	next   int  // where parsing goes on, from start
-	need   int  // how long the current request is at least, where it says so; or 0
-	last   int  // how much was read since a read last left room in buf
-	left   int  // arguments still to come; 0 between requests
-	strict bool // the client has not authenticated
-	wide   bool // the client's requests wait for Redis
+	buf    []byte   // what has been read and not consumed is buf[start:end]
+	start  int      // of the current request
+	next   int      // where parsing goes on
+	end    int      // of what has been read
+	need   int      // how long the current request is at least, where it says so; or 0
+	last   int      // how much was read since a read last left room in buf
+	left   int      // arguments still to come; 0 between requests
+	args   [][]byte // of the current request; each is a part of buf, and its capacity reaches to the end of buf
+	strict bool     // the client has not authenticated: it may send only short requests
+	wide   bool     // the client's requests wait for Redis
 	broken error
-	spans  []span
-	args   [][]byte
 	budget *budget
 	held   int // of the budget
 	queued int // bytes of the transaction that the client has begun
 }
 
-// A span is where an argument lies, from the start of its request.
-type span struct{ from, to int32 }
-
 // fill reads once. What read has returned is invalid afterwards.
 func (r *reader) fill() error {
-	rest, size, full := r.buf[r.start:r.end], len(r.buf), r.end == len(r.buf)
+	rest, size, full, most := r.buf[r.start:r.end], len(r.buf), r.end == len(r.buf), pipelineBuffer
+	if r.wide {
+		most = wideBuffer
+	}
 	switch {
-	case full && size < pipelineBuffer:
-		size = pipelineBuffer // more is coming
-	case full && len(rest) == size:
-		size = max(size+min(size, wideBuffer+size/4), min(r.need, 2*size+readBuffer))
-	case full && r.wide && size <= wideBuffer:
-		size = min(4*size, wideBuffer)
+	case full && len(rest) == size && size >= pipelineBuffer:
+		size = min(max(r.need, size+size/2), 2*size+readBuffer)
+	case full && size <= most:
+		size = min(8*size, most)
 	case len(rest) <= readBuffer/2 && (r.last < readBuffer || size > pipelineBuffer):
 		size = readBuffer
 	}
-	if size != len(r.buf) || cap(r.args) > pipelineBuffer/argSize {
-		r.args = nil // it has parts of the old buffer
-		if r.left == 0 {
-			r.spans = nil
-		}
+	if r.left == 0 {
+		r.args = r.args[:0]
 	}
-	if !r.grant(size, len(r.spans)) {
+	if !r.grant(size, len(r.args)) {
 		if len(rest) == len(r.buf) {
 			r.broken = errTooMuch
 			return nil
 		}
 		size = len(r.buf)
 	}
-	if size != len(r.buf) {
-		r.buf = make([]byte, size)
-		copy(r.buf, rest)
-	} else if r.start > 0 {
-		copy(r.buf, rest)
+	if r.start > 0 || size != len(r.buf) {
+		r.move(rest, size)
 	}
-	r.start, r.end, r.need = 0, len(rest), 0
 	if !full {
 		r.last = 0
 	}
@@ -122,6 +113,22 @@ func (r *reader) fill() error {
 		return nil
 	}
 	return err
+}
+
+// move has the buffer begin with the current request, and be of another size if need be.
+func (r *reader) move(rest []byte, size int) {
+	if size != len(r.buf) || cap(r.args) > len(r.args)+pipelineBuffer/argSize {
+		r.args = append([][]byte(nil), r.args...) // behind its end may be parts of the old buffer
+	}
+	if size != len(r.buf) {
+		r.buf = make([]byte, size)
+	}
+	copy(r.buf, rest)
+	for i, arg := range r.args {
+		from := cap(rest) - cap(arg)
+		r.args[i] = r.buf[from : from+len(arg)]
+	}
+	r.start, r.next, r.end, r.need = 0, r.next-r.start, len(rest), 0
 }
 
 // grant counts a buffer and so many arguments against the budget, and reports whether there is room for them.
@@ -139,147 +146,125 @@ func (r *reader) grant(size, args int) bool {
 
 // read returns the next request's arguments, or none if more must be read first.
 func (r *reader) read() ([][]byte, error) {
-	for r.start < r.end && r.broken == nil {
-		if r.left == 0 && r.buf[r.start] != '*' {
-			if ok, err := r.readInline(); !ok || err != nil {
-				return nil, err
-			}
-			if !r.grant(len(r.buf), 2*len(r.args)) {
-				return nil, errTooMuch
-			}
-			if len(r.args) > 0 {
-				return r.args, nil
-			}
+	for ok := true; ok && r.next < r.end && r.broken == nil; {
+		switch {
+		case r.left > 0:
+			ok = r.readBulk()
+		case r.buf[r.next] == '*':
+			ok = r.readGet() || r.readCount()
+		default:
+			ok = r.readInline()
+		}
+		if !ok || r.left > 0 {
 			continue
 		}
-		if r.left == 0 {
-			n, ok, err := r.readLength('*', "mbulk count string", "multibulk length")
-			if !ok || err != nil {
-				return nil, err
-			}
-			if n <= 0 {
-				r.consume()
-				continue
-			}
-			if n > 10 && r.strict {
-				return nil, protocolError("unauthenticated multibulk length")
-			}
-			if n > maxRequest/len("$0\r\n\r\n") {
-				return nil, errTooLarge
-			}
-			r.left, r.spans = n, r.spans[:0]
+		if r.start = r.next; !r.grant(len(r.buf), len(r.args)) {
+			r.broken = errTooMuch
+		} else if len(r.args) > 0 {
+			return r.args, nil
 		}
-		for r.left > 0 {
-			if ok, err := r.readBulk(); !ok || err != nil {
-				return nil, err
-			}
-		}
-		if !r.grant(len(r.buf), len(r.spans)) {
-			return nil, errTooMuch
-		}
-		r.args = slices.Grow(r.args[:0], len(r.spans))
-		for _, s := range r.spans {
-			from, to := r.start+int(s.from), r.start+int(s.to)
-			r.args = append(r.args, r.buf[from:to:to])
-		}
-		r.consume()
-		return r.args, nil
 	}
 	return nil, r.broken
 }
 
-// readGet returns the key if the next request is a whole GET of a common form; read takes all others.
-func (r *reader) readGet() (key []byte, ok bool) {
+// The following parse a part of a request. They report whether it was there and right.
+
+// readGet parses a whole GET of a common form, which is quicker than its parts.
+func (r *reader) readGet() bool {
 	const head = "*2\r\n$3\r\nGET\r\n$"
-	b := r.buf[r.start:r.end]
-	if r.strict || r.left > 0 || len(b) <= len(head) || string(b[:8]) != head[:8] || !isGet(b[8:11]) || string(b[11:len(head)]) != head[11:] {
-		return nil, false
+	b, i, n := r.buf[r.next:r.end], len(head), 0
+	if len(b) <= i || string(b[:8]) != head[:8] || !isGet(b[8:11]) || string(b[11:i]) != head[11:] || b[i] == '0' {
+		return false
 	}
-	i, n := len(head), 0
 	for ; i < len(b) && n < 1000 && '0' <= b[i] && b[i] <= '9'; i++ {
 		n = n*10 + int(b[i]-'0')
 	}
-	if b[len(head)] <= '0' || i+2+n+2 > len(b) || b[i] != '\r' {
-		return nil, false
+	if n == 0 || i+2+n+2 > len(b) || b[i] != '\r' {
+		return false
 	}
-	key = b[i+2 : i+2+n]
-	r.start += i + 2 + n + 2
-	return key, true
+	r.args = append(r.args[:0], b[8:11], b[i+2:i+2+n])
+	r.next += i + 2 + n + 2
+	return true
 }
 
-// consume goes on after what has been parsed.
-func (r *reader) consume() { r.start, r.next = r.start+r.next, 0 }
+func (r *reader) readCount() bool {
+	n, ok := r.readLength('*', "mbulk count string", "multibulk length")
+	switch {
+	case !ok:
+	case n > 10 && r.strict:
+		r.broken = protocolError("unauthenticated multibulk length")
+	case n > maxRequest/len("$0\r\n\r\n"):
+		r.broken = errTooLarge
+	default:
+		r.args, r.left = r.args[:0], max(n, 0)
+		return true
+	}
+	return false
+}
 
-// readBulk parses one argument.
-func (r *reader) readBulk() (ok bool, err error) {
+func (r *reader) readBulk() bool {
 	header := r.next
-	n, ok, err := r.readLength('$', "bulk count string", "bulk length")
-	if !ok || err != nil {
-		return false, err
+	n, ok := r.readLength('$', "bulk count string", "bulk length")
+	from, to := r.next, r.next+n
+	switch {
+	case !ok:
+	case n < 0 || n > 512<<20:
+		r.broken = protocolError("invalid bulk length")
+	case to-r.start > maxRequest:
+		r.broken = errTooLarge
+	case n > 16384 && r.strict:
+		r.broken = protocolError("unauthenticated bulk length")
+	case to+2 > r.end:
+		r.next, r.need = header, to+2-r.start // the length is parsed again when more has come
+	default:
+		r.args = append(r.args, r.buf[from:to])
+		r.next, r.left = to+2, r.left-1 // whatever the terminator is: Redis does not look either
+		return true
 	}
-	if n < 0 || n > 512<<20 {
-		return false, protocolError("invalid bulk length")
+	return false
+}
+
+func (r *reader) readInline() bool {
+	line := r.readLine('\n', 0, "inline request")
+	if line != nil {
+		r.args, r.broken = splitWords(r.args[:0], bytes.TrimSuffix(line, []byte("\r")))
 	}
-	if r.next+n > maxRequest {
-		return false, errTooLarge
-	}
-	if n > 16384 && r.strict {
-		return false, protocolError("unauthenticated bulk length")
-	}
-	if r.start+r.next+n+2 > r.end {
-		r.next, r.need = header, r.next+n+2 // the length is parsed again when more has come
-		return false, nil
-	}
-	r.spans = append(r.spans, span{int32(r.next), int32(r.next + n)})
-	r.next += n + 2 // whatever the terminator is: Redis does not look either
-	r.left--
-	return true, nil
+	return line != nil && r.broken == nil
 }
 
 // readLength parses a line of a marker and a number; a negative one is -1.
-func (r *reader) readLength(marker byte, line, number string) (n int, ok bool, err error) {
-	rest := r.buf[r.start+r.next : r.end]
-	cr := lineEnd(rest, '\r')
-	if cr > maxInline || cr < 0 && len(rest) > maxInline {
-		return 0, false, protocolError("too big " + line)
+func (r *reader) readLength(marker byte, what, number string) (n int, ok bool) {
+	line := r.readLine('\r', 1, what)
+	if line == nil {
+		return 0, false
 	}
-	if cr < 0 || cr+2 > len(rest) {
-		return 0, false, nil
+	if first := line[:1]; first[0] != marker { // it may be the line's end
+		r.broken = protocolError("expected '$', got '" + string(first) + "'")
+		return 0, false
 	}
-	if rest[0] != marker {
-		return 0, false, protocolError("expected '$', got '" + strings.TrimRight(string(rest[:1]), "\x00") + "'")
-	}
-	v, ok := parseInt(rest[1:cr])
+	v, ok := parseInt(line[1:])
 	if !ok || v > math.MaxInt32 {
-		return 0, false, protocolError("invalid " + number)
+		r.broken = protocolError("invalid " + number)
+		return 0, false
 	}
-	r.next += cr + 2
-	return int(max(v, -1)), true, nil
+	return int(max(v, -1)), true
 }
 
-// readInline parses a line of words into args.
-func (r *reader) readInline() (ok bool, err error) {
-	rest := r.buf[r.start:r.end]
-	lf := lineEnd(rest, '\n')
-	if lf > maxInline || lf < 0 && len(rest) > maxInline {
-		return false, protocolError("too big inline request")
+// readLine returns a line without its end and the bytes after that, or nil if there is more to come.
+func (r *reader) readLine(end byte, after int, what string) []byte {
+	rest := r.buf[r.next:r.end]
+	n := bytes.IndexByte(rest, end)
+	if n >= 0 && bytes.IndexByte(rest[:n], 0) >= 0 {
+		n = -1 // as for C's strchr
 	}
-	if lf < 0 {
-		return false, nil
+	switch {
+	case n > maxInline || n < 0 && len(rest) > maxInline:
+		r.broken = protocolError("too big " + what)
+	case n >= 0 && n+after < len(rest):
+		r.next += n + 1 + after
+		return rest[:n]
 	}
-	r.args, err = splitWords(r.args[:0], bytes.TrimSuffix(rest[:lf], []byte("\r")))
-	r.next = lf + 1
-	r.consume()
-	return true, err
-}
-
-// lineEnd finds the end of a line as C's strchr does: a zero byte hides it.
-func lineEnd(b []byte, end byte) int {
-	i := bytes.IndexByte(b, end)
-	if i >= 0 && bytes.IndexByte(b[:i], 0) >= 0 {
-		return -1
-	}
-	return i
+	return nil
 }
 
 // parseInt is Redis' string2ll: no sign but a minus, no leading zeros.
@@ -291,57 +276,54 @@ func parseInt(b []byte) (n int64, ok bool) {
 	return n, true
 }
 
+const blanks = " \t\n\v\f\r"
+
 // splitWords splits an inline request as sdssplitargs does (sds.c).
 func splitWords(words [][]byte, line []byte) ([][]byte, error) {
-	unbalanced := protocolError("unbalanced quotes in request")
-	for {
-		line = bytes.TrimLeft(line, " \t\n\v\f\r")
-		if len(line) == 0 {
-			return words, nil
+	for line = bytes.TrimLeft(line, blanks); len(line) > 0; line = bytes.TrimLeft(line, blanks) {
+		word, rest, ok := cutWord(line)
+		if !ok {
+			return nil, protocolError("unbalanced quotes in request")
 		}
-		var word []byte
-		var quote byte
-	word:
-		for len(line) > 0 && (quote != 0 || strings.IndexByte(" \n\r\t", line[0]) < 0) {
-			ch := line[0]
-			switch {
-			case quote == 0 && (ch == '"' || ch == '\''):
-				quote = ch
-			case quote != 0 && ch == quote:
-				if len(line) > 1 && !isSpace(line[1]) {
-					return nil, unbalanced
-				}
-				quote, line = 0, line[1:]
-				break word
-			case quote == '"' && ch == '\\' && len(line) > 3 && line[1] == 'x' && isHex(line[2]) && isHex(line[3]):
-				n, _ := strconv.ParseUint(string(line[2:4]), 16, 8)
-				word, line = append(word, byte(n)), line[3:]
-			case quote == '"' && ch == '\\' && len(line) > 1:
-				word, line = append(word, unescape(line[1])), line[1:]
-			case quote == '\'' && ch == '\\' && len(line) > 1 && line[1] == '\'':
-				word, line = append(word, '\''), line[1:]
-			default:
-				word = append(word, ch)
-			}
-			line = line[1:]
-		}
-		if quote != 0 {
-			return nil, unbalanced
-		}
-		words = append(words, word)
+		words, line = append(words, word), rest
 	}
+	return words, nil
 }
 
-func isSpace(b byte) bool { return b == ' ' || '\t' <= b && b <= '\r' }
-func isHex(b byte) bool {
-	return '0' <= b && b <= '9' || 'a' <= b && b <= 'f' || 'A' <= b && b <= 'F'
+// cutWord takes the first word off a line.
+func cutWord(line []byte) (word, rest []byte, ok bool) {
+	quote := byte(0)
+	for ; len(line) > 0; line = line[1:] {
+		switch ch := line[0]; {
+		case quote == 0 && strings.IndexByte(" \n\r\t", ch) >= 0:
+			return word, line, true
+		case quote == 0 && (ch == '"' || ch == '\''):
+			quote = ch
+		case quote != 0 && ch == quote:
+			return word, line[1:], len(line) == 1 || strings.IndexByte(blanks, line[1]) >= 0
+		case quote == '\'' && bytes.HasPrefix(line, []byte(`\'`)):
+			word, line = append(word, '\''), line[1:]
+		case quote == '"' && ch == '\\' && len(line) > 1:
+			b, n := unescape(line[1:])
+			word, line = append(word, b), line[n:]
+		default:
+			word = append(word, ch)
+		}
+	}
+	return word, nil, quote == 0
 }
 
-func unescape(b byte) byte {
-	if i := strings.IndexByte("nrtba", b); i >= 0 {
-		return "\n\r\t\b\a"[i]
+// unescape returns what a backslash and seq stand for, and how much of seq that takes.
+func unescape(seq []byte) (b byte, n int) {
+	if len(seq) > 2 && seq[0] == 'x' {
+		if code, err := strconv.ParseUint(string(seq[1:3]), 16, 8); err == nil {
+			return byte(code), 3
+		}
 	}
-	return b
+	if i := strings.IndexByte("nrtba", seq[0]); i >= 0 {
+		return "\n\r\t\b\a"[i], 1
+	}
+	return seq[0], 1
 }
 
 // A resp is the RESP front end.
@@ -361,7 +343,6 @@ type client struct {
 	in       reader
 	id       int64
 	since    time.Time
-	authed   bool
 	proto    int // 2 or 3
 	name     string
 	library  [2]string     // name and version
@@ -370,10 +351,8 @@ type client struct {
 	multi    *transaction  // nil outside MULTI
 	moment   []answer      // to the keys of a transaction, in their order; nil outside EXEC
 	begun    time.Time     // when the request began that is not complete
-	counted  int           // keys that come next, are in the statistics, and had no room
-	few      int           // how many of them are asked for at once
+	few      int           // how many keys are asked for at once: not many more than there was room for lately
 	free     int           // bytes of answers that are counted nowhere
-	gone     bool          // a write has failed
 	err      error         // ends the connection
 	*buffers               // while there is something to answer
 }
@@ -399,11 +378,10 @@ func (s *resp) refuse(nc *conn) { io.WriteString(nc, "-ERR max number of clients
 
 // serve answers a connection until it ends.
 func (s *resp) serve(nc *conn) {
-	in := reader{src: nc, buf: make([]byte, readBuffer), budget: nc.link.server.requests}
-	c := &client{resp: s, conn: nc, in: in, id: s.nextID.Add(1), since: time.Now(), proto: 2}
+	in := reader{src: nc, buf: make([]byte, readBuffer), budget: nc.link.server.requests, strict: s.password.needed}
+	c := &client{resp: s, conn: nc, in: in, id: s.nextID.Add(1), since: time.Now(), proto: 2, few: maxAhead}
 	defer func() { c.in.queued = 0; c.in.grant(0, 0); nc.Close() }()
 	nc.link.readsOn = true
-	c.permit(!s.password.needed)
 	for c.err == nil {
 		c.pace()
 		if c.err = c.in.fill(); c.err == nil {
@@ -431,73 +409,61 @@ func (c *client) pace() {
 	c.conn.link.hurry(max(1, time.Until(c.begun.Add(requestTime+time.Duration(n>>20)*time.Second))))
 }
 
-// permit sets whether the client may read. Until then Redis takes only short requests from it.
-func (c *client) permit(ok bool) { c.authed, c.in.strict = ok, !ok }
-
 // answer answers all that has been read.
 func (c *client) answer() {
 	c.buffers, c.late = spareBuffers.Get().(*buffers), false
 	for c.err == nil {
-		var args [][]byte
-		var broken error
-		var key []byte
-		ok := false
-		if c.multi == nil {
-			key, ok = c.in.readGet()
-		}
-		if !ok {
-			if args, broken = c.in.read(); args == nil && broken == nil {
-				break
-			}
-			if ok = broken == nil && len(args) == 2 && c.authed && c.multi == nil && isGet(args[0]); ok {
-				key = args[1]
-			}
-		}
-		if ok {
-			if c.keys = append(c.keys, key); len(c.keys) == maxAhead {
+		args, broken := c.in.read()
+		if len(args) == 2 && isGet(args[0]) && c.multi == nil && !c.in.strict {
+			if c.keys = append(c.keys, args[1]); len(c.keys) == maxAhead {
 				c.get()
 			}
 			continue
 		}
-		c.get()
-		switch {
-		case c.err != nil:
-		case broken != nil:
+		if c.get(); c.err != nil || args == nil && broken == nil {
+			break
+		}
+		if broken != nil {
 			c.fail("ERR " + broken.Error())
-			c.err = broken
-		default:
+			c.end(broken)
+		} else {
 			c.execute(args)
 		}
 	}
-	c.get()
 	c.flush()
-	c.give()
+	b := c.buffers
+	c.buffers, b.out = nil, b.out[:0]
+	if cap(b.out) <= 2*flushAt && cap(b.answers) <= 1024 {
+		spareBuffers.Put(b) // empty
+	}
 }
 
 func isGet(name []byte) bool {
 	return len(name) == 3 && name[0]|' ' == 'g' && name[1]|' ' == 'e' && name[2]|' ' == 't'
 }
 
-// give returns the buffers, empty, for another client.
-func (c *client) give() {
-	b := c.buffers
-	c.buffers = nil
-	b.out = b.out[:0]
-	if cap(b.out) <= 2*flushAt && cap(b.answers) <= 1024 {
-		spareBuffers.Put(b)
-	}
-}
-
 // get answers the GETs that have been gathered.
 func (c *client) get() {
-	c.counted = 0
-	for keys := c.keys; len(keys) > 0 && c.err == nil; {
-		c.startWaiting()
-		keys = keys[len(c.ask(keys)):]
-		c.writeAnswers()
-	}
+	c.look(c.keys, func(_ []answer, last bool) error { c.writeAnswers(last); return nil })
 	clear(c.keys)
 	c.keys = c.keys[:0]
+}
+
+// look asks for keys, and has take see the answers in lots, together with whether a lot is the last. Those
+// that take does not write, or let go of, stay in c.answers. If take returns an error, that is the reply.
+func (c *client) look(keys [][]byte, take func(lot []answer, last bool) error) {
+	if len(keys) > 0 {
+		c.startWaiting()
+	}
+	for len(keys) > 0 && c.err == nil {
+		lot := c.ask(keys)
+		keys = keys[len(lot):]
+		if err := take(lot, len(keys) == 0); err != nil {
+			c.letGo()
+			c.failWith(err)
+			return
+		}
+	}
 }
 
 // startWaiting has the client's time for Redis run from now on, unless it is used up.
@@ -510,26 +476,22 @@ func (c *client) startWaiting() {
 // ask adds the answers to keys, or to the first of them, to those that are to be written. It returns what it
 // has added: none if there is no room beside those that are there already.
 func (c *client) ask(keys [][]byte) []answer {
-	before, n := len(c.answers), len(keys)
+	before, n := len(c.answers), min(len(keys), c.few)
 	if len(c.moment) >= n {
 		c.answers, c.moment = append(c.answers, c.moment[:n]...), c.moment[n:]
 		return c.answers[before:]
 	}
-	t := &c.resp.tally
-	if c.counted > 0 {
-		t, n = new(tally), min(n, c.counted, c.few)
-	}
 	c.answers = slices.Grow(c.answers, n)
 	answers := c.answers[before : before+n]
-	got := c.resp.cache.get(t, c.asked, keys[:n], answers)
+	got := c.resp.cache.get(new(tally), c.asked, keys[:n], answers)
 	c.in.wide = answers[got-1].flight != nil
 	n = c.fit(keys, answers[:got])
+	c.resp.tally.add(answers[:n])
 	clear(answers[n:])
 	c.answers = c.answers[:before+n]
-	if c.counted == 0 {
-		c.counted, c.few = got, max(n, 1)
+	if c.few = min(2*c.few, maxAhead); n < got {
+		c.few = max(n, 1)
 	}
-	c.counted -= n
 	return answers[:n]
 }
 
@@ -554,16 +516,11 @@ func (c *client) fit(keys [][]byte, answers []answer) int {
 
 // await waits for room for one large value, as long as for Redis. It does not hold the value meanwhile.
 func (c *client) await(key [][]byte, a []answer) {
-	late := time.NewTimer(c.resp.cache.timeout)
-	defer late.Stop()
-	for {
-		full := c.conn.link.hold(a[0].data, 0)
-		if full == nil {
-			return
-		}
+	late := time.After(c.resp.cache.timeout)
+	for full := c.conn.link.hold(a[0].data, 0); full != nil; full = c.conn.link.hold(a[0].data, 0) {
 		a[0] = answer{err: errCrowded}
 		select {
-		case <-late.C:
+		case <-late:
 			return
 		case <-full:
 			c.startWaiting()
@@ -573,21 +530,23 @@ func (c *client) await(key [][]byte, a []answer) {
 }
 
 // writeAnswers adds the answers to the replies, and lets go of them.
-func (c *client) writeAnswers() {
+func (c *client) writeAnswers(last bool) {
 	for i := range c.answers {
 		switch a := &c.answers[i]; {
 		case c.err != nil:
 		case a.err == nil:
-			c.write(a.bulk())
+			write(c, a.bulk())
 		case a.err == errAbsent:
 			c.null()
 		default:
-			c.late = c.late || a.err == errTimeout
-			c.fail(respError(a.err))
+			c.failWith(a.err)
 		}
 		c.answers[i] = answer{}
 	}
 	c.letGo()
+	if !last {
+		c.startWaiting() // the client took its time, not Redis
+	}
 }
 
 // letGo lets go of the answers. Those of a transaction hold until its end.
@@ -599,16 +558,8 @@ func (c *client) letGo() {
 	}
 }
 
-// respError returns the error reply for an answer. Redis' own error replies pass as they are.
-func respError(err error) string {
-	if err == errUnavailable || err == errTimeout || err == errCrowded {
-		return "ERR " + err.Error()
-	}
-	return err.Error()
-}
-
 // write adds s to the replies. However long it is, no more than a part of it is copied at a time.
-func (c *client) write(s string) {
+func write[S string | []byte](c *client, s S) {
 	for len(c.out)+len(s) > flushAt {
 		n := max(flushAt-len(c.out), 0)
 		c.out, s = append(c.out, s[:n]...), s[n:]
@@ -619,26 +570,39 @@ func (c *client) write(s string) {
 	c.out = append(c.out, s...)
 }
 
+// flush writes the replies, unless the connection has ended.
 func (c *client) flush() {
-	if len(c.out) > 0 && !c.gone {
-		if _, err := c.conn.Write(c.out); err != nil {
-			c.err, c.gone = err, true
-		}
+	if len(c.out) > 0 && c.err == nil {
+		_, c.err = c.conn.Write(c.out)
 	}
 	c.out = c.out[:0]
 }
 
+// end ends the connection after the replies.
+func (c *client) end(err error) {
+	c.flush()
+	c.err = cmp.Or(c.err, err)
+}
+
 // The following add a reply of a kind, all of them short.
 
-func (c *client) ok()             { c.status("OK") }
-func (c *client) status(s string) { c.line('+', s) }
-func (c *client) integer(n int64) { c.line(':', strconv.FormatInt(n, 10)) }
-func (c *client) array(n int)     { c.line('*', strconv.Itoa(n)) }
+func (c *client) ok()                     { c.status("OK") }
+func (c *client) status(s string)         { c.line('+', s) }
+func (c *client) number(kind byte, n int) { c.line(kind, strconv.Itoa(n)) }
 
 // fail adds an error. Its text comes in part from the client, and must remain one line.
 func (c *client) fail(s string) { c.line('-', oneLine.Replace(s)) }
 
 var oneLine = strings.NewReplacer("\r", " ", "\n", " ")
+
+// failWith adds the error of an answer. Redis' own error replies pass as they are.
+func (c *client) failWith(err error) {
+	c.late = c.late || err == errTimeout
+	if err == errUnavailable || err == errTimeout || err == errCrowded {
+		err = fmt.Errorf("ERR %w", err)
+	}
+	c.fail(err.Error())
+}
 
 func (c *client) line(kind byte, s string) {
 	if len(c.out) > flushAt {
@@ -647,43 +611,30 @@ func (c *client) line(kind byte, s string) {
 	c.out = append(append(append(c.out, kind), s...), "\r\n"...)
 }
 
-func (c *client) bulk(s string) {
-	c.line('$', strconv.Itoa(len(s)))
-	c.write(s)
-	c.write("\r\n")
-}
-
-func (c *client) bulks(all ...string) {
+func bulks[S string | []byte](c *client, all ...S) {
 	for _, s := range all {
-		c.bulk(s)
+		c.number('$', len(s))
+		write(c, s)
+		write(c, "\r\n")
 	}
-}
-
-// echo adds what the client sent, without a copy of the whole.
-func (c *client) echo(b []byte) {
-	c.line('$', strconv.Itoa(len(b)))
-	for part := range slices.Chunk(b, flushAt) {
-		c.write(string(part))
-	}
-	c.write("\r\n")
 }
 
 // verbatim is a text for people.
 func (c *client) verbatim(s string) {
 	if c.proto == 2 {
-		c.bulk(s)
+		bulks(c, s)
 		return
 	}
-	c.line('=', strconv.Itoa(len("txt:"+s)))
-	c.write("txt:" + s + "\r\n")
+	c.number('=', len("txt:"+s))
+	write(c, "txt:"+s+"\r\n")
 }
 
 // mapping begins n pairs.
 func (c *client) mapping(n int) {
 	if c.proto == 2 {
-		c.array(2 * n)
+		c.number('*', 2*n)
 	} else {
-		c.line('%', strconv.Itoa(n))
+		c.number('%', n)
 	}
 }
 
@@ -701,6 +652,7 @@ type command struct {
 	keys  bool                           // all arguments are keys
 	run   func(c *client, args [][]byte) // nil for those that have only subcommands
 	sub   map[string]command
+	help  string // its form, and a line about it
 }
 
 // commands is the table of all that is answered, by name in lower case.
@@ -708,72 +660,70 @@ var commands map[string]command
 
 func init() {
 	emptyMap := func(c *client, _ [][]byte) { c.mapping(0) }
-	disabled := func(c *client, _ [][]byte) { c.fail("ERR This instance has cluster support disabled") }
-	clusterCommands := make(map[string]command)
+	count := func(c *client, _ [][]byte) { c.number(':', len(commands)) }
+	id := func(c *client, _ [][]byte) { c.number(':', int(c.id)) }
+	disabled := command{arity: 1, run: func(c *client, _ [][]byte) { c.fail("ERR This instance has cluster support disabled") }}
+	commands = map[string]command{
+		"get":      {arity: 2, keys: true, run: (*client).getOne},
+		"mget":     {arity: -2, keys: true, run: (*client).mget},
+		"exists":   {arity: -2, keys: true, run: (*client).exists},
+		"multi":    {arity: 1, run: (*client).begin},
+		"exec":     {arity: 1, run: (*client).exec},
+		"discard":  {arity: 1, run: (*client).discard},
+		"ping":     {arity: -1, run: (*client).ping},
+		"echo":     {arity: 2, run: func(c *client, args [][]byte) { bulks(c, args[1]) }},
+		"hello":    {arity: -1, run: (*client).hello},
+		"auth":     {arity: -2, run: (*client).auth},
+		"select":   {arity: 2, run: (*client).selectDB},
+		"quit":     {arity: -1, run: func(c *client, _ [][]byte) { c.ok(); c.end(errQuit) }},
+		"reset":    {arity: 1, run: (*client).reset},
+		"info":     {arity: -1, run: (*client).info},
+		"cluster":  {arity: -2, run: disabled.run, sub: make(map[string]command)},
+		"readonly": disabled, "readwrite": disabled, "asking": disabled,
+		"config": {arity: -2, sub: map[string]command{
+			"get": {arity: -3, run: emptyMap, help: "GET <pattern>\nReturn parameters matching the glob-like <pattern> and their values."},
+		}},
+		"command": {arity: -1, run: (*client).commandInfo, sub: map[string]command{
+			"count":   {arity: 2, run: count, help: "COUNT\nReturn the total number of commands in this Redis server."},
+			"docs":    {arity: -2, run: emptyMap},
+			"info":    {arity: -2, run: (*client).commandInfo, help: "INFO [<command-name> ...]\nReturn details about multiple Redis commands."},
+			"list":    {arity: -2, run: (*client).commandList, help: "LIST\nReturn a list of all commands in this Redis server."},
+			"getkeys": {arity: -4, run: (*client).commandKeys, help: "GETKEYS <full-command>\nReturn the keys from a full Redis command."},
+		}},
+		"client": {arity: -2, sub: map[string]command{
+			"id":       {arity: 2, run: id, help: "ID\nReturn the ID of the current connection."},
+			"getname":  {arity: 2, run: (*client).getName, help: "GETNAME\nReturn the name of the current connection."},
+			"setname":  {arity: 3, run: (*client).setName, help: "SETNAME <name>\nAssign the name <name> to the current connection."},
+			"setinfo":  {arity: 4, run: (*client).setInfo},
+			"info":     {arity: 2, run: (*client).describe, help: "INFO\nReturn information about the current client connection."},
+			"list":     {arity: -2, run: (*client).list, help: "LIST [options ...]\nReturn information about client connections."},
+			"no-evict": {arity: 3, run: (*client).onOff, help: "NO-EVICT (ON|OFF)\nProtect current client connection from eviction."},
+			"no-touch": {arity: 3, run: (*client).onOff},
+		}},
+	}
+	for _, name := range []string{"config", "command", "client"} {
+		commands[name].sub["help"] = command{arity: 2, run: help(name), help: "HELP\nPrints this help."}
+	}
 	for name := range strings.FieldsSeq("addslots addslotsrange bumpepoch count-failure-reports countkeysinslot delslots delslotsrange failover " +
 		"flushslots forget getkeysinslot help info keyslot links meet myid nodes replicate replicas reset saveconfig set-config-epoch setslot " +
 		"shards slaves slots") {
-		clusterCommands[name] = command{arity: -2, run: disabled}
-	}
-	commands = map[string]command{
-		"get":     {arity: 2, keys: true, run: (*client).readOne},
-		"mget":    {arity: -2, keys: true, run: (*client).mget},
-		"exists":  {arity: -2, keys: true, run: (*client).exists},
-		"multi":   {arity: 1, run: (*client).begin},
-		"exec":    {arity: 1, run: (*client).exec},
-		"discard": {arity: 1, run: (*client).discard},
-		"ping":    {arity: -1, run: (*client).ping},
-		"echo":    {arity: 2, run: func(c *client, args [][]byte) { c.echo(args[1]) }},
-		"hello":   {arity: -1, run: (*client).hello},
-		"auth":    {arity: -2, run: (*client).auth},
-		"select":  {arity: 2, run: (*client).selectDB},
-		"quit":    {arity: -1, run: func(c *client, _ [][]byte) { c.ok(); c.err = errQuit }},
-		"reset":   {arity: 1, run: (*client).reset},
-		"info":    {arity: -1, run: (*client).info},
-		"config": {arity: -2, sub: map[string]command{
-			"get":  {arity: -3, run: emptyMap},
-			"help": {arity: 2, run: help("CONFIG", "GET <pattern>", "Return parameters matching the glob-like <pattern> and their values.")},
-		}},
-		"command": {arity: -1, run: (*client).commandInfo, sub: map[string]command{
-			"count":   {arity: 2, run: func(c *client, _ [][]byte) { c.integer(int64(len(commands))) }},
-			"docs":    {arity: -2, run: emptyMap},
-			"info":    {arity: -2, run: (*client).commandInfo},
-			"list":    {arity: -2, run: (*client).commandList},
-			"getkeys": {arity: -4, run: (*client).commandKeys},
-			"help": {arity: 2, run: help("COMMAND", "(no subcommand)", "Return details about all Redis commands.",
-				"COUNT", "Return the total number of commands in this Redis server.",
-				"LIST", "Return a list of all commands in this Redis server.",
-				"INFO [<command-name> ...]", "Return details about multiple Redis commands.",
-				"GETKEYS <full-command>", "Return the keys from a full Redis command.")},
-		}},
-		"cluster":  {arity: -2, run: disabled, sub: clusterCommands},
-		"readonly": {arity: 1, run: disabled}, "readwrite": {arity: 1, run: disabled}, "asking": {arity: 1, run: disabled},
-		"client": {arity: -2, sub: map[string]command{
-			"id":       {arity: 2, run: func(c *client, _ [][]byte) { c.integer(c.id) }},
-			"getname":  {arity: 2, run: (*client).getName},
-			"setname":  {arity: 3, run: (*client).setName},
-			"setinfo":  {arity: 4, run: (*client).setInfo},
-			"info":     {arity: 2, run: (*client).describe},
-			"list":     {arity: -2, run: (*client).list},
-			"no-evict": {arity: 3, run: (*client).onOff},
-			"no-touch": {arity: 3, run: (*client).onOff},
-			"help": {arity: 2, run: help("CLIENT", "GETNAME", "Return the name of the current connection.",
-				"ID", "Return the ID of the current connection.",
-				"INFO", "Return information about the current client connection.",
-				"LIST [options ...]", "Return information about client connections.",
-				"SETNAME <name>", "Assign the name <name> to the current connection.",
-				"NO-EVICT (ON|OFF)", "Protect current client connection from eviction.")},
-		}},
+		commands["cluster"].sub[name] = command{arity: -2, run: disabled.run}
 	}
 }
 
-// help answers HELP of a command with what is known of its subcommands, a form and a line about each.
-func help(name string, lines ...string) func(*client, [][]byte) {
+// help answers HELP of a command with what the table says about its subcommands.
+func help(name string) func(*client, [][]byte) {
 	return func(c *client, _ [][]byte) {
-		c.array(len(lines) + 3)
-		c.status(name + " <subcommand> [<arg> [value] [opt] ...]. Subcommands are:")
-		for i, line := range append(lines, "HELP", "Prints this help.") {
-			c.status(strings.Repeat("    ", i%2) + line)
+		lines := []string{strings.ToUpper(name) + " <subcommand> [<arg> [value] [opt] ...]. Subcommands are:"}
+		subs := commands[name].sub
+		for _, sub := range slices.Sorted(maps.Keys(subs)) {
+			if form, about, ok := strings.Cut(subs[sub].help, "\n"); ok {
+				lines = append(lines, form, "    "+about)
+			}
+		}
+		c.number('*', len(lines))
+		for _, line := range lines {
+			c.status(line)
 		}
 	}
 }
@@ -781,40 +731,29 @@ func help(name string, lines ...string) func(*client, [][]byte) {
 // commandInfo answers COMMAND and COMMAND INFO in the form of Redis 7: name, arity, flags, first and last
 // key, step, ACL categories, tips, key specifications, subcommands.
 func (c *client) commandInfo(args [][]byte) {
-	names := args[min(len(args), 2):]
-	if len(names) == 0 {
-		for _, name := range slices.Sorted(maps.Keys(commands)) {
-			names = append(names, []byte(name))
-		}
+	var names []string
+	for _, arg := range args[min(len(args), 2):] {
+		names = append(names, nameOf(arg))
 	}
-	c.array(len(names))
-	for _, arg := range names {
-		name := nameOf(arg)
+	if len(names) == 0 {
+		names = slices.Sorted(maps.Keys(commands))
+	}
+	c.number('*', len(names))
+	for _, name := range names {
 		cmd, ok := commands[name]
 		if !ok {
 			c.null()
 			continue
 		}
-		first, last, flags := int64(0), int64(0), []string(nil)
+		flags, first, last := "*0\r\n", 0, 0
 		if cmd.keys {
-			first, last, flags = 1, 1, []string{"readonly", "fast"}
+			flags, first, last = "*2\r\n+readonly\r\n+fast\r\n", 1, 1
 		}
 		if cmd.keys && cmd.arity < 0 {
 			last = -1
 		}
-		c.array(10)
-		c.bulk(name)
-		c.integer(int64(cmd.arity))
-		c.array(len(flags))
-		for _, flag := range flags {
-			c.status(flag)
-		}
-		for _, n := range []int64{first, last, first} {
-			c.integer(n)
-		}
-		for range 4 {
-			c.array(0)
-		}
+		write(c, fmt.Sprintf("*10\r\n$%d\r\n%s\r\n:%d\r\n%s:%d\r\n:%d\r\n:%d\r\n*0\r\n*0\r\n*0\r\n*0\r\n",
+			len(name), name, cmd.arity, flags, first, last, first))
 	}
 }
 
@@ -823,8 +762,8 @@ func (c *client) commandList(args [][]byte) {
 		c.fail("ERR syntax error")
 		return
 	}
-	c.array(len(commands))
-	c.bulks(slices.Sorted(maps.Keys(commands))...)
+	c.number('*', len(commands))
+	bulks(c, slices.Sorted(maps.Keys(commands))...)
 }
 
 // commandKeys answers COMMAND GETKEYS (db.c, getKeysSubcommandImpl).
@@ -834,21 +773,22 @@ func (c *client) commandKeys(args [][]byte) {
 		c.fail("ERR Invalid command specified")
 	case !cmd.keys:
 		c.fail("ERR The command has no key arguments")
-	case cmd.arity > 0 && len(args)-2 != cmd.arity || len(args)-2 < -cmd.arity:
+	case !cmd.takes(len(args) - 2):
 		c.fail("ERR Invalid number of arguments specified for command")
 	default:
-		c.array(len(args) - 3)
-		for _, key := range args[3:] {
-			c.echo(key)
-		}
+		c.number('*', len(args)-3)
+		bulks(c, args[3:]...)
 	}
 }
+
+// takes reports whether a command takes n arguments, its name among them.
+func (cmd command) takes(n int) bool { return n == cmd.arity || cmd.arity < 0 && n >= -cmd.arity }
 
 // execute answers one command, or queues it in a transaction.
 func (c *client) execute(args [][]byte) {
 	if guard := word(args[0]); guard == "post" || guard == "host:" {
 		// A browser that was made to speak to a Redis (networking.c, securityWarningCommand).
-		c.err = protocolError("no reply")
+		c.end(protocolError("no reply"))
 		return
 	}
 	name, cmd, refusal := c.find(args)
@@ -863,7 +803,7 @@ func (c *client) execute(args [][]byte) {
 		}
 	case c.multi != nil && !slices.Contains([]string{"exec", "discard", "multi", "quit", "reset"}, name):
 		c.status("QUEUED")
-		if c.in.queued += c.multi.add(cmd, args); !c.in.grant(len(c.in.buf), len(c.in.spans)) {
+		if c.in.queued += c.multi.add(cmd, args); !c.in.grant(len(c.in.buf), len(args)) {
 			c.in.broken = errTooMuch
 		}
 	default:
@@ -886,12 +826,94 @@ func (c *client) find(args [][]byte) (name string, cmd command, refusal string) 
 		name += "|" + sub
 	}
 	switch {
-	case cmd.run == nil || cmd.arity > 0 && len(args) != cmd.arity || len(args) < -cmd.arity:
+	case cmd.run == nil || !cmd.takes(len(args)):
 		refusal = "ERR wrong number of arguments for '" + name + "' command"
-	case !c.authed && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name):
+	case c.in.strict && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name):
 		refusal = "NOAUTH Authentication required."
 	}
 	return name, cmd, refusal
+}
+
+// unknownCommand has Redis' words: as much of the arguments as fits 128 bytes (server.c).
+func unknownCommand(args [][]byte) string {
+	var list strings.Builder
+	for _, arg := range args[1:] {
+		if list.Len() < 128 {
+			list.WriteString("'" + cString(arg, 128-list.Len()) + "' ")
+		}
+	}
+	return "ERR unknown command '" + cString(args[0], 128) + "', with args beginning with: " + list.String()
+}
+
+// cString is what C's %.*s prints of b.
+func cString(b []byte, limit int) string {
+	b, _, _ = bytes.Cut(b, []byte{0})
+	return string(b[:min(len(b), limit)])
+}
+
+// lower is s as C's tolower has it: only ASCII has cases.
+func lower(s string) string {
+	return strings.Map(func(r rune) rune {
+		if 'A' <= r && r <= 'Z' {
+			r += 'a' - 'A'
+		}
+		return r
+	}, s)
+}
+
+// word is an option as strcasecmp reads it, nameOf a command's name.
+func word(b []byte) string   { return lower(cString(b, maxWord)) }
+func nameOf(b []byte) string { return lower(string(b[:min(len(b), maxWord)])) }
+
+// getOne answers a GET of a transaction.
+func (c *client) getOne(args [][]byte) {
+	c.keys = append(c.keys, args[1])
+	c.get()
+}
+
+// mget answers MGET as Redis does: with null for a key that holds another type, and with an error instead of
+// the array. It holds the answers back for that, until they are too large together: an error that comes
+// then is an element.
+func (c *client) mget(args [][]byte) {
+	size, begun := 0, false
+	c.look(args[1:], func(lot []answer, last bool) error {
+		for i := range lot {
+			a := &lot[i]
+			size += len(a.data) + answerSize
+			if errors.Is(a.err, errWrongType) {
+				a.err = errAbsent
+			}
+			if a.err != nil && a.err != errAbsent && !begun {
+				return a.err
+			}
+		}
+		if last || len(lot) == 0 || size >= aheadBytes {
+			if !begun {
+				c.number('*', len(args)-1)
+			}
+			begun = true
+			c.writeAnswers(last)
+		}
+		return nil
+	})
+}
+
+// exists counts the keys that Redis has, of whatever type.
+func (c *client) exists(args [][]byte) {
+	n := 0
+	c.look(args[1:], func(lot []answer, last bool) error {
+		for i := range lot {
+			if err := lot[i].err; err == nil || errors.Is(err, errWrongType) {
+				n++
+			} else if err != errAbsent {
+				return err
+			}
+		}
+		if c.letGo(); last {
+			c.number(':', n)
+		}
+		return nil
+	})
 }
 
 // A transaction is what a client has queued since MULTI.
@@ -946,7 +968,7 @@ func (c *client) exec([][]byte) {
 		c.fail("EXECABORT Transaction discarded because of previous errors.")
 		return
 	}
-	if n := len(t.keys); n > 0 && n <= maxAhead {
+	if n := len(t.keys); n > 0 {
 		c.startWaiting()
 		if answers := c.ask(t.keys); len(answers) == n {
 			c.resp.cache.again(t.keys, answers)
@@ -954,7 +976,7 @@ func (c *client) exec([][]byte) {
 		}
 		c.letGo()
 	}
-	c.array(len(t.run))
+	c.number('*', len(t.run))
 	for _, run := range t.run {
 		if c.err == nil {
 			run(c)
@@ -964,107 +986,12 @@ func (c *client) exec([][]byte) {
 	c.letGo()
 }
 
-// readOne answers a GET that is not one of a pipeline's.
-func (c *client) readOne(args [][]byte) {
-	c.startWaiting()
-	c.ask(args[1:])
-	c.writeAnswers()
-}
-
-// exists counts the keys that Redis has, of whatever type.
-func (c *client) exists(args [][]byte) {
-	n := int64(0)
-	c.startWaiting()
-	defer c.letGo()
-	for keys := args[1:]; len(keys) > 0; c.letGo() {
-		answers := c.ask(keys[:min(len(keys), maxAhead)])
-		keys = keys[len(answers):]
-		for i := range answers {
-			switch err := answers[i].err; {
-			case err == nil || errors.Is(err, errWrongType):
-				n++
-			case err != errAbsent:
-				c.late = c.late || err == errTimeout
-				c.fail(respError(err))
-				return
-			}
-		}
-	}
-	c.integer(n)
-}
-
-// unknownCommand has Redis' words: as much of the arguments as fits 128 bytes (server.c).
-func unknownCommand(args [][]byte) string {
-	var b strings.Builder
-	for _, arg := range args[1:] {
-		if b.Len() >= 128 {
-			break
-		}
-		b.WriteString("'" + cString(arg, 128-b.Len()) + "' ")
-	}
-	return "ERR unknown command '" + cString(args[0], 128) + "', with args beginning with: " + b.String()
-}
-
-// cString is what C's %.*s prints of b.
-func cString(b []byte, limit int) string {
-	b, _, _ = bytes.Cut(b, []byte{0})
-	return string(b[:min(len(b), limit)])
-}
-
-// lower is s as C's tolower has it: only ASCII has cases.
-func lower(s string) string {
-	return strings.Map(func(r rune) rune {
-		if 'A' <= r && r <= 'Z' {
-			return r + 'a' - 'A'
-		}
-		return r
-	}, s)
-}
-
-// word is an option as strcasecmp reads it, nameOf a command's name.
-func word(b []byte) string   { return lower(cString(b, maxWord)) }
-func nameOf(b []byte) string { return lower(string(b[:min(len(b), maxWord)])) }
-
-// mget answers MGET as Redis does: with null for a key that holds another type, and with an error instead of
-// the array. It holds the answers back for that, until they are too large together: an error that comes
-// then is an element.
-func (c *client) mget(args [][]byte) {
-	size, begun := 0, false
-	c.startWaiting()
-	for keys := args[1:]; len(keys) > 0 && c.err == nil; {
-		answers := c.ask(keys[:min(len(keys), maxAhead)])
-		keys = keys[len(answers):]
-		for i := range answers {
-			a := &answers[i]
-			size += len(a.data) + answerSize
-			switch {
-			case errors.Is(a.err, errWrongType):
-				a.err = errAbsent
-			case a.err != nil && a.err != errAbsent && !begun:
-				c.late = c.late || a.err == errTimeout
-				c.fail(respError(a.err))
-				c.letGo()
-				return
-			}
-		}
-		if len(keys) > 0 && len(answers) > 0 && size < aheadBytes {
-			continue
-		}
-		if !begun {
-			c.array(len(args) - 1)
-			begun = true
-		}
-		c.writeAnswers()
-		c.startWaiting() // the client took its time, not Redis
-	}
-}
-
 func (c *client) ping(args [][]byte) {
 	switch len(args) {
 	case 1:
 		c.status("PONG")
 	case 2:
-		c.echo(args[1])
+		bulks(c, args[1])
 	default:
 		c.fail("ERR wrong number of arguments for 'ping' command")
 	}
@@ -1085,55 +1012,56 @@ func (c *client) hello(args [][]byte) {
 		}
 		proto = int(n)
 	}
-	for i := 2; i < len(args); i++ {
-		switch opt, more := word(args[i]), len(args)-1-i; {
-		case opt == "auth" && more >= 2:
-			if !c.passes(args[i+1], args[i+2]) {
-				c.fail(wrongPass)
+	for rest := args[min(len(args), 2):]; len(rest) > 0; {
+		switch opt := word(rest[0]); {
+		case opt == "auth" && len(rest) > 2:
+			if !c.login(rest[1], rest[2]) { // at once, whatever is wrong with what follows
 				return
 			}
-			c.permit(true) // at once, whatever is wrong with what follows
-			i += 2
-		case opt == "setname" && more >= 1:
-			if !c.rename(args[i+1]) {
+			rest = rest[3:]
+		case opt == "setname" && len(rest) > 1:
+			if !c.note(&c.name, "Client names", rest[1]) {
 				return
 			}
-			i++
+			rest = rest[2:]
 		default:
-			c.fail("ERR Syntax error in HELLO option '" + cString(args[i], maxInline) + "'")
+			c.fail("ERR Syntax error in HELLO option '" + cString(rest[0], maxInline) + "'")
 			return
 		}
 	}
-	if !c.authed {
+	if c.in.strict {
 		c.fail("NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO AUTH <user> <pass> option can be used to " +
 			"authenticate the client and select the RESP protocol version at the same time")
 		return
 	}
 	c.proto = proto
 	c.mapping(7)
-	c.bulks("server", "redis", "version", redisVersion, "proto")
-	c.integer(int64(proto))
-	c.bulks("id")
-	c.integer(c.id)
-	c.bulks("mode", "standalone", "role", "master", "modules")
-	c.array(0)
+	bulks(c, "server", "redis", "version", redisVersion, "proto")
+	c.number(':', proto)
+	bulks(c, "id")
+	c.number(':', int(c.id))
+	bulks(c, "mode", "standalone", "role", "master", "modules")
+	c.number('*', 0)
 }
 
-const wrongPass = "WRONGPASS invalid username-password pair or user is disabled."
-
-// passes checks a user and password. There is one user, the default one; without a password for it, any
-// is right.
-func (c *client) passes(user, password []byte) bool {
+// login authenticates the client, or says why not. There is one user, the default one; without a password for
+// it, any is right.
+func (c *client) login(user, password []byte) bool {
 	pw := c.resp.password
-	if string(user) != "default" {
+	known := string(user) == "default"
+	if !known {
 		pw.denied.Add(1)
+	}
+	if !known || pw.needed && !pw.matches(password) {
+		c.fail("WRONGPASS invalid username-password pair or user is disabled.")
 		return false
 	}
-	return !pw.needed || pw.matches(password)
+	c.in.strict = false
+	return true
 }
 
 func (c *client) auth(args [][]byte) {
-	user, password := []byte("default"), args[len(args)-1]
+	user := []byte("default")
 	if len(args) == 3 {
 		user = args[1]
 	}
@@ -1142,10 +1070,7 @@ func (c *client) auth(args [][]byte) {
 		c.fail("ERR syntax error")
 	case len(args) == 2 && !c.resp.password.needed:
 		c.fail("ERR AUTH <password> called without any password configured for the default user. Are you sure your configuration is correct?")
-	case !c.passes(user, password):
-		c.fail(wrongPass)
-	default:
-		c.permit(true)
+	case c.login(user, args[len(args)-1]):
 		c.ok()
 	}
 }
@@ -1164,8 +1089,7 @@ func (c *client) selectDB(args [][]byte) {
 }
 
 func (c *client) reset([][]byte) {
-	c.proto, c.name, c.multi = 2, "", nil
-	c.permit(!c.resp.password.needed)
+	c.proto, c.name, c.multi, c.in.strict = 2, "", nil, c.resp.password.needed
 	c.status("RESET")
 }
 
@@ -1173,47 +1097,37 @@ func (c *client) getName([][]byte) {
 	if c.name == "" {
 		c.null()
 	} else {
-		c.bulk(c.name)
+		bulks(c, c.name)
 	}
 }
 
 func (c *client) setName(args [][]byte) {
-	if c.rename(args[2]) {
+	if c.note(&c.name, "Client names", args[2]) {
 		c.ok()
 	}
-}
-
-// rename sets the client's name, or says why not.
-func (c *client) rename(name []byte) bool {
-	if !c.accepts("Client names", name) {
-		return false
-	}
-	c.name = string(name)
-	return true
-}
-
-// accepts reports whether a word may stand in CLIENT LIST, or says why not.
-func (c *client) accepts(what string, word []byte) bool {
-	switch {
-	case len(word) > maxName:
-		c.fail(fmt.Sprintf("ERR %s cannot be longer than %d bytes.", what, maxName))
-	case bytes.ContainsFunc(word, func(r rune) bool { return r < '!' || r > '~' }):
-		c.fail("ERR " + what + " cannot contain spaces, newlines or special characters.")
-	default:
-		return true
-	}
-	return false
 }
 
 func (c *client) setInfo(args [][]byte) {
 	attr := word(args[2])
-	i := slices.Index([]string{"lib-name", "lib-ver"}, attr)
-	if i < 0 {
+	if i := slices.Index([]string{"lib-name", "lib-ver"}, attr); i < 0 {
 		c.fail("ERR Unrecognized option '" + cString(args[2], maxInline) + "'")
-	} else if c.accepts(attr, args[3]) {
-		c.library[i] = string(args[3])
+	} else if c.note(&c.library[i], attr, args[3]) {
 		c.ok()
 	}
+}
+
+// note sets what a client says about itself, or says why not: it must be able to stand in CLIENT LIST.
+func (c *client) note(field *string, what string, value []byte) bool {
+	switch {
+	case len(value) > maxName:
+		c.fail(fmt.Sprintf("ERR %s cannot be longer than %d bytes.", what, maxName))
+	case bytes.ContainsFunc(value, func(r rune) bool { return r < '!' || r > '~' }):
+		c.fail("ERR " + what + " cannot contain spaces, newlines or special characters.")
+	default:
+		*field = string(value)
+		return true
+	}
+	return false
 }
 
 // onOff accepts a switch that has no meaning here.
@@ -1234,28 +1148,33 @@ func (c *client) describe([][]byte) {
 
 // list answers CLIENT LIST: a client is told of nobody but itself, and once.
 func (c *client) list(args [][]byte) {
-	asked := len(args) == 2
+	listed, option := len(args) == 2, ""
+	if len(args) > 3 {
+		option = word(args[2])
+	}
 	switch {
-	case asked:
-	case len(args) == 4 && word(args[2]) == "type":
-		if asked = word(args[3]) == "normal"; !asked && !slices.Contains([]string{"master", "replica", "slave", "pubsub"}, word(args[3])) {
+	case listed:
+	case option == "type" && len(args) == 4:
+		kind := word(args[3])
+		if !slices.Contains([]string{"normal", "master", "replica", "slave", "pubsub"}, kind) {
 			c.fail("ERR Unknown client type '" + cString(args[3], maxInline) + "'")
 			return
 		}
-	case len(args) > 3 && word(args[2]) == "id":
+		listed = kind == "normal"
+	case option == "id":
 		for _, arg := range args[3:] {
 			id, ok := parseInt(arg)
 			if !ok {
 				c.fail("ERR Invalid client ID")
 				return
 			}
-			asked = asked || id == c.id
+			listed = listed || id == c.id
 		}
 	default:
 		c.fail("ERR syntax error")
 		return
 	}
-	if asked {
+	if listed {
 		c.describe(args)
 	} else {
 		c.verbatim("")
@@ -1264,25 +1183,25 @@ func (c *client) list(args [][]byte) {
 
 // info answers INFO with the sections that were asked for, in the order in which they first appear.
 func (c *client) info(args [][]byte) {
-	asked := func(names ...string) bool {
-		return slices.ContainsFunc(args[1:], func(arg []byte) bool { return slices.Contains(names, word(arg)) })
+	asked := make(map[string]bool)
+	for _, arg := range args[1:] {
+		asked[word(arg)] = true
 	}
-	all := len(args) == 1 || asked("all", "default", "everything")
-	sections := make(map[string]string)
+	all := len(args) == 1 || asked["all"] || asked["default"] || asked["everything"]
 	var order []string
+	text := make(map[string]string) // of each section
 	for _, f := range c.resp.figures() {
-		if f.name == "" || !all && !asked(lower(f.section)) {
+		if f.name == "" || !all && !asked[lower(f.section)] {
 			continue
 		}
-		if sections[f.section] == "" {
+		if text[f.section] == "" {
 			order = append(order, f.section)
-			sections[f.section] = "# " + f.section + "\r\n"
+			text[f.section] = "# " + f.section + "\r\n"
 		}
-		sections[f.section] += fmt.Sprintf("%s:%v\r\n", f.name, f.value)
+		text[f.section] += fmt.Sprintf("%s:%v\r\n", f.name, f.value)
 	}
-	var text []string
-	for _, section := range order {
-		text = append(text, sections[section])
+	for i, section := range order {
+		order[i] = text[section]
 	}
-	c.verbatim(strings.Join(text, "\r\n"))
+	c.verbatim(strings.Join(order, "\r\n"))
 }
