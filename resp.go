@@ -21,31 +21,22 @@ import (
 	"time"
 )
 
+// A connection reads into readBuffer, into pipelineBuffer while it sends more than that, and into wideBuffer
+// while its requests wait for Redis, so that they wait together. A request that does not fit gets as much as it
+// needs. What is over pipelineBuffer counts against the budget of requests.
 const (
-	// readBuffer is what a connection has to read into, and pipelineBuffer while it sends more than that. One
-	// whose requests wait for Redis has wideBuffer, so that they wait together. A request that does not fit
-	// gets as much as it needs. What is over pipelineBuffer counts against the budget of requests.
 	readBuffer     = 2 << 10
 	pipelineBuffer = 16 << 10
 	wideBuffer     = 256 << 10
-	// maxRequest bounds a request: all its arguments and their framing. argSize is what an argument costs
-	// beside its bytes.
-	maxRequest = 64 << 20
-	argSize    = 40
-	// requestTime is how long a client may take for a request, and a second more for each MB of it.
-	requestTime = 10 * time.Second
-	// maxInline bounds a line: an inline request, a count or a length (PROTO_INLINE_MAX_SIZE).
-	maxInline = 64 << 10
-	// maxAhead bounds the keys that a client asks for before it waits.
-	maxAhead = 1 << 14
-	// answerSize is what an answer costs that has no value.
-	answerSize = 96
-	// maxWord is longer than any word that means something.
-	maxWord = 64
-	// maxName bounds what a client says about itself. Redis has no such bound.
-	maxName = 4 << 10
-	// redisVersion is the Redis whose answers these are.
-	redisVersion = "7.0.15"
+	maxRequest     = 64 << 20         // of a request: all its arguments and their framing
+	argSize        = 40               // what an argument costs beside its bytes
+	requestTime    = 10 * time.Second // for a request; each MB of it has a second more
+	maxInline      = 64 << 10         // of a line: an inline request, a count or a length (PROTO_INLINE_MAX_SIZE)
+	maxAhead       = 1 << 14          // keys that a client asks for before it waits
+	answerSize     = 96               // what an answer costs that has no value
+	maxWord        = 64               // longer than any word that means something
+	maxName        = 4 << 10          // of what a client says about itself; Redis has no such bound
+	redisVersion   = "7.0.15"         // the Redis whose answers these are
 )
 
 // A protocolError is answered, and then hung up on.
@@ -61,43 +52,42 @@ const (
 // A reader splits what a client sends into requests.
 type reader struct {
 	src    io.Reader
-	buf    []byte   // what has been read and not consumed is buf[start:end]
-	start  int      // of the current request
-	next   int      // where parsing goes on
-	end    int      // of what has been read
-	need   int      // how long the current request is at least, where it says so; or 0
-	last   int      // how much was read since a read last left room in buf
-	left   int      // arguments still to come; 0 between requests
-	args   [][]byte // of the current request; each is a part of buf, and its capacity reaches to the end of buf
-	strict bool     // the client has not authenticated: it may send only short requests
-	wide   bool     // the client's requests wait for Redis
-	broken error
+	pause  func() error // is called before src is read; what read has returned is invalid afterwards
+	buf    []byte       // what has been read and not consumed is buf[start:end]
+	start  int          // of the current request
+	next   int          // where parsing goes on
+	end    int          // of what has been read
+	last   int          // how much was read since a read last left room in buf
+	args   [][]byte     // of the current request; each is a part of buf, and its capacity reaches to the end of buf
+	strict bool         // the client has not authenticated: it may send only short requests
+	wide   bool         // the client's requests wait for Redis
+	err    error        // nothing more is read
 	budget *budget
 	held   int // of the budget
 	queued int // bytes of the transaction that the client has begun
 }
 
-// fill reads once. What read has returned is invalid afterwards.
-func (r *reader) fill() error {
+// fill reads once. The current request has so many bytes at least.
+func (r *reader) fill(need int) {
+	if r.err = r.pause(); r.err != nil {
+		return
+	}
 	rest, size, full, most := r.buf[r.start:r.end], len(r.buf), r.end == len(r.buf), pipelineBuffer
 	if r.wide {
 		most = wideBuffer
 	}
 	switch {
 	case full && len(rest) == size && size >= pipelineBuffer:
-		size = min(max(r.need, size+size/2), 2*size+readBuffer)
+		size = min(max(need, size+size/2), 2*size+readBuffer)
 	case full && size <= most:
 		size = min(8*size, most)
 	case len(rest) <= readBuffer/2 && (r.last < readBuffer || size > pipelineBuffer):
 		size = readBuffer
 	}
-	if r.left == 0 {
-		r.args = r.args[:0]
-	}
 	if !r.grant(size, len(r.args)) {
 		if len(rest) == len(r.buf) {
-			r.broken = errTooMuch
-			return nil
+			r.err = errTooMuch
+			return
 		}
 		size = len(r.buf)
 	}
@@ -108,11 +98,9 @@ func (r *reader) fill() error {
 		r.last = 0
 	}
 	n, err := r.src.Read(r.buf[r.end:])
-	r.end, r.last = r.end+n, r.last+n
-	if n > 0 {
-		return nil
+	if r.end, r.last = r.end+n, r.last+n; n == 0 {
+		r.err = err
 	}
-	return err
 }
 
 // move has the buffer begin with the current request, and be of another size if need be.
@@ -128,7 +116,7 @@ func (r *reader) move(rest []byte, size int) {
 		from := cap(rest) - cap(arg)
 		r.args[i] = r.buf[from : from+len(arg)]
 	}
-	r.start, r.next, r.end, r.need = 0, r.next-r.start, len(rest), 0
+	r.start, r.next, r.end = 0, r.next-r.start, len(rest)
 }
 
 // grant counts a buffer and so many arguments against the budget, and reports whether there is room for them.
@@ -144,32 +132,34 @@ func (r *reader) grant(size, args int) bool {
 	return true
 }
 
-// read returns the next request's arguments, or none if more must be read first.
-func (r *reader) read() ([][]byte, error) {
-	for ok := true; ok && r.next < r.end && r.broken == nil; {
+// read returns the next request's arguments, or none after the last.
+func (r *reader) read() [][]byte {
+	for r.err == nil {
+		r.start, r.args = r.next, r.args[:0]
 		switch {
-		case r.left > 0:
-			ok = r.readBulk()
+		case r.next == r.end:
+			r.fill(0)
+		case r.readGet():
 		case r.buf[r.next] == '*':
-			ok = r.readGet() || r.readCount()
+			r.readArray()
 		default:
-			ok = r.readInline()
+			line := bytes.TrimSuffix(r.readLine('\n', 0, "inline request"), []byte("\r"))
+			if r.err == nil {
+				r.args, r.err = splitWords(r.args, line)
+			}
 		}
-		if !ok || r.left > 0 {
-			continue
-		}
-		if r.start = r.next; !r.grant(len(r.buf), len(r.args)) {
-			r.broken = errTooMuch
-		} else if len(r.args) > 0 {
-			return r.args, nil
+		switch {
+		case len(r.args) == 0 || r.err != nil:
+		case r.grant(len(r.buf), len(r.args)):
+			return r.args
+		default:
+			r.err = errTooMuch
 		}
 	}
-	return nil, r.broken
+	return nil
 }
 
-// The following parse a part of a request. They report whether it was there and right.
-
-// readGet parses a whole GET of a common form, which is quicker than its parts.
+// readGet parses a whole GET of a common form, if there is one. readArray would take longer.
 func (r *reader) readGet() bool {
 	const head = "*2\r\n$3\r\nGET\r\n$"
 	b, i, n := r.buf[r.next:r.end], len(head), 0
@@ -182,87 +172,74 @@ func (r *reader) readGet() bool {
 	if n == 0 || i+2+n+2 > len(b) || b[i] != '\r' {
 		return false
 	}
-	r.args = append(r.args[:0], b[8:11], b[i+2:i+2+n])
+	r.args = append(r.args, b[8:11], b[i+2:i+2+n])
 	r.next += i + 2 + n + 2
 	return true
 }
 
-func (r *reader) readCount() bool {
-	n, ok := r.readLength('*', "mbulk count string", "multibulk length")
+func (r *reader) readArray() {
+	left := r.readLength('*', "mbulk count string", "multibulk length")
 	switch {
-	case !ok:
-	case n > 10 && r.strict:
-		r.broken = protocolError("unauthenticated multibulk length")
-	case n > maxRequest/len("$0\r\n\r\n"):
-		r.broken = errTooLarge
-	default:
-		r.args, r.left = r.args[:0], max(n, 0)
-		return true
+	case left > 10 && r.strict:
+		r.err = protocolError("unauthenticated multibulk length")
+	case left > maxRequest/len("$0\r\n\r\n"):
+		r.err = errTooLarge
 	}
-	return false
-}
-
-func (r *reader) readBulk() bool {
-	header := r.next
-	n, ok := r.readLength('$', "bulk count string", "bulk length")
-	from, to := r.next, r.next+n
-	switch {
-	case !ok:
-	case n < 0 || n > 512<<20:
-		r.broken = protocolError("invalid bulk length")
-	case to-r.start > maxRequest:
-		r.broken = errTooLarge
-	case n > 16384 && r.strict:
-		r.broken = protocolError("unauthenticated bulk length")
-	case to+2 > r.end:
-		r.next, r.need = header, to+2-r.start // the length is parsed again when more has come
-	default:
-		r.args = append(r.args, r.buf[from:to])
-		r.next, r.left = to+2, r.left-1 // whatever the terminator is: Redis does not look either
-		return true
+	for ; left > 0 && r.err == nil; left-- {
+		n := r.readLength('$', "bulk count string", "bulk length")
+		switch {
+		case r.err != nil:
+		case n < 0 || n > 512<<20:
+			r.err = protocolError("invalid bulk length")
+		case r.next-r.start+n > maxRequest:
+			r.err = errTooLarge
+		case n > 16384 && r.strict:
+			r.err = protocolError("unauthenticated bulk length")
+		}
+		for r.err == nil && r.next+n+2 > r.end {
+			r.fill(r.next - r.start + n + 2)
+		}
+		if r.err == nil {
+			r.args = append(r.args, r.buf[r.next:r.next+n])
+			r.next += n + 2 // whatever the terminator is: Redis does not look either
+		}
 	}
-	return false
-}
-
-func (r *reader) readInline() bool {
-	line := r.readLine('\n', 0, "inline request")
-	if line != nil {
-		r.args, r.broken = splitWords(r.args[:0], bytes.TrimSuffix(line, []byte("\r")))
-	}
-	return line != nil && r.broken == nil
 }
 
 // readLength parses a line of a marker and a number; a negative one is -1.
-func (r *reader) readLength(marker byte, what, number string) (n int, ok bool) {
+func (r *reader) readLength(marker byte, what, number string) int {
 	line := r.readLine('\r', 1, what)
-	if line == nil {
-		return 0, false
+	if r.err != nil {
+		return 0
 	}
 	if first := line[:1]; first[0] != marker { // it may be the line's end
-		r.broken = protocolError("expected '$', got '" + string(first) + "'")
-		return 0, false
+		r.err = protocolError("expected '$', got '" + string(first) + "'")
+		return 0
 	}
-	v, ok := parseInt(line[1:])
-	if !ok || v > math.MaxInt32 {
-		r.broken = protocolError("invalid " + number)
-		return 0, false
+	n, ok := parseInt(line[1:])
+	if !ok || n > math.MaxInt32 {
+		r.err = protocolError("invalid " + number)
+		return 0
 	}
-	return int(max(v, -1)), true
+	return int(max(n, -1))
 }
 
-// readLine returns a line without its end and the bytes after that, or nil if there is more to come.
-func (r *reader) readLine(end byte, after int, what string) []byte {
-	rest := r.buf[r.next:r.end]
-	n := bytes.IndexByte(rest, end)
-	if n >= 0 && bytes.IndexByte(rest[:n], 0) >= 0 {
-		n = -1 // as for C's strchr
-	}
-	switch {
-	case n > maxInline || n < 0 && len(rest) > maxInline:
-		r.broken = protocolError("too big " + what)
-	case n >= 0 && n+after < len(rest):
-		r.next += n + 1 + after
-		return rest[:n]
+// readLine returns a line without its end. After that comes so much more.
+func (r *reader) readLine(end byte, more int, what string) []byte {
+	for ; r.err == nil; r.fill(0) {
+		rest := r.buf[r.next:r.end]
+		n := bytes.IndexByte(rest, end)
+		if n >= 0 && bytes.IndexByte(rest[:n], 0) >= 0 {
+			n = -1 // as for C's strchr
+		}
+		switch {
+		case n > maxInline || n < 0 && len(rest) > maxInline:
+			r.err = protocolError("too big " + what)
+			return nil
+		case n >= 0 && n+more < len(rest):
+			r.next += n + 1 + more
+			return rest[:n]
+		}
 	}
 	return nil
 }
@@ -304,26 +281,17 @@ func cutWord(line []byte) (word, rest []byte, ok bool) {
 		case quote == '\'' && bytes.HasPrefix(line, []byte(`\'`)):
 			word, line = append(word, '\''), line[1:]
 		case quote == '"' && ch == '\\' && len(line) > 1:
-			b, n := unescape(line[1:])
-			word, line = append(word, b), line[n:]
+			seq := string(line[:min(len(`\x00`), len(line))])
+			code, _, tail, err := strconv.UnquoteChar(seq, 0)
+			if err != nil || strings.IndexByte("nrtbax", seq[1]) < 0 {
+				code, tail = rune(seq[1]), seq[2:] // Redis knows no others
+			}
+			word, line = append(word, byte(code)), line[len(seq)-len(tail)-1:]
 		default:
 			word = append(word, ch)
 		}
 	}
 	return word, nil, quote == 0
-}
-
-// unescape returns what a backslash and seq stand for, and how much of seq that takes.
-func unescape(seq []byte) (b byte, n int) {
-	if len(seq) > 2 && seq[0] == 'x' {
-		if code, err := strconv.ParseUint(string(seq[1:3]), 16, 8); err == nil {
-			return byte(code), 3
-		}
-	}
-	if i := strings.IndexByte("nrtba", seq[0]); i >= 0 {
-		return "\n\r\t\b\a"[i], 1
-	}
-	return seq[0], 1
 }
 
 // A resp is the RESP front end.
@@ -366,9 +334,6 @@ type buffers struct {
 
 var spareBuffers = sync.Pool{New: func() any { return &buffers{out: make([]byte, 0, flushAt)} }}
 
-// errQuit ends a connection because the client asked for it.
-var errQuit = errors.New("quit")
-
 func newRESP(c *cache, pw *password, db int, figures func() []figure) *resp {
 	return &resp{cache: c, password: pw, db: db, figures: figures}
 }
@@ -380,61 +345,69 @@ func (s *resp) refuse(nc *conn) { io.WriteString(nc, "-ERR max number of clients
 func (s *resp) serve(nc *conn) {
 	in := reader{src: nc, buf: make([]byte, readBuffer), budget: nc.link.server.requests, strict: s.password.needed}
 	c := &client{resp: s, conn: nc, in: in, id: s.nextID.Add(1), since: time.Now(), proto: 2, few: maxAhead}
+	c.in.pause = c.pause
 	defer func() { c.in.queued = 0; c.in.grant(0, 0); nc.Close() }()
 	nc.link.readsOn = true
 	for c.err == nil {
-		c.pace()
-		if c.err = c.in.fill(); c.err == nil {
-			c.answer()
-		}
+		c.answer(c.in.read())
 	}
+	c.release()
 	if _, ok := c.err.(protocolError); ok {
 		nc.linger()
 	}
 }
 
-// pace limits the time for a request that has begun.
-func (c *client) pace() {
+// answer answers a request, or gathers a GET. Without arguments it ends the connection.
+func (c *client) answer(args [][]byte) {
+	if c.buffers == nil {
+		c.buffers, c.late = spareBuffers.Get().(*buffers), false
+	}
+	if len(args) == 2 && isGet(args[0]) && c.multi == nil && !c.in.strict {
+		if c.keys = append(c.keys, args[1]); len(c.keys) == maxAhead {
+			c.get()
+		}
+		return
+	}
+	c.get()
+	switch broken, ok := c.in.err.(protocolError); {
+	case c.err != nil:
+	case args != nil:
+		c.reply(c.execute(args))
+	default:
+		if ok {
+			c.reply(broken)
+		}
+		c.end(c.in.err)
+	}
+}
+
+// pause answers all that has been read before more is, and limits the time for a request that has begun.
+func (c *client) pause() error {
+	if c.buffers != nil {
+		c.get()
+		c.flush()
+		c.release()
+	}
 	if c.multi == nil {
 		c.in.queued = 0
 	}
-	n := c.in.end - c.in.start
-	if n == 0 {
-		c.conn.link.hurry(0)
-		return
+	limit := time.Duration(0)
+	if n := c.in.end - c.in.start; n > 0 {
+		if c.in.start > 0 || !c.conn.link.hurried {
+			c.begun = time.Now()
+		}
+		limit = max(1, time.Until(c.begun.Add(requestTime+time.Duration(n>>20)*time.Second)))
 	}
-	if c.in.start > 0 || !c.conn.link.hurried {
-		c.begun = time.Now()
-	}
-	c.conn.link.hurry(max(1, time.Until(c.begun.Add(requestTime+time.Duration(n>>20)*time.Second))))
+	c.conn.link.hurry(limit)
+	return c.err
 }
 
-// answer answers all that has been read.
-func (c *client) answer() {
-	c.buffers, c.late = spareBuffers.Get().(*buffers), false
-	for c.err == nil {
-		args, broken := c.in.read()
-		if len(args) == 2 && isGet(args[0]) && c.multi == nil && !c.in.strict {
-			if c.keys = append(c.keys, args[1]); len(c.keys) == maxAhead {
-				c.get()
-			}
-			continue
-		}
-		if c.get(); c.err != nil || args == nil && broken == nil {
-			break
-		}
-		if broken != nil {
-			c.fail("ERR " + broken.Error())
-			c.end(broken)
-		} else {
-			c.execute(args)
-		}
-	}
-	c.flush()
+// release gives the buffers back, empty.
+func (c *client) release() {
 	b := c.buffers
-	c.buffers, b.out = nil, b.out[:0]
-	if cap(b.out) <= 2*flushAt && cap(b.answers) <= 1024 {
-		spareBuffers.Put(b) // empty
+	if c.buffers = nil; b != nil && cap(b.out) <= 2*flushAt && cap(b.answers) <= 1024 {
+		b.out = b.out[:0]
+		spareBuffers.Put(b)
 	}
 }
 
@@ -444,33 +417,23 @@ func isGet(name []byte) bool {
 
 // get answers the GETs that have been gathered.
 func (c *client) get() {
-	c.look(c.keys, func(_ []answer, last bool) error { c.writeAnswers(last); return nil })
+	c.look(c.keys, func([]answer, bool) error { c.writeAnswers(); return nil })
 	clear(c.keys)
 	c.keys = c.keys[:0]
 }
 
 // look asks for keys, and has take see the answers in lots, together with whether a lot is the last. Those
 // that take does not write, or let go of, stay in c.answers. If take returns an error, that is the reply.
-func (c *client) look(keys [][]byte, take func(lot []answer, last bool) error) {
-	if len(keys) > 0 {
-		c.startWaiting()
-	}
+func (c *client) look(keys [][]byte, take func(lot []answer, last bool) error) error {
 	for len(keys) > 0 && c.err == nil {
 		lot := c.ask(keys)
 		keys = keys[len(lot):]
 		if err := take(lot, len(keys) == 0); err != nil {
 			c.letGo()
-			c.failWith(err)
-			return
+			return err
 		}
 	}
-}
-
-// startWaiting has the client's time for Redis run from now on, unless it is used up.
-func (c *client) startWaiting() {
-	if !c.late {
-		c.asked = c.resp.cache.now()
-	}
+	return nil
 }
 
 // ask adds the answers to keys, or to the first of them, to those that are to be written. It returns what it
@@ -480,6 +443,9 @@ func (c *client) ask(keys [][]byte) []answer {
 	if len(c.moment) >= n {
 		c.answers, c.moment = append(c.answers, c.moment[:n]...), c.moment[n:]
 		return c.answers[before:]
+	}
+	if !c.late {
+		c.asked = c.resp.cache.now()
 	}
 	c.answers = slices.Grow(c.answers, n)
 	answers := c.answers[before : before+n]
@@ -523,30 +489,26 @@ func (c *client) await(key [][]byte, a []answer) {
 		case <-late:
 			return
 		case <-full:
-			c.startWaiting()
-			c.resp.cache.get(new(tally), c.asked, key, a)
+			c.resp.cache.get(new(tally), c.resp.cache.now(), key, a)
 		}
 	}
 }
 
 // writeAnswers adds the answers to the replies, and lets go of them.
-func (c *client) writeAnswers(last bool) {
+func (c *client) writeAnswers() {
 	for i := range c.answers {
 		switch a := &c.answers[i]; {
 		case c.err != nil:
 		case a.err == nil:
 			write(c, a.bulk())
 		case a.err == errAbsent:
-			c.null()
+			c.reply(null{})
 		default:
-			c.failWith(a.err)
+			c.reply(a.err)
 		}
 		c.answers[i] = answer{}
 	}
 	c.letGo()
-	if !last {
-		c.startWaiting() // the client took its time, not Redis
-	}
 }
 
 // letGo lets go of the answers. Those of a transaction hold until its end.
@@ -556,18 +518,6 @@ func (c *client) letGo() {
 	if c.moment == nil {
 		c.conn.link.letGo()
 	}
-}
-
-// write adds s to the replies. However long it is, no more than a part of it is copied at a time.
-func write[S string | []byte](c *client, s S) {
-	for len(c.out)+len(s) > flushAt {
-		n := max(flushAt-len(c.out), 0)
-		c.out, s = append(c.out, s[:n]...), s[n:]
-		if c.flush(); c.err != nil {
-			return
-		}
-	}
-	c.out = append(c.out, s...)
 }
 
 // flush writes the replies, unless the connection has ended.
@@ -584,25 +534,84 @@ func (c *client) end(err error) {
 	c.err = cmp.Or(c.err, err)
 }
 
-// The following add a reply of a kind, all of them short.
+// write adds s to the replies. However long it is, no more than a part of it is copied at a time.
+func write[S string | []byte](c *client, s S) {
+	for len(c.out)+len(s) > flushAt {
+		n := max(flushAt-len(c.out), 0)
+		c.out, s = append(c.out, s[:n]...), s[n:]
+		if c.flush(); c.err != nil {
+			return
+		}
+	}
+	c.out = append(c.out, s...)
+}
 
-func (c *client) ok()                     { c.status("OK") }
-func (c *client) status(s string)         { c.line('+', s) }
-func (c *client) number(kind byte, n int) { c.line(kind, strconv.Itoa(n)) }
+// The kinds of replies, beside strings, numbers, errors, arrays, and nil for none.
+type (
+	status string
+	null   struct{}
+	text   string // for people
+	pairs  []any  // of a map
+)
 
-// fail adds an error. Its text comes in part from the client, and must remain one line.
-func (c *client) fail(s string) { c.line('-', oneLine.Replace(s)) }
+const statusOK = status("OK")
+
+// failure returns an error reply.
+func failure(format string, args ...any) error { return fmt.Errorf(format, args...) }
+
+// reply adds a reply.
+func (c *client) reply(v any) {
+	var elements []any
+	switch v := v.(type) {
+	case status:
+		c.line('+', string(v))
+	case error:
+		c.late = c.late || v == errTimeout
+		s := oneLine.Replace(v.Error()) // it may have what the client sent, or be Redis' own error reply
+		if _, broken := v.(protocolError); broken || v == errUnavailable || v == errTimeout || v == errCrowded {
+			s = "ERR " + s
+		}
+		c.line('-', s)
+	case int:
+		c.line(':', strconv.Itoa(v))
+	case null:
+		write(c, [...]string{2: "$-1\r\n", 3: "_\r\n"}[c.proto])
+	case string:
+		c.line('$', strconv.Itoa(len(v)))
+		write(c, v+"\r\n")
+	case []byte: // it is what the client sent, and not copied as a whole
+		c.line('$', strconv.Itoa(len(v)))
+		write(c, v)
+		write(c, "\r\n")
+	case text:
+		if c.proto == 2 {
+			c.reply(string(v))
+		} else {
+			c.line('=', strconv.Itoa(len("txt:"+v)))
+			write(c, "txt:"+string(v)+"\r\n")
+		}
+	case pairs:
+		if c.proto == 2 {
+			c.reply([]any(v))
+		} else {
+			c.line('%', strconv.Itoa(len(v)/2))
+			elements = v
+		}
+	case []any:
+		c.line('*', strconv.Itoa(len(v)))
+		elements = v
+	case [][]byte:
+		c.line('*', strconv.Itoa(len(v)))
+		for _, element := range v {
+			c.reply(element)
+		}
+	}
+	for _, element := range elements {
+		c.reply(element)
+	}
+}
 
 var oneLine = strings.NewReplacer("\r", " ", "\n", " ")
-
-// failWith adds the error of an answer. Redis' own error replies pass as they are.
-func (c *client) failWith(err error) {
-	c.late = c.late || err == errTimeout
-	if err == errUnavailable || err == errTimeout || err == errCrowded {
-		err = fmt.Errorf("ERR %w", err)
-	}
-	c.fail(err.Error())
-}
 
 func (c *client) line(kind byte, s string) {
 	if len(c.out) > flushAt {
@@ -611,58 +620,26 @@ func (c *client) line(kind byte, s string) {
 	c.out = append(append(append(c.out, kind), s...), "\r\n"...)
 }
 
-func bulks[S string | []byte](c *client, all ...S) {
-	for _, s := range all {
-		c.number('$', len(s))
-		write(c, s)
-		write(c, "\r\n")
-	}
-}
-
-// verbatim is a text for people.
-func (c *client) verbatim(s string) {
-	if c.proto == 2 {
-		bulks(c, s)
-		return
-	}
-	c.number('=', len("txt:"+s))
-	write(c, "txt:"+s+"\r\n")
-}
-
-// mapping begins n pairs.
-func (c *client) mapping(n int) {
-	if c.proto == 2 {
-		c.number('*', 2*n)
-	} else {
-		c.number('%', n)
-	}
-}
-
-func (c *client) null() {
-	if c.proto == 2 {
-		c.line('$', "-1")
-	} else {
-		c.line('_', "")
-	}
-}
-
 // A command has Redis' arity: how many arguments, its name among them; at least so many if negative.
 type command struct {
 	arity int
-	keys  bool                           // all arguments are keys
-	run   func(c *client, args [][]byte) // nil for those that have only subcommands
+	keys  bool    // all arguments are keys
+	run   handler // nil for those that have only subcommands
 	sub   map[string]command
 	help  string // its form, and a line about it
 }
+
+// A handler answers a command: it returns the reply, or nil if it has added that.
+type handler func(c *client, args [][]byte) any
+
+func constant(reply any) handler { return func(*client, [][]byte) any { return reply } }
 
 // commands is the table of all that is answered, by name in lower case.
 var commands map[string]command
 
 func init() {
-	emptyMap := func(c *client, _ [][]byte) { c.mapping(0) }
-	count := func(c *client, _ [][]byte) { c.number(':', len(commands)) }
-	id := func(c *client, _ [][]byte) { c.number(':', int(c.id)) }
-	disabled := command{arity: 1, run: func(c *client, _ [][]byte) { c.fail("ERR This instance has cluster support disabled") }}
+	disabled := constant(failure("ERR This instance has cluster support disabled"))
+	off := command{arity: 1, run: disabled}
 	commands = map[string]command{
 		"get":      {arity: 2, keys: true, run: (*client).getOne},
 		"mget":     {arity: -2, keys: true, run: (*client).mget},
@@ -671,178 +648,118 @@ func init() {
 		"exec":     {arity: 1, run: (*client).exec},
 		"discard":  {arity: 1, run: (*client).discard},
 		"ping":     {arity: -1, run: (*client).ping},
-		"echo":     {arity: 2, run: func(c *client, args [][]byte) { bulks(c, args[1]) }},
+		"echo":     {arity: 2, run: func(_ *client, args [][]byte) any { return args[1] }},
 		"hello":    {arity: -1, run: (*client).hello},
 		"auth":     {arity: -2, run: (*client).auth},
 		"select":   {arity: 2, run: (*client).selectDB},
-		"quit":     {arity: -1, run: func(c *client, _ [][]byte) { c.ok(); c.end(errQuit) }},
+		"quit":     {arity: -1, run: func(c *client, _ [][]byte) any { c.reply(statusOK); c.end(io.EOF); return nil }},
 		"reset":    {arity: 1, run: (*client).reset},
 		"info":     {arity: -1, run: (*client).info},
-		"cluster":  {arity: -2, run: disabled.run, sub: make(map[string]command)},
-		"readonly": disabled, "readwrite": disabled, "asking": disabled,
+		"readonly": off, "readwrite": off, "asking": off,
+		"cluster": {arity: -2, run: disabled, sub: make(map[string]command)},
 		"config": {arity: -2, sub: map[string]command{
-			"get": {arity: -3, run: emptyMap, help: "GET <pattern>\nReturn parameters matching the glob-like <pattern> and their values."},
+			"get": {arity: -3, run: constant(pairs{}), help: "GET <pattern>\nReturn parameters matching the glob-like <pattern> and their values."},
 		}},
-		"command": {arity: -1, run: (*client).commandInfo, sub: map[string]command{
-			"count":   {arity: 2, run: count, help: "COUNT\nReturn the total number of commands in this Redis server."},
-			"docs":    {arity: -2, run: emptyMap},
-			"info":    {arity: -2, run: (*client).commandInfo, help: "INFO [<command-name> ...]\nReturn details about multiple Redis commands."},
-			"list":    {arity: -2, run: (*client).commandList, help: "LIST\nReturn a list of all commands in this Redis server."},
-			"getkeys": {arity: -4, run: (*client).commandKeys, help: "GETKEYS <full-command>\nReturn the keys from a full Redis command."},
+		"command": {arity: -1, run: commandInfo, sub: map[string]command{
+			"count":   {arity: 2, run: commandCount, help: "COUNT\nReturn the total number of commands in this Redis server."},
+			"docs":    {arity: -2, run: constant(pairs{})},
+			"info":    {arity: -2, run: commandInfo, help: "INFO [<command-name> ...]\nReturn details about multiple Redis commands."},
+			"list":    {arity: -2, run: commandList, help: "LIST\nReturn a list of all commands in this Redis server."},
+			"getkeys": {arity: -4, run: commandKeys, help: "GETKEYS <full-command>\nReturn the keys from a full Redis command."},
 		}},
 		"client": {arity: -2, sub: map[string]command{
-			"id":       {arity: 2, run: id, help: "ID\nReturn the ID of the current connection."},
+			"id":       {arity: 2, run: (*client).getID, help: "ID\nReturn the ID of the current connection."},
 			"getname":  {arity: 2, run: (*client).getName, help: "GETNAME\nReturn the name of the current connection."},
 			"setname":  {arity: 3, run: (*client).setName, help: "SETNAME <name>\nAssign the name <name> to the current connection."},
 			"setinfo":  {arity: 4, run: (*client).setInfo},
 			"info":     {arity: 2, run: (*client).describe, help: "INFO\nReturn information about the current client connection."},
 			"list":     {arity: -2, run: (*client).list, help: "LIST [options ...]\nReturn information about client connections."},
-			"no-evict": {arity: 3, run: (*client).onOff, help: "NO-EVICT (ON|OFF)\nProtect current client connection from eviction."},
-			"no-touch": {arity: 3, run: (*client).onOff},
+			"no-evict": {arity: 3, run: onOff, help: "NO-EVICT (ON|OFF)\nProtect current client connection from eviction."},
+			"no-touch": {arity: 3, run: onOff},
 		}},
-	}
-	for _, name := range []string{"config", "command", "client"} {
-		commands[name].sub["help"] = command{arity: 2, run: help(name), help: "HELP\nPrints this help."}
 	}
 	for name := range strings.FieldsSeq("addslots addslotsrange bumpepoch count-failure-reports countkeysinslot delslots delslotsrange failover " +
 		"flushslots forget getkeysinslot help info keyslot links meet myid nodes replicate replicas reset saveconfig set-config-epoch setslot " +
 		"shards slaves slots") {
-		commands["cluster"].sub[name] = command{arity: -2, run: disabled.run}
+		commands["cluster"].sub[name] = command{arity: -2, run: disabled}
 	}
-}
-
-// help answers HELP of a command with what the table says about its subcommands.
-func help(name string) func(*client, [][]byte) {
-	return func(c *client, _ [][]byte) {
-		lines := []string{strings.ToUpper(name) + " <subcommand> [<arg> [value] [opt] ...]. Subcommands are:"}
-		subs := commands[name].sub
-		for _, sub := range slices.Sorted(maps.Keys(subs)) {
-			if form, about, ok := strings.Cut(subs[sub].help, "\n"); ok {
-				lines = append(lines, form, "    "+about)
+	for _, name := range []string{"config", "command", "client"} {
+		sub := commands[name].sub
+		lines := []any{status(strings.ToUpper(name) + " <subcommand> [<arg> [value] [opt] ...]. Subcommands are:")}
+		for _, key := range slices.Sorted(maps.Keys(sub)) {
+			if form, about, ok := strings.Cut(sub[key].help, "\n"); ok {
+				lines = append(lines, status(form), status("    "+about))
 			}
 		}
-		c.number('*', len(lines))
-		for _, line := range lines {
-			c.status(line)
-		}
-	}
-}
-
-// commandInfo answers COMMAND and COMMAND INFO in the form of Redis 7: name, arity, flags, first and last
-// key, step, ACL categories, tips, key specifications, subcommands.
-func (c *client) commandInfo(args [][]byte) {
-	var names []string
-	for _, arg := range args[min(len(args), 2):] {
-		names = append(names, nameOf(arg))
-	}
-	if len(names) == 0 {
-		names = slices.Sorted(maps.Keys(commands))
-	}
-	c.number('*', len(names))
-	for _, name := range names {
-		cmd, ok := commands[name]
-		if !ok {
-			c.null()
-			continue
-		}
-		flags, first, last := "*0\r\n", 0, 0
-		if cmd.keys {
-			flags, first, last = "*2\r\n+readonly\r\n+fast\r\n", 1, 1
-		}
-		if cmd.keys && cmd.arity < 0 {
-			last = -1
-		}
-		write(c, fmt.Sprintf("*10\r\n$%d\r\n%s\r\n:%d\r\n%s:%d\r\n:%d\r\n:%d\r\n*0\r\n*0\r\n*0\r\n*0\r\n",
-			len(name), name, cmd.arity, flags, first, last, first))
-	}
-}
-
-func (c *client) commandList(args [][]byte) {
-	if len(args) > 2 {
-		c.fail("ERR syntax error")
-		return
-	}
-	c.number('*', len(commands))
-	bulks(c, slices.Sorted(maps.Keys(commands))...)
-}
-
-// commandKeys answers COMMAND GETKEYS (db.c, getKeysSubcommandImpl).
-func (c *client) commandKeys(args [][]byte) {
-	switch cmd, ok := commands[nameOf(args[2])]; {
-	case !ok:
-		c.fail("ERR Invalid command specified")
-	case !cmd.keys:
-		c.fail("ERR The command has no key arguments")
-	case !cmd.takes(len(args) - 2):
-		c.fail("ERR Invalid number of arguments specified for command")
-	default:
-		c.number('*', len(args)-3)
-		bulks(c, args[3:]...)
+		sub["help"] = command{arity: 2, run: constant(append(lines, status("HELP"), status("    Prints this help.")))}
 	}
 }
 
 // takes reports whether a command takes n arguments, its name among them.
-func (cmd command) takes(n int) bool { return n == cmd.arity || cmd.arity < 0 && n >= -cmd.arity }
+func (cmd command) takes(n int) bool {
+	return cmd.run != nil && (n == cmd.arity || cmd.arity < 0 && n >= -cmd.arity)
+}
 
 // execute answers one command, or queues it in a transaction.
-func (c *client) execute(args [][]byte) {
+func (c *client) execute(args [][]byte) any {
 	if guard := word(args[0]); guard == "post" || guard == "host:" {
 		// A browser that was made to speak to a Redis (networking.c, securityWarningCommand).
 		c.end(protocolError("no reply"))
-		return
+		return nil
 	}
-	name, cmd, refusal := c.find(args)
+	name, cmd, err := find(args)
+	if err == nil && c.in.strict && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name) {
+		err = failure("NOAUTH Authentication required.")
+	}
+	t := c.multi
 	switch {
-	case refusal != "" && c.multi != nil && name == "exec":
+	case err != nil && t != nil && name == "exec":
 		c.multi = nil
-		c.fail("EXECABORT Transaction discarded because of: " + strings.TrimPrefix(refusal, "ERR "))
-	case refusal != "":
-		c.fail(refusal)
-		if c.multi != nil {
-			c.multi.broken = true
+		return failure("EXECABORT Transaction discarded because of: %s", strings.TrimPrefix(err.Error(), "ERR "))
+	case err != nil:
+		if t != nil {
+			t.broken = true
 		}
-	case c.multi != nil && !slices.Contains([]string{"exec", "discard", "multi", "quit", "reset"}, name):
-		c.status("QUEUED")
-		if c.in.queued += c.multi.add(cmd, args); !c.in.grant(len(c.in.buf), len(args)) {
-			c.in.broken = errTooMuch
-		}
-	default:
-		cmd.run(c, args)
+		return err
+	case t != nil && name == "multi":
+		return failure("ERR MULTI calls can not be nested")
+	case t == nil && (name == "exec" || name == "discard"):
+		return failure("ERR %s without MULTI", strings.ToUpper(name))
+	case t == nil || slices.Contains([]string{"exec", "discard", "quit", "reset"}, name):
+		return cmd.run(c, args)
 	}
+	return c.queue(cmd, args)
 }
 
-// find returns a command that may run, and its name, or the error reply.
-func (c *client) find(args [][]byte) (name string, cmd command, refusal string) {
+// find returns a command and its name, or what is wrong with it.
+func find(args [][]byte) (name string, cmd command, err error) {
 	name = nameOf(args[0])
-	cmd, ok := commands[name]
-	if !ok {
+	cmd, known := commands[name]
+	if !known {
 		return name, cmd, unknownCommand(args)
 	}
 	if cmd.sub != nil && len(args) > 1 {
 		sub := nameOf(args[1])
-		if cmd, ok = cmd.sub[sub]; !ok {
-			return name, cmd, fmt.Sprintf("ERR unknown subcommand '%s'. Try %s HELP.", cString(args[1], 128), strings.ToUpper(name))
+		if cmd, known = cmd.sub[sub]; !known {
+			return name, cmd, failure("ERR unknown subcommand '%s'. Try %s HELP.", cString(args[1], 128), strings.ToUpper(name))
 		}
 		name += "|" + sub
 	}
-	switch {
-	case cmd.run == nil || !cmd.takes(len(args)):
-		refusal = "ERR wrong number of arguments for '" + name + "' command"
-	case c.in.strict && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name):
-		refusal = "NOAUTH Authentication required."
+	if !cmd.takes(len(args)) {
+		err = failure("ERR wrong number of arguments for '%s' command", name)
 	}
-	return name, cmd, refusal
+	return name, cmd, err
 }
 
 // unknownCommand has Redis' words: as much of the arguments as fits 128 bytes (server.c).
-func unknownCommand(args [][]byte) string {
-	var list strings.Builder
+func unknownCommand(args [][]byte) error {
+	list := ""
 	for _, arg := range args[1:] {
-		if list.Len() < 128 {
-			list.WriteString("'" + cString(arg, 128-list.Len()) + "' ")
+		if len(list) < 128 {
+			list += "'" + cString(arg, 128-len(list)) + "' "
 		}
 	}
-	return "ERR unknown command '" + cString(args[0], 128) + "', with args beginning with: " + list.String()
+	return failure("ERR unknown command '%s', with args beginning with: %s", cString(args[0], 128), list)
 }
 
 // cString is what C's %.*s prints of b.
@@ -866,17 +783,18 @@ func word(b []byte) string   { return lower(cString(b, maxWord)) }
 func nameOf(b []byte) string { return lower(string(b[:min(len(b), maxWord)])) }
 
 // getOne answers a GET of a transaction.
-func (c *client) getOne(args [][]byte) {
+func (c *client) getOne(args [][]byte) any {
 	c.keys = append(c.keys, args[1])
 	c.get()
+	return nil
 }
 
 // mget answers MGET as Redis does: with null for a key that holds another type, and with an error instead of
 // the array. It holds the answers back for that, until they are too large together: an error that comes
 // then is an element.
-func (c *client) mget(args [][]byte) {
+func (c *client) mget(args [][]byte) any {
 	size, begun := 0, false
-	c.look(args[1:], func(lot []answer, last bool) error {
+	return c.look(args[1:], func(lot []answer, last bool) error {
 		for i := range lot {
 			a := &lot[i]
 			size += len(a.data) + answerSize
@@ -889,19 +807,19 @@ func (c *client) mget(args [][]byte) {
 		}
 		if last || len(lot) == 0 || size >= aheadBytes {
 			if !begun {
-				c.number('*', len(args)-1)
+				c.line('*', strconv.Itoa(len(args)-1))
 			}
 			begun = true
-			c.writeAnswers(last)
+			c.writeAnswers()
 		}
 		return nil
 	})
 }
 
 // exists counts the keys that Redis has, of whatever type.
-func (c *client) exists(args [][]byte) {
+func (c *client) exists(args [][]byte) any {
 	n := 0
-	c.look(args[1:], func(lot []answer, last bool) error {
+	err := c.look(args[1:], func(lot []answer, _ bool) error {
 		for i := range lot {
 			if err := lot[i].err; err == nil || errors.Is(err, errWrongType) {
 				n++
@@ -909,299 +827,310 @@ func (c *client) exists(args [][]byte) {
 				return err
 			}
 		}
-		if c.letGo(); last {
-			c.number(':', n)
-		}
+		c.letGo()
 		return nil
 	})
+	return cmp.Or[any](err, n)
 }
 
 // A transaction is what a client has queued since MULTI.
 type transaction struct {
-	run    []func(c *client)
+	run    []func() any
 	keys   [][]byte // of all GET, MGET and EXISTS, in their order
 	broken bool     // a command was refused: EXEC discards the transaction
 }
 
-// add queues a copy of a command, and returns what it costs.
-func (t *transaction) add(cmd command, args [][]byte) (size int) {
+func (c *client) begin([][]byte) any {
+	c.multi, c.in.queued = new(transaction), 0
+	return statusOK
+}
+
+func (c *client) discard([][]byte) any {
+	c.multi = nil
+	return statusOK
+}
+
+// queue adds a copy of a command to the transaction.
+func (c *client) queue(cmd command, args [][]byte) any {
 	own := make([][]byte, len(args))
 	for i, arg := range args {
 		own[i] = bytes.Clone(arg)
-		size += len(arg) + 2*argSize
+		c.in.queued += len(arg) + 2*argSize
 	}
-	t.run = append(t.run, func(c *client) { cmd.run(c, own) })
+	if !c.in.grant(len(c.in.buf), len(args)) {
+		c.in.err = errTooMuch
+	}
+	c.multi.run = append(c.multi.run, func() any { return cmd.run(c, own) })
 	if cmd.keys {
-		t.keys = append(t.keys, own[1:]...)
+		c.multi.keys = append(c.multi.keys, own[1:]...)
 	}
-	return size
-}
-
-func (c *client) begin([][]byte) {
-	if c.multi != nil {
-		c.fail("ERR MULTI calls can not be nested")
-		return
-	}
-	c.multi, c.in.queued = new(transaction), 0
-	c.ok()
-}
-
-func (c *client) discard([][]byte) {
-	if c.multi == nil {
-		c.fail("ERR DISCARD without MULTI")
-		return
-	}
-	c.multi = nil
-	c.ok()
+	return status("QUEUED")
 }
 
 // exec answers all that is queued, from one moment of the cache: first what it lacks is fetched, then all
 // keys are looked up at once. What is too large together for that is answered as it comes.
-func (c *client) exec([][]byte) {
+func (c *client) exec([][]byte) any {
 	t := c.multi
-	c.multi = nil
-	switch {
-	case t == nil:
-		c.fail("ERR EXEC without MULTI")
-		return
-	case t.broken:
-		c.fail("EXECABORT Transaction discarded because of previous errors.")
-		return
+	if c.multi = nil; t.broken {
+		return failure("EXECABORT Transaction discarded because of previous errors.")
 	}
-	if n := len(t.keys); n > 0 {
-		c.startWaiting()
-		if answers := c.ask(t.keys); len(answers) == n {
+	if len(t.keys) > 0 {
+		if answers := c.ask(t.keys); len(answers) == len(t.keys) {
 			c.resp.cache.again(t.keys, answers)
 			c.moment = slices.Clone(answers)
 		}
 		c.letGo()
 	}
-	c.number('*', len(t.run))
+	c.line('*', strconv.Itoa(len(t.run)))
 	for _, run := range t.run {
 		if c.err == nil {
-			run(c)
+			c.reply(run())
 		}
 	}
 	c.moment = nil
 	c.letGo()
+	return nil
 }
 
-func (c *client) ping(args [][]byte) {
+func (c *client) ping(args [][]byte) any {
 	switch len(args) {
 	case 1:
-		c.status("PONG")
+		return status("PONG")
 	case 2:
-		bulks(c, args[1])
-	default:
-		c.fail("ERR wrong number of arguments for 'ping' command")
+		return args[1]
 	}
+	return failure("ERR wrong number of arguments for 'ping' command")
 }
 
 // hello switches the protocol (networking.c, helloCommand).
-func (c *client) hello(args [][]byte) {
+func (c *client) hello(args [][]byte) any {
 	proto := c.proto
 	if len(args) > 1 {
-		n, ok := parseInt(args[1])
-		if !ok {
-			c.fail("ERR Protocol version is not an integer or out of range")
-			return
+		n, isNumber := parseInt(args[1])
+		if !isNumber {
+			return failure("ERR Protocol version is not an integer or out of range")
 		}
 		if n != 2 && n != 3 {
-			c.fail("NOPROTO unsupported protocol version")
-			return
+			return failure("NOPROTO unsupported protocol version")
 		}
 		proto = int(n)
 	}
 	for rest := args[min(len(args), 2):]; len(rest) > 0; {
+		var err error
 		switch opt := word(rest[0]); {
 		case opt == "auth" && len(rest) > 2:
-			if !c.login(rest[1], rest[2]) { // at once, whatever is wrong with what follows
-				return
-			}
+			err = c.login(rest[1], rest[2]) // at once, whatever is wrong with what follows
 			rest = rest[3:]
 		case opt == "setname" && len(rest) > 1:
-			if !c.note(&c.name, "Client names", rest[1]) {
-				return
-			}
+			err = note(&c.name, "Client names", rest[1])
 			rest = rest[2:]
 		default:
-			c.fail("ERR Syntax error in HELLO option '" + cString(rest[0], maxInline) + "'")
-			return
+			err = failure("ERR Syntax error in HELLO option '%s'", cString(rest[0], maxInline))
+		}
+		if err != nil {
+			return err
 		}
 	}
 	if c.in.strict {
-		c.fail("NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO AUTH <user> <pass> option can be used to " +
-			"authenticate the client and select the RESP protocol version at the same time")
-		return
+		return failure("NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO AUTH <user> <pass> " +
+			"option can be used to authenticate the client and select the RESP protocol version at the same time")
 	}
 	c.proto = proto
-	c.mapping(7)
-	bulks(c, "server", "redis", "version", redisVersion, "proto")
-	c.number(':', proto)
-	bulks(c, "id")
-	c.number(':', int(c.id))
-	bulks(c, "mode", "standalone", "role", "master", "modules")
-	c.number('*', 0)
+	return pairs{"server", "redis", "version", redisVersion, "proto", proto, "id", int(c.id),
+		"mode", "standalone", "role", "master", "modules", []any{}}
 }
 
-// login authenticates the client, or says why not. There is one user, the default one; without a password for
-// it, any is right.
-func (c *client) login(user, password []byte) bool {
+// login authenticates the client. There is one user, the default one; without a password for it, any is right.
+func (c *client) login(user, password []byte) error {
 	pw := c.resp.password
 	known := string(user) == "default"
 	if !known {
 		pw.denied.Add(1)
 	}
 	if !known || pw.needed && !pw.matches(password) {
-		c.fail("WRONGPASS invalid username-password pair or user is disabled.")
-		return false
+		return failure("WRONGPASS invalid username-password pair or user is disabled.")
 	}
 	c.in.strict = false
-	return true
+	return nil
 }
 
-func (c *client) auth(args [][]byte) {
+func (c *client) auth(args [][]byte) any {
 	user := []byte("default")
-	if len(args) == 3 {
-		user = args[1]
-	}
 	switch {
 	case len(args) > 3:
-		c.fail("ERR syntax error")
-	case len(args) == 2 && !c.resp.password.needed:
-		c.fail("ERR AUTH <password> called without any password configured for the default user. Are you sure your configuration is correct?")
-	case c.login(user, args[len(args)-1]):
-		c.ok()
+		return errSyntax
+	case len(args) == 3:
+		user = args[1]
+	case !c.resp.password.needed:
+		return failure("ERR AUTH <password> called without any password configured for the default user. " +
+			"Are you sure your configuration is correct?")
 	}
+	return cmp.Or[any](c.login(user, args[len(args)-1]), statusOK)
 }
 
-func (c *client) selectDB(args [][]byte) {
-	switch n, ok := parseInt(args[1]); {
-	case !ok:
-		c.fail("ERR value is not an integer or out of range")
+var errSyntax = failure("ERR syntax error")
+
+func (c *client) selectDB(args [][]byte) any {
+	switch n, isNumber := parseInt(args[1]); {
+	case !isNumber:
+		return failure("ERR value is not an integer or out of range")
 	case n != int64(int32(n)):
-		c.fail("ERR value is out of range, value must between -2147483648 and 2147483647")
+		return failure("ERR value is out of range, value must between -2147483648 and 2147483647")
 	case n != 0 && n != int64(c.resp.db):
-		c.fail("ERR DB index is out of range")
-	default:
-		c.ok()
+		return failure("ERR DB index is out of range")
 	}
+	return statusOK
 }
 
-func (c *client) reset([][]byte) {
+func (c *client) reset([][]byte) any {
 	c.proto, c.name, c.multi, c.in.strict = 2, "", nil, c.resp.password.needed
-	c.status("RESET")
+	return status("RESET")
 }
 
-func (c *client) getName([][]byte) {
+func commandCount(*client, [][]byte) any { return len(commands) }
+
+func commandList(_ *client, args [][]byte) any {
+	if len(args) > 2 {
+		return errSyntax
+	}
+	names := []any{}
+	for _, name := range slices.Sorted(maps.Keys(commands)) {
+		names = append(names, name)
+	}
+	return names
+}
+
+// commandInfo answers COMMAND and COMMAND INFO in the form of Redis 7: name, arity, flags, first and last
+// key, step, ACL categories, tips, key specifications, subcommands.
+func commandInfo(_ *client, args [][]byte) any {
+	names := slices.Sorted(maps.Keys(commands))
+	if len(args) > 2 {
+		names = nil
+	}
+	for _, arg := range args[min(len(args), 2):] {
+		names = append(names, nameOf(arg))
+	}
+	none, all := []any{}, []any{}
+	for _, name := range names {
+		switch cmd, known := commands[name]; {
+		case !known:
+			all = append(all, null{})
+		case !cmd.keys:
+			all = append(all, []any{name, cmd.arity, none, 0, 0, 0, none, none, none, none})
+		default:
+			last := cmp.Compare(cmd.arity, 0)
+			all = append(all, []any{name, cmd.arity, []any{status("readonly"), status("fast")}, 1, last, 1, none, none, none, none})
+		}
+	}
+	return all
+}
+
+// commandKeys answers COMMAND GETKEYS (db.c, getKeysSubcommandImpl).
+func commandKeys(_ *client, args [][]byte) any {
+	switch cmd, known := commands[nameOf(args[2])]; {
+	case !known:
+		return failure("ERR Invalid command specified")
+	case !cmd.keys:
+		return failure("ERR The command has no key arguments")
+	case !cmd.takes(len(args) - 2):
+		return failure("ERR Invalid number of arguments specified for command")
+	}
+	return args[3:]
+}
+
+func (c *client) getID([][]byte) any { return int(c.id) }
+
+func (c *client) getName([][]byte) any {
 	if c.name == "" {
-		c.null()
-	} else {
-		bulks(c, c.name)
+		return null{}
 	}
+	return c.name
 }
 
-func (c *client) setName(args [][]byte) {
-	if c.note(&c.name, "Client names", args[2]) {
-		c.ok()
-	}
+func (c *client) setName(args [][]byte) any {
+	return cmp.Or[any](note(&c.name, "Client names", args[2]), statusOK)
 }
 
-func (c *client) setInfo(args [][]byte) {
+func (c *client) setInfo(args [][]byte) any {
 	attr := word(args[2])
-	if i := slices.Index([]string{"lib-name", "lib-ver"}, attr); i < 0 {
-		c.fail("ERR Unrecognized option '" + cString(args[2], maxInline) + "'")
-	} else if c.note(&c.library[i], attr, args[3]) {
-		c.ok()
+	if i := slices.Index([]string{"lib-name", "lib-ver"}, attr); i >= 0 {
+		return cmp.Or[any](note(&c.library[i], attr, args[3]), statusOK)
 	}
+	return failure("ERR Unrecognized option '%s'", cString(args[2], maxInline))
 }
 
-// note sets what a client says about itself, or says why not: it must be able to stand in CLIENT LIST.
-func (c *client) note(field *string, what string, value []byte) bool {
-	switch {
-	case len(value) > maxName:
-		c.fail(fmt.Sprintf("ERR %s cannot be longer than %d bytes.", what, maxName))
-	case bytes.ContainsFunc(value, func(r rune) bool { return r < '!' || r > '~' }):
-		c.fail("ERR " + what + " cannot contain spaces, newlines or special characters.")
-	default:
-		*field = string(value)
-		return true
+// note sets what a client says about itself. That must be able to stand in CLIENT LIST.
+func note(field *string, what string, value []byte) error {
+	if len(value) > maxName {
+		return failure("ERR %s cannot be longer than %d bytes.", what, maxName)
 	}
-	return false
+	if bytes.ContainsFunc(value, func(r rune) bool { return r < '!' || r > '~' }) {
+		return failure("ERR %s cannot contain spaces, newlines or special characters.", what)
+	}
+	*field = string(value)
+	return nil
 }
 
 // onOff accepts a switch that has no meaning here.
-func (c *client) onOff(args [][]byte) {
-	if s := word(args[2]); s == "on" || s == "off" {
-		c.ok()
-	} else {
-		c.fail("ERR syntax error")
+func onOff(_ *client, args [][]byte) any {
+	if s := word(args[2]); s != "on" && s != "off" {
+		return errSyntax
 	}
+	return statusOK
 }
 
 // describe answers CLIENT INFO.
-func (c *client) describe([][]byte) {
-	c.verbatim(fmt.Sprintf("id=%d addr=%s laddr=%s fd=0 name=%s age=%d idle=0 flags=N db=0 sub=0 psub=0 ssub=0 multi=-1 qbuf=0 qbuf-free=0 "+
+func (c *client) describe([][]byte) any {
+	return text(fmt.Sprintf("id=%d addr=%s laddr=%s fd=0 name=%s age=%d idle=0 flags=N db=0 sub=0 psub=0 ssub=0 multi=-1 qbuf=0 qbuf-free=0 "+
 		"argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=0 tot-mem=0 events=r cmd=client user=default redir=-1 resp=%d lib-name=%s lib-ver=%s\n",
 		c.id, c.conn.RemoteAddr(), c.conn.LocalAddr(), c.name, time.Since(c.since)/time.Second, c.proto, c.library[0], c.library[1]))
 }
 
 // list answers CLIENT LIST: a client is told of nobody but itself, and once.
-func (c *client) list(args [][]byte) {
-	listed, option := len(args) == 2, ""
-	if len(args) > 3 {
-		option = word(args[2])
-	}
-	switch {
-	case listed:
+func (c *client) list(args [][]byte) any {
+	listed := any(text(""))
+	switch option := word(args[min(2, len(args)-1)]); {
+	case len(args) == 2:
+		return c.describe(nil)
 	case option == "type" && len(args) == 4:
-		kind := word(args[3])
-		if !slices.Contains([]string{"normal", "master", "replica", "slave", "pubsub"}, kind) {
-			c.fail("ERR Unknown client type '" + cString(args[3], maxInline) + "'")
-			return
+		switch word(args[3]) {
+		case "normal":
+			return c.describe(nil)
+		case "master", "replica", "slave", "pubsub":
+			return listed
 		}
-		listed = kind == "normal"
-	case option == "id":
+		return failure("ERR Unknown client type '%s'", cString(args[3], maxInline))
+	case option == "id" && len(args) > 3:
 		for _, arg := range args[3:] {
-			id, ok := parseInt(arg)
-			if !ok {
-				c.fail("ERR Invalid client ID")
-				return
+			if id, isNumber := parseInt(arg); !isNumber {
+				return failure("ERR Invalid client ID")
+			} else if id == c.id {
+				listed = c.describe(nil)
 			}
-			listed = listed || id == c.id
 		}
-	default:
-		c.fail("ERR syntax error")
-		return
+		return listed
 	}
-	if listed {
-		c.describe(args)
-	} else {
-		c.verbatim("")
-	}
+	return errSyntax
 }
 
 // info answers INFO with the sections that were asked for, in the order in which they first appear.
-func (c *client) info(args [][]byte) {
+func (c *client) info(args [][]byte) any {
 	asked := make(map[string]bool)
 	for _, arg := range args[1:] {
 		asked[word(arg)] = true
 	}
 	all := len(args) == 1 || asked["all"] || asked["default"] || asked["everything"]
-	var order []string
-	text := make(map[string]string) // of each section
+	var sections []string // each is its name first
 	for _, f := range c.resp.figures() {
 		if f.name == "" || !all && !asked[lower(f.section)] {
 			continue
 		}
-		if text[f.section] == "" {
-			order = append(order, f.section)
-			text[f.section] = "# " + f.section + "\r\n"
+		head := "# " + f.section + "\r\n"
+		i := slices.IndexFunc(sections, func(s string) bool { return strings.HasPrefix(s, head) })
+		if i < 0 {
+			i, sections = len(sections), append(sections, head)
 		}
-		text[f.section] += fmt.Sprintf("%s:%v\r\n", f.name, f.value)
+		sections[i] += fmt.Sprintf("%s:%v\r\n", f.name, f.value)
 	}
-	for i, section := range order {
-		order[i] = text[section]
-	}
-	c.verbatim(strings.Join(order, "\r\n"))
+	return text(strings.Join(sections, "\r\n"))
 }
