@@ -53,15 +53,15 @@ const (
 type reader struct {
 	src    io.Reader
 	pause  func() error // is called before src is read; what read has returned is invalid afterwards
-	buf    []byte       // what has been read and not consumed is buf[start:end]
+	buf    []byte       // buf[start:end] has been read and not consumed
 	start  int          // of the current request
 	next   int          // where parsing goes on
-	end    int          // of what has been read
-	last   int          // how much was read since a read last left room in buf
-	args   [][]byte     // of the current request; each is a part of buf, and its capacity reaches to the end of buf
-	strict bool         // the client has not authenticated: it may send only short requests
-	wide   bool         // the client's requests wait for Redis
-	err    error        // nothing more is read
+	end    int
+	last   int      // how much was read since a read last left room in buf
+	args   [][]byte // of the current request; each is a part of buf, and its capacity reaches to the end of buf
+	strict bool     // the client has not authenticated: it may send only short requests
+	wide   bool     // the client's requests wait for Redis
+	err    error    // nothing more is read
 	budget *budget
 	held   int // of the budget
 	queued int // bytes of the transaction that the client has begun
@@ -72,15 +72,14 @@ func (r *reader) fill(need int) {
 	if r.err = r.pause(); r.err != nil {
 		return
 	}
-	rest, size, full, most := r.buf[r.start:r.end], len(r.buf), r.end == len(r.buf), pipelineBuffer
-	if r.wide {
-		most = wideBuffer
-	}
+	rest, size, full := r.buf[r.start:r.end], len(r.buf), r.end == len(r.buf)
 	switch {
 	case full && len(rest) == size && size >= pipelineBuffer:
 		size = min(max(need, size+size/2), 2*size+readBuffer)
-	case full && size <= most:
-		size = min(8*size, most)
+	case full && size <= wideBuffer && r.wide:
+		size = min(8*size, wideBuffer)
+	case full && size <= pipelineBuffer:
+		size = pipelineBuffer
 	case len(rest) <= readBuffer/2 && (r.last < readBuffer || size > pipelineBuffer):
 		size = readBuffer
 	}
@@ -106,10 +105,7 @@ func (r *reader) fill(need int) {
 // move has the buffer begin with the current request, and be of another size if need be.
 func (r *reader) move(rest []byte, size int) {
 	if size != len(r.buf) || cap(r.args) > len(r.args)+pipelineBuffer/argSize {
-		r.args = append([][]byte(nil), r.args...) // behind its end may be parts of the old buffer
-	}
-	if size != len(r.buf) {
-		r.buf = make([]byte, size)
+		r.buf, r.args = make([]byte, size), append([][]byte(nil), r.args...)
 	}
 	copy(r.buf, rest)
 	for i, arg := range r.args {
@@ -139,7 +135,6 @@ func (r *reader) read() [][]byte {
 		switch {
 		case r.next == r.end:
 			r.fill(0)
-		case r.readGet():
 		case r.buf[r.next] == '*':
 			r.readArray()
 		default:
@@ -148,33 +143,14 @@ func (r *reader) read() [][]byte {
 				r.args, r.err = splitWords(r.args, line)
 			}
 		}
-		switch {
-		case len(r.args) == 0 || r.err != nil:
-		case r.grant(len(r.buf), len(r.args)):
-			return r.args
-		default:
+		if len(r.args) > 0 && r.err == nil {
+			if r.grant(len(r.buf), len(r.args)) {
+				return r.args
+			}
 			r.err = errTooMuch
 		}
 	}
 	return nil
-}
-
-// readGet parses a whole GET of a common form, if there is one. readArray would take longer.
-func (r *reader) readGet() bool {
-	const head = "*2\r\n$3\r\nGET\r\n$"
-	b, i, n := r.buf[r.next:r.end], len(head), 0
-	if len(b) <= i || string(b[:8]) != head[:8] || !isGet(b[8:11]) || string(b[11:i]) != head[11:] || b[i] == '0' {
-		return false
-	}
-	for ; i < len(b) && n < 1000 && '0' <= b[i] && b[i] <= '9'; i++ {
-		n = n*10 + int(b[i]-'0')
-	}
-	if n == 0 || i+2+n+2 > len(b) || b[i] != '\r' {
-		return false
-	}
-	r.args = append(r.args, b[8:11], b[i+2:i+2+n])
-	r.next += i + 2 + n + 2
-	return true
 }
 
 func (r *reader) readArray() {
@@ -208,6 +184,15 @@ func (r *reader) readArray() {
 
 // readLength parses a line of a marker and a number; a negative one is -1.
 func (r *reader) readLength(marker byte, what, number string) int {
+	n, rest := 0, r.buf[r.next:r.end]
+	for i := 1; i < len(rest)-1 && i < 10 && rest[0] == marker; i++ { // the most common ones, quickly
+		if digit := int(rest[i]) - '0'; 0 <= digit && digit <= 9 && (n > 0 || i == 1) {
+			n = 10*n + digit
+		} else if rest[i] == '\r' && i > 1 {
+			r.next += i + 2
+			return n
+		}
+	}
 	line := r.readLine('\r', 1, what)
 	if r.err != nil {
 		return 0
@@ -216,12 +201,12 @@ func (r *reader) readLength(marker byte, what, number string) int {
 		r.err = protocolError("expected '$', got '" + string(first) + "'")
 		return 0
 	}
-	n, ok := parseInt(line[1:])
-	if !ok || n > math.MaxInt32 {
+	v, ok := parseInt(line[1:])
+	if !ok || v > math.MaxInt32 {
 		r.err = protocolError("invalid " + number)
 		return 0
 	}
-	return int(max(n, -1))
+	return int(max(v, -1))
 }
 
 // readLine returns a line without its end. After that comes so much more.
@@ -388,9 +373,6 @@ func (c *client) pause() error {
 		c.flush()
 		c.release()
 	}
-	if c.multi == nil {
-		c.in.queued = 0
-	}
 	limit := time.Duration(0)
 	if n := c.in.end - c.in.start; n > 0 {
 		if c.in.start > 0 || !c.conn.link.hurried {
@@ -417,7 +399,7 @@ func isGet(name []byte) bool {
 
 // get answers the GETs that have been gathered.
 func (c *client) get() {
-	c.look(c.keys, func([]answer, bool) error { c.writeAnswers(); return nil })
+	c.look(c.keys, c.writeAnswers)
 	clear(c.keys)
 	c.keys = c.keys[:0]
 }
@@ -495,7 +477,7 @@ func (c *client) await(key [][]byte, a []answer) {
 }
 
 // writeAnswers adds the answers to the replies, and lets go of them.
-func (c *client) writeAnswers() {
+func (c *client) writeAnswers([]answer, bool) error {
 	for i := range c.answers {
 		switch a := &c.answers[i]; {
 		case c.err != nil:
@@ -506,9 +488,9 @@ func (c *client) writeAnswers() {
 		default:
 			c.reply(a.err)
 		}
-		c.answers[i] = answer{}
 	}
 	c.letGo()
+	return nil
 }
 
 // letGo lets go of the answers. Those of a transaction hold until its end.
@@ -555,6 +537,8 @@ type (
 )
 
 const statusOK = status("OK")
+
+var errSyntax = failure("ERR syntax error")
 
 // failure returns an error reply.
 func failure(format string, args ...any) error { return fmt.Errorf(format, args...) }
@@ -714,7 +698,7 @@ func (c *client) execute(args [][]byte) any {
 	t := c.multi
 	switch {
 	case err != nil && t != nil && name == "exec":
-		c.multi = nil
+		c.multi, c.in.queued = nil, 0
 		return failure("EXECABORT Transaction discarded because of: %s", strings.TrimPrefix(err.Error(), "ERR "))
 	case err != nil:
 		if t != nil {
@@ -768,26 +752,21 @@ func cString(b []byte, limit int) string {
 	return string(b[:min(len(b), limit)])
 }
 
-// lower is s as C's tolower has it: only ASCII has cases.
-func lower(s string) string {
+// nameOf returns a command's name. As for C's tolower, only ASCII has cases.
+func nameOf(b []byte) string {
 	return strings.Map(func(r rune) rune {
 		if 'A' <= r && r <= 'Z' {
 			r += 'a' - 'A'
 		}
 		return r
-	}, s)
+	}, string(b[:min(len(b), maxWord)]))
 }
 
-// word is an option as strcasecmp reads it, nameOf a command's name.
-func word(b []byte) string   { return lower(cString(b, maxWord)) }
-func nameOf(b []byte) string { return lower(string(b[:min(len(b), maxWord)])) }
+// word returns an option, which ends at a zero byte as for strcasecmp.
+func word(b []byte) string { return nameOf([]byte(cString(b, maxWord))) }
 
 // getOne answers a GET of a transaction.
-func (c *client) getOne(args [][]byte) any {
-	c.keys = append(c.keys, args[1])
-	c.get()
-	return nil
-}
+func (c *client) getOne(args [][]byte) any { return c.look(args[1:], c.writeAnswers) }
 
 // mget answers MGET as Redis does: with null for a key that holds another type, and with an error instead of
 // the array. It holds the answers back for that, until they are too large together: an error that comes
@@ -805,14 +784,14 @@ func (c *client) mget(args [][]byte) any {
 				return a.err
 			}
 		}
-		if last || len(lot) == 0 || size >= aheadBytes {
-			if !begun {
-				c.line('*', strconv.Itoa(len(args)-1))
-			}
-			begun = true
-			c.writeAnswers()
+		if !last && len(lot) > 0 && size < aheadBytes {
+			return nil
 		}
-		return nil
+		if !begun {
+			c.line('*', strconv.Itoa(len(args)-1))
+		}
+		begun = true
+		return c.writeAnswers(lot, last)
 	})
 }
 
@@ -841,12 +820,12 @@ type transaction struct {
 }
 
 func (c *client) begin([][]byte) any {
-	c.multi, c.in.queued = new(transaction), 0
+	c.multi = new(transaction)
 	return statusOK
 }
 
 func (c *client) discard([][]byte) any {
-	c.multi = nil
+	c.multi, c.in.queued = nil, 0
 	return statusOK
 }
 
@@ -871,7 +850,7 @@ func (c *client) queue(cmd command, args [][]byte) any {
 // keys are looked up at once. What is too large together for that is answered as it comes.
 func (c *client) exec([][]byte) any {
 	t := c.multi
-	if c.multi = nil; t.broken {
+	if c.multi, c.in.queued = nil, 0; t.broken {
 		return failure("EXECABORT Transaction discarded because of previous errors.")
 	}
 	if len(t.keys) > 0 {
@@ -906,14 +885,14 @@ func (c *client) ping(args [][]byte) any {
 func (c *client) hello(args [][]byte) any {
 	proto := c.proto
 	if len(args) > 1 {
-		n, isNumber := parseInt(args[1])
-		if !isNumber {
+		switch n, isNumber := parseInt(args[1]); {
+		case !isNumber:
 			return failure("ERR Protocol version is not an integer or out of range")
-		}
-		if n != 2 && n != 3 {
+		case n != 2 && n != 3:
 			return failure("NOPROTO unsupported protocol version")
+		default:
+			proto = int(n)
 		}
-		proto = int(n)
 	}
 	for rest := args[min(len(args), 2):]; len(rest) > 0; {
 		var err error
@@ -942,33 +921,28 @@ func (c *client) hello(args [][]byte) any {
 
 // login authenticates the client. There is one user, the default one; without a password for it, any is right.
 func (c *client) login(user, password []byte) error {
-	pw := c.resp.password
-	known := string(user) == "default"
-	if !known {
+	switch pw := c.resp.password; {
+	case string(user) != "default":
 		pw.denied.Add(1)
+	case !pw.needed || pw.matches(password):
+		c.in.strict = false
+		return nil
 	}
-	if !known || pw.needed && !pw.matches(password) {
-		return failure("WRONGPASS invalid username-password pair or user is disabled.")
-	}
-	c.in.strict = false
-	return nil
+	return failure("WRONGPASS invalid username-password pair or user is disabled.")
 }
 
 func (c *client) auth(args [][]byte) any {
-	user := []byte("default")
 	switch {
 	case len(args) > 3:
 		return errSyntax
-	case len(args) == 3:
-		user = args[1]
-	case !c.resp.password.needed:
+	case len(args) == 2 && !c.resp.password.needed:
 		return failure("ERR AUTH <password> called without any password configured for the default user. " +
 			"Are you sure your configuration is correct?")
+	case len(args) == 2:
+		args = [][]byte{nil, []byte("default"), args[1]}
 	}
-	return cmp.Or[any](c.login(user, args[len(args)-1]), statusOK)
+	return cmp.Or[any](c.login(args[1], args[2]), statusOK)
 }
-
-var errSyntax = failure("ERR syntax error")
 
 func (c *client) selectDB(args [][]byte) any {
 	switch n, isNumber := parseInt(args[1]); {
@@ -983,7 +957,8 @@ func (c *client) selectDB(args [][]byte) any {
 }
 
 func (c *client) reset([][]byte) any {
-	c.proto, c.name, c.multi, c.in.strict = 2, "", nil, c.resp.password.needed
+	c.proto, c.name, c.in.strict = 2, "", c.resp.password.needed
+	c.multi, c.in.queued = nil, 0
 	return status("RESET")
 }
 
@@ -1012,15 +987,16 @@ func commandInfo(_ *client, args [][]byte) any {
 	}
 	none, all := []any{}, []any{}
 	for _, name := range names {
-		switch cmd, known := commands[name]; {
-		case !known:
-			all = append(all, null{})
-		case !cmd.keys:
-			all = append(all, []any{name, cmd.arity, none, 0, 0, 0, none, none, none, none})
-		default:
-			last := cmp.Compare(cmd.arity, 0)
-			all = append(all, []any{name, cmd.arity, []any{status("readonly"), status("fast")}, 1, last, 1, none, none, none, none})
+		cmd, known := commands[name]
+		flags, step := none, 0
+		if cmd.keys {
+			flags, step = []any{status("readonly"), status("fast")}, 1
 		}
+		row := any([]any{name, cmd.arity, flags, step, step * cmp.Compare(cmd.arity, 0), step, none, none, none, none})
+		if !known {
+			row = null{}
+		}
+		all = append(all, row)
 	}
 	return all
 }
@@ -1088,29 +1064,30 @@ func (c *client) describe([][]byte) any {
 
 // list answers CLIENT LIST: a client is told of nobody but itself, and once.
 func (c *client) list(args [][]byte) any {
-	listed := any(text(""))
+	listed := len(args) == 2
 	switch option := word(args[min(2, len(args)-1)]); {
-	case len(args) == 2:
-		return c.describe(nil)
+	case listed:
 	case option == "type" && len(args) == 4:
-		switch word(args[3]) {
-		case "normal":
-			return c.describe(nil)
-		case "master", "replica", "slave", "pubsub":
-			return listed
+		kind := word(args[3])
+		if !slices.Contains([]string{"normal", "master", "replica", "slave", "pubsub"}, kind) {
+			return failure("ERR Unknown client type '%s'", cString(args[3], maxInline))
 		}
-		return failure("ERR Unknown client type '%s'", cString(args[3], maxInline))
+		listed = kind == "normal"
 	case option == "id" && len(args) > 3:
 		for _, arg := range args[3:] {
-			if id, isNumber := parseInt(arg); !isNumber {
+			id, isNumber := parseInt(arg)
+			if !isNumber {
 				return failure("ERR Invalid client ID")
-			} else if id == c.id {
-				listed = c.describe(nil)
 			}
+			listed = listed || id == c.id
 		}
-		return listed
+	default:
+		return errSyntax
 	}
-	return errSyntax
+	if !listed {
+		return text("")
+	}
+	return c.describe(nil)
 }
 
 // info answers INFO with the sections that were asked for, in the order in which they first appear.
@@ -1122,7 +1099,7 @@ func (c *client) info(args [][]byte) any {
 	all := len(args) == 1 || asked["all"] || asked["default"] || asked["everything"]
 	var sections []string // each is its name first
 	for _, f := range c.resp.figures() {
-		if f.name == "" || !all && !asked[lower(f.section)] {
+		if f.name == "" || !all && !asked[strings.ToLower(f.section)] {
 			continue
 		}
 		head := "# " + f.section + "\r\n"
