@@ -1984,11 +1984,14 @@ func TestPoolRedirects(t *testing.T) {
 		{"", "", ""},
 	} {
 		p := newParts(t)
+		p.pool.close() // nothing else happens to the flight
 		f := &flight{key: "foo", until: time.Hour}
 		p.pool.mu.Lock()
-		p.pool.seeds = []string{"h:1"}
 		p.pool.queued = maxQueue // it gets no further than that
 		n := p.pool.nodeLocked("h:1")
+		for i := range slots {
+			p.pool.giveLocked(i, n)
+		}
 		p.pool.mu.Unlock()
 		compare(t, tt.reply, n.redirect(f, redis.Error(tt.reply)), tt.at != "")
 		p.pool.mu.Lock()
@@ -2056,9 +2059,7 @@ func TestPoolSendsWhatWaitsTogether(t *testing.T) {
 		compare(t, "answer", outcomeOf(a), strconv.Itoa(i))
 	}
 	eventually(t, "both batches are counted", func() bool {
-		p.pool.mu.Lock()
-		defer p.pool.mu.Unlock()
-		return p.pool.flights == n+1 && p.pool.batches == 2
+		return p.pool.flights.Load() == n+1 && p.pool.batches.Load() == 2
 	})
 }
 

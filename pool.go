@@ -15,8 +15,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
-	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -53,14 +51,14 @@ const (
 	anyReply = "-+:$****"
 	// slots is into how many parts a cluster divides the keys. Each has an owner.
 	slots = 1 << 14
-	// The pool asks who owns what at hints and, without one, every learnOften where there are sentinels or
-	// where a batch has failed in the last learnSeldom, else every learnSeldom; at most once in learnPause.
+	// The pool asks who owns what at most once in learnPause: at hints, every sentinelTick of sentinels, every
+	// clusterTick of a cluster, and twice as seldom as it may where a batch has failed in the last clusterTick.
 	// No server may take longer than askTimeout to answer.
-	learnPause  = 250 * time.Millisecond
-	learnOften  = time.Second
-	learnSeldom = 10 * time.Second
-	askTimeout  = 500 * time.Millisecond
-	// strayTime is how long a node is kept that owns no slot, since ASK named it last.
+	learnPause   = 250 * time.Millisecond
+	sentinelTick = time.Second
+	clusterTick  = 10 * time.Second
+	askTimeout   = 500 * time.Millisecond
+	// strayTime is how long a node is kept that owns no slot, since another named it last.
 	strayTime = 10 * time.Second
 	// retryPause is the longest pause before a flight is tried again that no node takes.
 	retryPause = 50 * time.Millisecond
@@ -98,34 +96,27 @@ func isHost(s string) bool {
 // A pool carries flights out. It is safe for concurrent use.
 type pool struct {
 	poolSettings
-	cache         *cache
-	log           *slog.Logger
-	ctx           context.Context // done when the pool is closed
-	stop          context.CancelFunc
-	running       sync.WaitGroup // watch and the trackers
-	invalidations atomic.Int64   // changes that Redis reported
-	several       atomic.Bool    // false: a single Redis, which is sent nothing that only clusters and sentinels know
-	hints         chan string    // it is time to learn, perhaps from the server at this address
-	learnt        chan struct{}  // closed when that was tried once
-	sentinels     []string       // their addresses, one that answered in front; only watch touches them
+	cache   *cache
+	log     *slog.Logger
+	ctx     context.Context // done when the pool is closed
+	stop    context.CancelFunc
+	running sync.WaitGroup // watch and the trackers
+	several atomic.Bool    // false: a single Redis, which is sent nothing that only clusters and sentinels know
+	servers []string       // that the URL names: Redis, nodes of a cluster, or sentinels
+	hints   chan string    // it is time to learn, perhaps from the server at this address
+	learnt  chan struct{}  // closed when that was tried once
+	failed  atomic.Int64   // when a batch last did, on the cache's clock
+	unknown atomic.Value   // an error: why nobody has said who owns the keys
+
+	flights, batches, errors, redirects, refreshes, invalidations atomic.Int64 // what figures calls so
 
 	// mu guards the following, and fields of nodes. The cache's lock may not be taken under it.
 	mu         sync.Mutex
+	latency    histogram        // of batches
 	nodes      map[string]*node // by address
-	seeds      []string         // addresses where to begin, the one in use in front
-	owners     []*node          // of each slot, nil where it is not known; a single nil before any is
-	known      string           // the addresses of all owners, when settle looked last
-	failed     time.Time        // when a batch last did
-	unknown    error            // why no sentinel has named a master
+	owners     []*node          // of each slot; who may be asked for it, where that is not known
 	queued     int              // flights, over all queues
 	queueBytes int              // of their keys
-	poolCounts
-}
-
-// poolCounts count what became of flights.
-type poolCounts struct {
-	flights, batches, errors, redirects, refreshes int64
-	latency                                        histogram // of batches
 }
 
 var latencyBounds = []time.Duration{
@@ -136,15 +127,17 @@ var latencyBounds = []time.Duration{
 
 func newPool(s poolSettings, c *cache, log *slog.Logger) *pool {
 	p := &pool{poolSettings: s, cache: c, log: log, hints: make(chan string, 1), learnt: make(chan struct{}),
-		nodes: make(map[string]*node), owners: make([]*node, 1), seeds: strings.Split(s.redis.hosts, ","),
-		unknown: errors.New("the sentinels name another master")}
+		nodes: make(map[string]*node), servers: strings.Split(s.redis.hosts, ",")}
 	p.latency = histogram{bounds: latencyBounds, counts: make([]int64, len(latencyBounds)+1)}
 	p.ctx, p.stop = context.WithCancel(context.Background())
-	p.several.Store(s.redis.master != "" || len(p.seeds) > 1)
+	p.several.Store(s.redis.master != "" || len(p.servers) > 1)
+	addr := p.servers[0]
 	if s.redis.master != "" {
-		p.seeds, p.sentinels = []string{""}, p.seeds // the master is unknown until a sentinel answers
+		addr = "" // the master's is not known yet
 	}
-	p.known = p.seeds[0]
+	first := p.nodeLocked(addr)
+	first.owns, first.master = slots, true
+	p.owners = slices.Repeat([]*node{first}, slots)
 	p.hint("")
 	p.running.Go(p.watch) // ends with close
 	return p
@@ -163,7 +156,7 @@ func (p *pool) nodeLocked(addr string) *node {
 	if n := p.nodes[addr]; n != nil {
 		return n
 	}
-	n := &node{pool: p, addr: addr}
+	n := &node{pool: p, addr: addr, log: p.log.With("node", addr)}
 	p.nodes[addr] = n
 	n.ctx, n.stop = context.WithCancel(p.ctx)
 	n.conns = &redis.Pool{MaxIdle: p.limit, Dial: n.dial, TestOnBorrow: n.test}
@@ -178,12 +171,10 @@ func (p *pool) routeLocked(f *flight) *node {
 	if f.asking != "" {
 		return p.nodeLocked(f.asking)
 	}
-	if len(p.owners) == slots {
-		if n := p.owners[slot(f.key)]; n != nil {
-			return n
-		}
+	if !p.several.Load() {
+		return p.owners[0]
 	}
-	return p.nodeLocked(p.seeds[0])
+	return p.owners[slot(f.key)]
 }
 
 // slot returns the slot of a key: CRC16 (XMODEM) of its hash tag, if it has one, or of all of it.
@@ -266,15 +257,14 @@ func (p *pool) figures() []figure {
 	if p.tracking {
 		state = 2
 	}
-	owners := p.ownersLocked()
-	for addr, n := range p.nodes {
+	for _, n := range p.nodes {
 		connections += n.conns.ActiveCount()
 		used += n.busy
-		if owners[addr] != nil && p.tracking && !n.live.Load() {
-			state = 1
-		}
-		if owners[addr] != nil && n.downLocked() {
+		if n.owns > 0 && n.down() {
 			down++
+		}
+		if n.owns > 0 && p.tracking && !n.live.Load() {
+			state = 1
 		}
 	}
 	latency := p.latency
@@ -282,13 +272,13 @@ func (p *pool) figures() []figure {
 	return []figure{
 		{"Cache", "upstream_connections", "upstream_connections", "Connections to Redis.", connections},
 		{"Cache", "upstream_connections_used", "upstream_connections_used", "Connections to Redis in use.", used},
-		{"Cache", "upstream_fetches", "upstream_fetches_total", "GETs taken up by a connection to Redis.", p.flights},
-		{"Cache", "upstream_batches", "upstream_batches_total", "Pipelines of them.", p.batches},
-		{"Cache", "upstream_errors", "upstream_errors_total", "Flights that failed, or got an error not about the key.", p.errors},
+		{"Cache", "upstream_fetches", "upstream_fetches_total", "GETs taken up by a connection to Redis.", p.flights.Load()},
+		{"Cache", "upstream_batches", "upstream_batches_total", "Pipelines of them.", p.batches.Load()},
+		{"Cache", "upstream_errors", "upstream_errors_total", "Flights that failed, or got an error not about the key.", p.errors.Load()},
 		{"Cache", "upstream_nodes", "upstream_nodes", "Nodes of Redis that are known.", len(p.nodes)},
 		{"Cache", "upstream_nodes_down", "upstream_nodes_down", "Owners of keys that could not be read last time.", down},
-		{"Cache", "upstream_refreshes", "upstream_refreshes_total", "Times that Redis was asked who owns which keys.", p.refreshes},
-		{"Cache", "upstream_redirects", "upstream_redirects_total", "GETs that a node sent to another one.", p.redirects},
+		{"Cache", "upstream_refreshes", "upstream_refreshes_total", "Times that Redis was asked who owns which keys.", p.refreshes.Load()},
+		{"Cache", "upstream_redirects", "upstream_redirects_total", "GETs that a node sent to another one.", p.redirects.Load()},
 		{"Cache", "tracking", "tracking", "Whether Redis reports changes: 0 is off, 1 down, 2 live.", state},
 		{"Cache", "tracking_invalidations", "invalidations_total", "Changes that Redis reported.", p.invalidations.Load()},
 		{"", "", "upstream_seconds", "Time from taking up a batch of GETs to its last reply, connecting included.", latency},
@@ -313,22 +303,22 @@ func (p *pool) watch() {
 	known := sync.OnceFunc(func() { close(p.learnt) })
 	defer known()
 	for {
-		hint := ""
+		hint, wait, failed := "", clusterTick, p.failed.Load()
+		if p.redis.master != "" {
+			wait = sentinelTick
+		} else if failed > 0 && p.cache.now()-time.Duration(failed) < clusterTick {
+			wait = 2 * learnPause
+		}
 		select {
 		case <-p.ctx.Done():
 			return
 		case hint = <-p.hints:
-		case <-time.After(p.patience() - learnPause):
+		case <-time.After(wait - learnPause):
 		}
-		switch {
-		case p.redis.master != "":
-			p.askSentinels()
-		case p.several.Load():
-			p.askNodes(hint)
-		default:
-			continue
+		if p.several.Load() {
+			p.learn(hint)
+			p.settle()
 		}
-		p.settle()
 		known()
 		select {
 		case <-p.ctx.Done():
@@ -337,58 +327,55 @@ func (p *pool) watch() {
 	}
 }
 
-// patience returns how long to wait for a hint.
-func (p *pool) patience() time.Duration {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	switch {
-	case !p.several.Load():
-		return math.MaxInt64
-	case p.redis.master != "" || time.Since(p.failed) < learnSeldom:
-		return learnOften
-	}
-	return learnSeldom
-}
-
-// ask sends a server one command, over a connection of its own.
-func (p *pool) ask(addr string, command string, args ...any) (any, error) {
-	ctx, cancel := context.WithTimeout(p.ctx, 2*askTimeout)
-	defer cancel()
-	u, err := p.dial(ctx, addr, askTimeout, p.redis.master != "")
-	if err != nil {
-		return nil, err
-	}
-	defer u.Close()
-	return u.Do(command, args...)
-}
-
-// askNodes learns the owners of all slots from the first node that knows them: the one that was hinted at,
-// the owners that are known, those that cannot be read last, or those that the URL names.
-func (p *pool) askNodes(hint string) {
-	p.mu.Lock()
-	addrs, down := []string{hint}, p.seeds
-	for addr, n := range p.ownersLocked() {
-		if n.downLocked() {
-			down = append([]string{addr}, down...)
-		} else {
-			addrs = append(addrs, addr)
+// learn asks one server after the other who owns which keys, until one knows: sentinels, the one that knew
+// last first; or the node at hint, the owners that are not down, and the nodes that the URL names.
+func (p *pool) learn(hint string) {
+	nobody, addrs := "no node names the owners of keys", append([]string{hint}, p.servers...)
+	if p.redis.master != "" {
+		nobody, addrs = fmt.Sprintf("no sentinel names the master %q", p.redis.master), p.servers
+	} else {
+		p.mu.Lock()
+		for addr, n := range p.nodes {
+			if n.owns > 0 && !n.down() {
+				addrs = slices.Insert(addrs, 1, addr)
+			}
 		}
+		p.mu.Unlock()
 	}
-	p.mu.Unlock()
-	addrs = append(addrs, down...)
 	for i, addr := range addrs {
 		if addr == "" || slices.Contains(addrs[:i], addr) {
 			continue
 		}
-		if rows, err := redis.Values(p.ask(addr, "CLUSTER", "SLOTS")); err == nil && p.adopt(addr, rows) {
+		err := p.ask(addr)
+		if err == nil {
+			addrs[0], addrs[i] = addr, addrs[0]
 			return
 		}
+		p.unknown.Store(fmt.Errorf("%s: %w", nobody, err))
 	}
 }
 
+// ask learns from the server at an address, over a connection of its own.
+func (p *pool) ask(addr string) error {
+	ctx, cancel := context.WithTimeout(p.ctx, 2*askTimeout)
+	defer cancel()
+	u, err := p.dial(ctx, addr, askTimeout, p.redis.master != "")
+	if err != nil {
+		return err
+	}
+	defer u.Close()
+	if p.redis.master == "" {
+		rows, err := redis.Values(u.Do("CLUSTER", "SLOTS"))
+		return cmp.Or(err, p.adopt(addr, rows))
+	}
+	master, err := redis.Values(u.Do("SENTINEL", "get-master-addr-by-name", p.redis.master))
+	return cmp.Or(err, p.adopt(addr, []any{[]any{int64(0), int64(slots - 1), master}}))
+}
+
 // adopt takes the owners of slots over from an answer to CLUSTER SLOTS. Slots that it does not name keep
-// theirs. It reports whether it named any.
-func (p *pool) adopt(from string, rows []any) (named bool) {
+// theirs. It returns an error if it names none.
+func (p *pool) adopt(from string, rows []any) error {
+	err := errors.New("it names nobody")
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, row := range rows {
@@ -399,136 +386,99 @@ func (p *pool) adopt(from string, rows []any) (named bool) {
 		_, errSpan := redis.Scan(span, &first, &last, &owner)
 		_, errOwner := redis.Scan(owner, &host, &port)
 		addr := resolve(from, host+":"+strconv.Itoa(port))
-		if errSpan == nil && errOwner == nil && addr != "" && first >= 0 && last < slots {
-			p.giveLocked(p.nodeLocked(addr), first, last)
-			named = true
+		if errSpan != nil || errOwner != nil || addr == "" || first < 0 || last >= slots {
+			continue
 		}
+		n := p.nodeLocked(addr)
+		for i := first; i <= last; i++ {
+			p.giveLocked(i, n)
+		}
+		err = nil
 	}
-	return named
+	return err
 }
 
-// giveLocked notes that a node owns some slots.
-func (p *pool) giveLocked(n *node, first, last int) {
-	if len(p.owners) < slots {
-		p.owners = make([]*node, slots)
-	}
-	for i := first; i <= last; i++ {
-		p.owners[i] = n
-	}
-}
-
-// askSentinels learns the master from the first sentinel that knows it, and asks that one first next time.
-func (p *pool) askSentinels() {
-	var unknown error
-	for i, addr := range p.sentinels {
-		named, err := redis.Strings(p.ask(addr, "SENTINEL", "get-master-addr-by-name", p.redis.master))
-		if err == nil && len(named) == 2 {
-			p.sentinels[0], p.sentinels[i] = addr, p.sentinels[0]
-			p.mu.Lock()
-			p.seeds[0] = resolve(addr, named[0]+":"+named[1])
-			p.mu.Unlock()
-			return
-		}
-		if err == redis.ErrNil {
-			unknown = fmt.Errorf("no sentinel knows the master %q", p.redis.master)
-		}
-		unknown = cmp.Or(unknown, fmt.Errorf("no sentinel answers: %w", err))
-	}
-	p.mu.Lock()
-	p.unknown = unknown
-	p.mu.Unlock()
-}
-
-// ownersLocked returns the nodes that own slots, by address. The seed stands for those that are not known.
-func (p *pool) ownersLocked() map[string]*node {
-	owners := make(map[string]*node)
-	for _, n := range slices.Compact(slices.Clone(p.owners)) {
-		if n == nil {
-			n = p.nodeLocked(p.seeds[0])
-		}
-		owners[n.addr] = n
-	}
-	return owners
+// giveLocked makes a node the owner of a slot.
+func (p *pool) giveLocked(slot int, n *node) {
+	p.owners[slot].owns--
+	p.owners[slot] = n
+	n.owns++
 }
 
 // settle follows a change of the owners. Flights that wait are queued at those of today, and a node is
-// closed that owns nothing, unless ASK named it lately.
+// closed that owns nothing any more, or has never, and was not named lately.
 func (p *pool) settle() {
 	var queued []*flight
+	var owners []string
+	changed := false
+	p.refreshes.Add(1)
 	p.mu.Lock()
-	p.refreshes++
-	owners := p.ownersLocked()
 	for addr, n := range p.nodes {
 		queued = append(queued, n.queue...)
 		n.queue = nil
-		if owners[addr] == nil && time.Since(n.named) > strayTime {
+		if n.owns > 0 {
+			owners = append(owners, addr)
+		} else if n.master || time.Since(n.named) > strayTime {
 			delete(p.nodes, addr)
 			n.stop()
 		}
+		changed = changed || n.master != (n.owns > 0)
+		n.master = n.owns > 0
 	}
 	p.queued, p.queueBytes = 0, 0
-	known := strings.Join(slices.Sorted(maps.Keys(owners)), " ")
-	changed := known != p.known
-	p.known = known
 	p.mu.Unlock()
 	p.enqueue(queued)
 	if changed {
-		p.log.Info("other nodes own the keys now", "nodes", known)
+		slices.Sort(owners)
+		p.log.Info("other nodes own the keys now", "nodes", strings.Join(owners, " "))
 	}
 }
 
-// A node is one Redis server, the connections to it, and the flights that wait for one of them. Its health,
-// which only it logs, is whether it answered since it last failed.
+// A node is one Redis server, the connections to it, and the flights that wait for one of them.
 type node struct {
 	pool  *pool
-	addr  string          // empty: of the master that no sentinel has named yet
+	addr  string
+	log   *slog.Logger
 	ctx   context.Context // done when the node is closed, which closes its connections
 	stop  context.CancelFunc
 	conns *redis.Pool
 	live  atomic.Bool // its changes are reported
 
+	// When a connection last broke, a reply last was no outage, and failures and refusals were last logged, on
+	// the cache's clock; 0: never. Connections that have been idle since before the first may be dead.
+	broke, answered, warned, refused atomic.Int64
+
 	// The pool's lock guards the following.
 	queue  []*flight
 	busy   int       // workers, each with a connection
 	coming bool      // one of them is about to take the queue
-	broke  time.Time // when a connection last did; others that have been idle since before may be dead
-	named  time.Time // when ASK last did
-
-	// When a reply last was no outage, and when a failure and a refusal were last logged, on the cache's clock.
-	// 0: never.
-	answered, warned, refused time.Duration
+	named  time.Time // when MOVED or ASK last did
+	owns   int       // slots
+	master bool      // it owned some when settle looked last
 }
 
-// log names the node, where there are or may be several.
-func (n *node) log() *slog.Logger {
-	if !n.pool.several.Load() {
-		return n.pool.log
-	}
-	return n.pool.log.With("node", n.addr)
+// down reports whether the node has failed since it last answered.
+func (n *node) down() bool { return n.warned.Load() > n.answered.Load() }
+
+// due reports whether the last time is longer ago than a pause, or never, and makes it now.
+func due(last *atomic.Int64, now, pause time.Duration) bool {
+	before := last.Load()
+	return (before == 0 || now-time.Duration(before) > pause) && last.CompareAndSwap(before, int64(now))
 }
 
-// dial makes a connection.
 func (n *node) dial() (redis.Conn, error) {
 	p := n.pool
+	<-p.learnt
 	if n.addr == "" {
-		<-p.learnt
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		return nil, p.unknown
+		err, _ := p.unknown.Load().(error)
+		return nil, cmp.Or(err, errors.New("its address is known by now"))
 	}
-	u, err := p.dial(n.ctx, n.addr, p.timeout+grace, false)
-	if err != nil {
-		return nil, err
-	}
-	return u, nil
+	return p.dial(n.ctx, n.addr, p.timeout+grace, false)
 }
 
 // test returns an error if a connection may not be used again.
 func (n *node) test(c redis.Conn, idleSince time.Time) error {
-	n.pool.mu.Lock()
-	broke := n.broke
-	n.pool.mu.Unlock()
-	if idleSince.Before(broke) || !c.(*upstream).quiet() {
+	if n.pool.cache.now()-time.Since(idleSince) < time.Duration(n.broke.Load()) || !c.(*upstream).quiet() {
 		return errors.New("it may be dead, or out of step")
 	}
 	return nil
@@ -546,9 +496,7 @@ func (n *node) startLocked() {
 
 // work carries out what is queued until nothing is.
 func (n *node) work() {
-	for more := true; more; {
-		runtime.Gosched() // requests that are about to ask do so first, and share a round trip
-		more = n.batch()
+	for n.batch() {
 	}
 	n.pool.mu.Lock()
 	defer n.pool.mu.Unlock()
@@ -570,8 +518,8 @@ func (n *node) take() (fs []*flight, any bool) {
 		p.queueBytes -= len(f.key)
 	}
 	p.queued -= len(fs)
-	p.batches += int64(min(len(fs), 1))
-	p.flights += int64(len(fs))
+	p.batches.Add(int64(min(len(fs), 1)))
+	p.flights.Add(int64(len(fs)))
 	n.coming = false
 	if len(n.queue) > 0 { // what does not fit is another worker's
 		n.startLocked()
@@ -587,13 +535,18 @@ func (n *node) take() (fs []*flight, any bool) {
 // batch takes a connection, and then all that has been queued meanwhile, and carries it out. It reports
 // whether there was anything.
 func (n *node) batch() bool {
+	runtime.Gosched() // requests that are about to ask do so first, and share a round trip
 	p := n.pool
 	began := p.cache.now()
 	conn := n.conns.Get()
 	defer conn.Close()
-	made := conn.Err() == nil
+	self, err := conn.Do("")
+	u, made := self.(*upstream)
 	fs, any := n.take()
-	rest, err := n.exchange(conn, fs)
+	rest := fs
+	if made {
+		rest, err = n.exchange(u, fs)
+	}
 	if err != nil {
 		n.broken(rest, err, made, began)
 	} else if len(fs) > 0 {
@@ -611,55 +564,40 @@ func (n *node) batch() bool {
 // meanwhile, or where another node is to be asked by now.
 func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) {
 	p := n.pool
-	now := p.cache.now()
-	idle := len(fs) == 0
+	now, none := p.cache.now(), len(fs) == 0
+	worked := time.Duration(n.answered.Load()) > began // what failed says nothing about the time after it
+	p.failed.Store(int64(now))
+	if made {
+		n.broke.Store(int64(now))
+	}
 	wanted, ended := p.cache.wanted(fs, 0)
 	var again []*flight
 	p.mu.Lock()
-	p.failed = time.Now()
-	if made {
-		n.broke = p.failed
-	}
-	p.leaveLocked(n)
-	may := made || n.answered > began
 	for _, f := range wanted {
 		f.asking = ""
-		elsewhere := p.routeLocked(f) != n && f.hops < len(p.seeds)+2
-		if may && !f.tried || elsewhere {
-			f.tried, f.hops = f.tried || may, f.hops+1
+		elsewhere := p.routeLocked(f) != n && f.hops < len(p.servers)+2
+		if (made || worked) && !f.tried || elsewhere {
+			f.tried, f.hops = f.tried || made || worked, f.hops+1
 			again = append(again, f)
 		} else {
 			ended = append(ended, f)
 		}
 	}
-	p.errors += int64(len(ended))
-	// What began before an answer says nothing about the time after it, and the two may alternate.
-	warn := (idle || len(ended) > 0) && n.ctx.Err() == nil && !n.downLocked() && n.answered <= began &&
-		(n.warned == 0 || now-n.warned > time.Second)
-	if warn {
-		n.warned = now
-	}
 	p.mu.Unlock()
 	p.hint("")
-	if warn {
-		n.log().Warn("Redis cannot be read; hits go on", "error", err)
-	}
 	p.enqueue(again)
+	p.errors.Add(int64(len(ended)))
+	if (none || len(ended) > 0) && n.ctx.Err() == nil && !n.down() && !worked && due(&n.warned, now, time.Second) {
+		n.log.Warn("Redis cannot be read; hits go on", "error", err)
+	}
 	for _, f := range ended {
 		p.cache.finish(f, value{}, asAnswer(err, false))
 	}
 }
 
-// leaveLocked goes on to the next seed, if it is n that is in use.
-func (p *pool) leaveLocked(n *node) {
-	if p.seeds[0] == n.addr {
-		p.seeds = append(p.seeds[1:], n.addr)
-	}
-}
-
 // exchange sends a GET for each flight and finishes it with the reply. It lets go of the flights that it
 // finished, and returns the rest.
-func (n *node) exchange(conn redis.Conn, fs []*flight) (rest []*flight, err error) {
+func (n *node) exchange(u *upstream, fs []*flight) (rest []*flight, err error) {
 	p, answered := n.pool, false
 	sent := p.cache.now()
 	commands := []string{"GET", "PTTL"}
@@ -669,26 +607,26 @@ func (n *node) exchange(conn redis.Conn, fs []*flight) (rest []*flight, err erro
 	for _, f := range fs {
 		for _, command := range commands {
 			if f.asking != "" {
-				conn.Send("ASKING") // it is for the next command only
+				u.Send("ASKING") // it is for the next command only
 			}
-			conn.Send(command, f.key) // if that fails, so does Flush
+			u.Send(command, f.key) // if that fails, so does Flush
 		}
 	}
-	if err := conn.Flush(); err != nil {
+	if err := u.Flush(); err != nil {
 		return fs, err
 	}
 	for ; len(fs) > 0; fs = fs[1:] {
 		f := fs[0]
-		v, err := n.receive(conn, f.key, sent)
+		v, err := n.receive(u, f, sent)
 		reply, isReply := err.(redis.Error)
 		if err != nil && err != errAbsent && !isReply {
 			return fs, err
 		}
 		fs[0] = nil
+		if isReply && n.redirect(f, reply) {
+			continue // another worker may have it
+		}
 		if isReply {
-			if n.redirect(f, reply) {
-				continue // another worker may have it
-			}
 			err = asAnswer(reply, true)
 		}
 		if isOutage(err) {
@@ -702,13 +640,29 @@ func (n *node) exchange(conn redis.Conn, fs []*flight) (rest []*flight, err erro
 	return nil, nil
 }
 
+// answers notes a reply that was no outage, and logs the first after a failure.
+func (n *node) answers() {
+	now, warned := n.pool.cache.now(), n.warned.Load()
+	if n.answered.Swap(int64(now)) < warned {
+		n.log.Info("Redis can be read again", "after", (now - time.Duration(warned)).Round(time.Millisecond).String())
+	}
+}
+
+// refuses counts an error reply that is not about a key, and logs one a minute.
+func (n *node) refuses(reply redis.Error) {
+	n.pool.errors.Add(1)
+	if due(&n.refused, n.pool.cache.now(), time.Minute) {
+		n.log.Warn("Redis refuses", "error", reply)
+	}
+}
+
 // receive reads what Redis says about a key that it was asked for at the time sent.
-func (n *node) receive(conn redis.Conn, key string, sent time.Duration) (value, error) {
-	reply, err := conn.Receive()
+func (n *node) receive(u *upstream, f *flight, sent time.Duration) (value, error) {
+	reply, err := u.receive(f.asking != "", "-$")
 	left := int64(-1)
 	if n.pool.keyTTL {
 		var failure error
-		left, failure = redis.Int64(conn.Receive())
+		left, failure = redis.Int64(u.receive(f.asking != "", "-:"))
 		err = cmp.Or(err, failure)
 	}
 	val, found := reply.([]byte)
@@ -716,9 +670,9 @@ func (n *node) receive(conn redis.Conn, key string, sent time.Duration) (value, 
 	case err != nil:
 		return value{}, err
 	case !found:
-		return newAbsent(key, sent), errAbsent
+		return newAbsent(f.key, sent), errAbsent
 	}
-	v := newValue(key, val, sent)
+	v := newValue(f.key, val, sent)
 	if left != -1 { // -1: no expiry; -2: gone meanwhile
 		v.expires = sent + time.Duration(max(left, 0))*time.Millisecond
 	}
@@ -730,15 +684,12 @@ func (n *node) receive(conn redis.Conn, key string, sent time.Duration) (value, 
 // are asked less and less often, until no request waits any more.
 func (n *node) redirect(f *flight, reply redis.Error) bool {
 	p := n.pool
-	code, rest, _ := strings.Cut(string(reply), " ")
-	addr, pause := "", retryPause
+	words := append(strings.Fields(string(reply)), "", "", "")
+	code, addr, pause := words[0], "", retryPause
 	switch code {
 	case "MOVED", "ASK":
-		_, target, _ := strings.Cut(rest, " ")
-		if addr = resolve(n.addr, target); addr != "" {
-			pause = min(pause, time.Duration(f.hops*f.hops/2)*time.Millisecond)
-		}
-	case "CLUSTERDOWN", "TRYAGAIN", "LOADING":
+		addr = resolve(n.addr, words[2])
+	case "CLUSTERDOWN", "TRYAGAIN":
 		if wanted, _ := p.cache.wanted([]*flight{f}, pause); len(wanted) == 0 {
 			return false
 		}
@@ -747,69 +698,28 @@ func (n *node) redirect(f *flight, reply redis.Error) bool {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if code == "LOADING" {
-		if p.leaveLocked(n); p.routeLocked(f) == n {
-			return false
-		}
-	}
 	p.several.Store(true)
-	f.hops++
 	f.asking = ""
 	if addr != "" {
-		p.moveLocked(f, n, code, addr)
+		to := p.nodeLocked(addr)
+		to.named = time.Now()
+		p.redirects.Add(1)
+		pause = min(pause, time.Duration(f.hops*f.hops/2)*time.Millisecond)
+		if code == "ASK" {
+			f.asking = addr
+		} else {
+			p.giveLocked(slot(f.key), to)
+		}
+		if to == n { // it may be another server by now: connections that are in use are not used again
+			n.broke.Store(int64(p.cache.now() + retryPause))
+		}
 	}
 	if code != "ASK" {
 		p.hint(n.addr)
 	}
+	f.hops++
 	time.AfterFunc(pause, func() { p.enqueue([]*flight{f}) })
 	return true
-}
-
-// moveLocked has a flight of n
-func (p *pool) moveLocked(f *flight, n *node, code, addr string) {
-	p.redirects++
-	to := p.nodeLocked(addr)
-	to.named = time.Now()
-	if code == "ASK" {
-		f.asking = addr
-	} else {
-		p.giveLocked(to, slot(f.key), slot(f.key))
-	}
-	if to == n { // it may be another server by now: connections that are in use are not used again
-		n.broke = time.Now().Add(retryPause)
-	}
-}
-
-// downLocked reports whether the node has failed since it last answered.
-func (n *node) downLocked() bool { return n.warned > n.answered }
-
-// answers notes an answer, and logs the first after a failure.
-func (n *node) answers() {
-	p := n.pool
-	p.mu.Lock()
-	down, now := n.downLocked(), p.cache.now()
-	after := now - n.warned
-	n.answered = now
-	p.mu.Unlock()
-	if down {
-		n.log().Info("Redis can be read again", "after", after.Round(time.Millisecond).String())
-	}
-}
-
-// refuses counts an error reply that is not about a key, and logs one a minute.
-func (n *node) refuses(reply redis.Error) {
-	p := n.pool
-	p.mu.Lock()
-	p.errors++
-	now := p.cache.now()
-	first := n.refused == 0 || now-n.refused > time.Minute
-	if first {
-		n.refused = now
-	}
-	p.mu.Unlock()
-	if first {
-		n.log().Warn("Redis refuses", "error", reply)
-	}
 }
 
 // A replyError is an error reply as it is passed on to clients.
@@ -853,9 +763,8 @@ type upstream struct {
 	redis.Conn
 	wire    *wire
 	in      *bufio.Reader
-	raw     syscall.RawConn // of the socket; nil over TLS
+	raw     syscall.RawConn // of the socket
 	release func() bool     // its context
-	due     bytes.Buffer    // the first letters of the commands that Send sent, whose replies are still to come
 }
 
 // dial makes a connection to Redis or to a sentinel, which is closed when ctx is done. It gives up when that
@@ -868,15 +777,14 @@ func (p *pool) dial(ctx context.Context, addr string, patience time.Duration, se
 		return nil, err
 	}
 	defer context.AfterFunc(soon, func() { c.Close() })()
-	u := &upstream{wire: &wire{c, patience}, release: context.AfterFunc(ctx, func() { c.Close() })}
+	raw, err := c.(syscall.Conn).SyscallConn()
+	u := &upstream{wire: &wire{c, patience}, raw: raw, release: context.AfterFunc(ctx, func() { c.Close() })}
 	var inside net.Conn = u.wire
 	if p.redis.tls {
 		conf := cmp.Or(p.tls, new(tls.Config)).Clone()
 		conf.ServerName, _, _ = net.SplitHostPort(addr)
 		t := tls.Client(u.wire, conf)
 		inside, err = t, t.HandshakeContext(soon)
-	} else if s, ok := c.(syscall.Conn); ok {
-		u.raw, err = s.SyscallConn()
 	}
 	u.Conn, u.in = redis.NewConn(inside, 0, 0), bufio.NewReaderSize(inside, 16<<10)
 	if err == nil {
@@ -914,10 +822,7 @@ func (u *upstream) login(a *redisAddress, sentinel bool) (err error) {
 	if sentinel {
 		auth, db = []any{a.sentinelUser, a.sentinelPassword}, 0
 	}
-	if auth[0] == "" {
-		auth = auth[1:]
-	}
-	if auth[len(auth)-1] != "" {
+	if auth = slices.DeleteFunc(auth, func(s any) bool { return s == "" }); len(auth) > 0 {
 		_, err = u.Do("AUTH", auth...)
 	}
 	if err == nil && db != 0 {
@@ -939,38 +844,26 @@ func (u *upstream) Close() error {
 	return u.Conn.Close()
 }
 
-// Do sends a command and reads the reply, of any type. redigo's pool has it send none before it keeps a
-// connection, on which no reply is due.
+// Do sends a command and reads the reply, of any type. Without a command, which is what redigo's pool has it
+// do before it keeps a connection, it returns the connection.
 func (u *upstream) Do(command string, args ...any) (any, error) {
 	if command == "" {
-		return nil, u.Err()
+		return u, u.Err()
 	}
-	if err := errors.Join(u.Conn.Send(command, args...), u.Flush()); err != nil {
+	if err := errors.Join(u.Send(command, args...), u.Flush()); err != nil {
 		return nil, err
 	}
 	return u.reply(anyReply)
 }
 
-// Send sends GET, PTTL, or the ASKING before one of them, whose reply Receive reads with the other's.
-func (u *upstream) Send(command string, args ...any) error {
-	u.due.WriteByte(command[0])
-	return u.Conn.Send(command, args...)
-}
-
-// Receive reads the reply to a GET, bytes or nil, or to a PTTL, a number. If the ASKING before it was refused,
-// it returns the refusal.
-func (u *upstream) Receive() (reply any, err error) {
+// receive reads the reply to a command, and the one to the ASKING before it if there was one: if that was
+// refused, it returns the refusal.
+func (u *upstream) receive(asked bool, kinds string) (any, error) {
 	var refusal error
-	command, _ := u.due.ReadByte()
-	if command == 'A' {
+	if asked {
 		_, refusal = u.reply("-+")
-		command, _ = u.due.ReadByte()
 	}
-	if command == 'P' {
-		reply, err = u.reply("-:")
-	} else {
-		reply, err = u.reply("-$")
-	}
+	reply, err := u.reply(kinds)
 	return reply, cmp.Or(refusal, err)
 }
 
@@ -1008,19 +901,16 @@ func (u *upstream) read(kinds string) (any, error) {
 		case kind == '$' && n >= 0 && n <= maxReply:
 			return u.readValue(n)
 		case kind == '*' && n >= 0 && n <= maxElements:
-			return u.readArray(n, strings.TrimSuffix(kinds, "*"))
+			var elements []any
+			for len(elements) < n && err == nil {
+				var element any
+				element, err = u.read(strings.TrimSuffix(kinds, "*"))
+				elements = append(elements, element)
+			}
+			return elements, err
 		}
 	}
 	return nil, fmt.Errorf("reading a reply: it begins with %.40q", line)
-}
-
-func (u *upstream) readArray(n int, kinds string) (elements []any, err error) {
-	for len(elements) < n && err == nil {
-		var element any
-		element, err = u.read(kinds)
-		elements = append(elements, element)
-	}
-	return elements, err
 }
 
 // readValue reads the bytes of a value. Of a long one it believes only as much again as has come.
@@ -1043,12 +933,9 @@ func (u *upstream) readValue(n int) (val []byte, err error) {
 // quiet reports whether there is nothing to read. Where no reply is due, it would be taken for the reply to
 // the next command.
 func (u *upstream) quiet() (quiet bool) {
-	if u.in.Buffered() > 0 || u.raw == nil {
-		return u.in.Buffered() == 0
-	}
 	u.raw.Control(func(fd uintptr) {
 		_, _, err := syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-		quiet = err == syscall.EAGAIN
+		quiet = err == syscall.EAGAIN && u.in.Buffered() == 0
 	})
 	return quiet
 }
@@ -1075,18 +962,16 @@ func (w *wire) Write(p []byte) (int, error) {
 // between connections until one has lasted.
 func (n *node) track() {
 	p := n.pool
-	for pause, logged := time.Duration(0), false; n.ctx.Err() == nil; {
+	for pause := retryPause; n.ctx.Err() == nil; pause = min(2*pause, 5*time.Second) {
 		began := p.cache.now()
 		err := n.follow()
 		if n.live.Swap(false) && p.cache.now()-began > 2*pingEvery {
-			pause, logged = 0, false
+			pause = retryPause
 		}
 		p.hint("")
-		if !logged && n.ctx.Err() == nil {
-			n.log().Warn("tracking is down; entries live until their TTL", "error", err)
-			logged = true
+		if pause == retryPause && n.ctx.Err() == nil {
+			n.log.Warn("tracking is down; entries live until their TTL", "error", err)
 		}
-		pause = min(max(2*pause, 50*time.Millisecond), 5*time.Second)
 		select {
 		case <-n.ctx.Done():
 		case <-time.After(pause):
@@ -1105,17 +990,11 @@ func (n *node) follow() error {
 	defer c.Close()
 	u := c.(*upstream)
 	u.wire.patience = pingEvery
-	id, err := redis.Int64(u.Do("CLIENT", "ID"))
-	if err == nil {
-		_, err = u.Do("CLIENT", "TRACKING", "ON", "REDIRECT", id, "BCAST")
-	}
-	if err == nil {
-		_, err = u.Do("SUBSCRIBE", "__redis__:invalidate")
-	}
-	ping := func() error { return errors.Join(u.Conn.Send("PING"), u.Flush()) }
-	if err == nil {
-		err = ping()
-	}
+	id, errID := redis.Int64(u.Do("CLIENT", "ID"))
+	_, errTracking := u.Do("CLIENT", "TRACKING", "ON", "REDIRECT", id, "BCAST")
+	_, errSubscribe := u.Do("SUBSCRIBE", "__redis__:invalidate")
+	ping := func() error { return errors.Join(u.Send("PING"), u.Flush()) }
+	err = cmp.Or(errID, errTracking, errSubscribe, ping())
 	for pinged := true; err == nil; {
 		if _, err = u.in.Peek(1); err == nil {
 			pinged = false
@@ -1137,7 +1016,7 @@ func (n *node) heed(msg []any, err error) error {
 		if !n.live.Load() {
 			p.cache.forget(nil) // whatever changed until now was not reported
 			n.live.Store(true)
-			n.log().Info("tracking is live")
+			n.log.Info("tracking is live")
 		}
 		return nil
 	}
