@@ -35,7 +35,8 @@ const (
 	bodyTimeout    = time.Second // how long the rest of a body is read after the answer
 	quickBuffer    = 2 << 10     // what a connection has to read ordinary requests into
 	longBuffer     = 8 << 10     // the same, from its first longer request on; longer ones still are net/http's
-	maxHeaderBytes = 16 << 10    // of a request; net/http takes 4 KB more
+	maxHeaderBytes = 80 << 10    // of a request; net/http takes 4 KB more
+	lineCost       = 128         // what net/http makes of a line of it, beside its bytes
 	maxStreams     = 100         // of an HTTP/2 connection
 	maxRanges      = 16          // in a Range field
 	maxAdmin       = 64          // connections to the admin listener
@@ -564,16 +565,19 @@ func (l *handedOver) Accept() (c net.Conn, err error) {
 func (l *handedOver) Close() error   { return nil }
 func (l *handedOver) Addr() net.Addr { return nil }
 
-// A handed connection is net/http's, for HTTP/1. Between requests that waits for 4 bytes as long as for none.
+// A handed connection is net/http's, for HTTP/1. Between requests that waits for 4 bytes as long as for none, and
+// it counts no header against the budget of requests.
 type handed struct {
 	*conn
 	waits atomic.Bool
+	held  atomic.Int64 // of the budget, since net/http set the last deadline: it does before a header and after
 }
 
 // ConnectionState keeps net/http from looking for HTTP/2 in the middle of a connection.
 func (h *handed) ConnectionState() (none tls.ConnectionState) { return }
 
 func (h *handed) SetReadDeadline(t time.Time) error {
+	h.link.server.requests.release("", int(h.held.Swap(0)))
 	h.waits.Store(time.Until(t) > firstLineTimeout)
 	return h.conn.SetReadDeadline(t)
 }
@@ -583,7 +587,17 @@ func (h *handed) Read(p []byte) (int, error) {
 	if n > 0 && h.waits.Swap(false) {
 		h.conn.SetReadDeadline(time.Now().Add(firstLineTimeout))
 	}
+	cost := n + lineCost*bytes.Count(p[:n], []byte("\n"))
+	if h.link.server.requests.hold("", cost) != nil {
+		return 0, errors.New("too much of all clients' requests is unanswered")
+	}
+	h.held.Add(int64(cost))
 	return n, err
+}
+
+func (h *handed) Close() error {
+	h.link.server.requests.release("", int(h.held.Swap(0)))
+	return h.conn.Close()
 }
 
 const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

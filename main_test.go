@@ -380,6 +380,9 @@ func FuzzProtocolOf(f *testing.F) {
 
 // newConn is a client's connection as the server makes it.
 func newConn(nc net.Conn, s serverSettings) *conn {
+	if s.requests == nil {
+		s.requests = newBudget(1 << 30)
+	}
 	l := &link{Conn: nc, server: &server{serverSettings: s}}
 	return &conn{peeked: peeked{Conn: l}, link: l}
 }
@@ -734,6 +737,24 @@ func TestHTTPHitAllocatesNothing(t *testing.T) {
 	}); n >= 1 { // the date may change
 		t.Errorf("got %v allocations; want none", n)
 	}
+}
+
+// What net/http makes of a header that is not whole counts against the budget of requests, tiny lines above all.
+func TestHTTPHeadersHaveABudget(t *testing.T) {
+	p := newParts(t, "--cache-timeout", "1h")
+	cacheNow(p, "k", "value")
+	for lines, want := range map[int]string{2000: "HTTP/1.1 206 Partial Content\r\n", 5000: "HTTP/1.1 400 Bad Request\r\n"} {
+		send := "GET /k HTTP/1.1\r\nHost: h\r\nRange: bytes=0-\r\n" + strings.Repeat("a:\r\n", lines) + "\r\n"
+		s := &scripted{pieces: [][]byte{[]byte(send)}, closed: make(chan struct{})}
+		settings := serverSettings{idleTimeout: time.Hour, requests: newBudget(300 << 10)}
+		p.web.serve(newConn(s, settings))
+		<-s.closed
+		if got := s.got.String(); !strings.HasPrefix(got, want) {
+			t.Errorf("%d lines: got %q; want %q", lines, got, want)
+		}
+		compare(t, "bytes held at the end", settings.requests.used, 0)
+	}
+	p.web.shutdown(context.Background())
 }
 
 // A client may keep a 404 as long as the cache does, and is told so by both ways.
@@ -2403,6 +2424,7 @@ type scripted struct {
 	mu     sync.Mutex
 	pieces [][]byte
 	got    bytes.Buffer
+	once   sync.Once
 	closed chan struct{}
 }
 
@@ -2420,7 +2442,7 @@ func (s *scripted) Read(p []byte) (int, error) {
 }
 
 func (s *scripted) Write(p []byte) (int, error)      { return s.got.Write(p) }
-func (s *scripted) Close() error                     { close(s.closed); return nil }
+func (s *scripted) Close() error                     { s.once.Do(func() { close(s.closed) }); return nil }
 func (s *scripted) CloseWrite() error                { return nil }
 func (s *scripted) RemoteAddr() net.Addr             { return &net.TCPAddr{} }
 func (s *scripted) LocalAddr() net.Addr              { return &net.TCPAddr{} }
