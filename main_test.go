@@ -1064,7 +1064,7 @@ func TestUnknownCommandAsRedisHasIt(t *testing.T) {
 		"a|" + long + "|b":                    "'a', with args beginning with: '" + long[:128] + "' ",
 		"a|" + long[:100] + "|" + long + "|b": "'a', with args beginning with: '" + long[:100] + "' '" + long[:25] + "' ",
 	} {
-		compare(t, args, unknownCommand(bytes.Split([]byte(args), []byte("|"))).Error(), "ERR unknown command "+want)
+		compare(t, args, unknownCommand(bytes.Split([]byte(args), []byte("|"))), "-ERR unknown command "+want+"\r\n")
 	}
 }
 

@@ -185,13 +185,16 @@ func (r *reader) readArray() {
 // readLength parses a line of a marker and a number; a negative one is -1.
 func (r *reader) readLength(marker byte, what, number string) int {
 	n, rest := 0, r.buf[r.next:r.end]
-	for i := 1; i < len(rest)-1 && i < 10 && rest[0] == marker; i++ { // the most common ones, quickly
-		if digit := int(rest[i]) - '0'; 0 <= digit && digit <= 9 && (n > 0 || i == 1) {
-			n = 10*n + digit
-		} else if rest[i] == '\r' && i > 1 {
-			r.next += i + 2
-			return n
+	for i := 1; i < len(rest)-1 && i < 10 && rest[0] == marker; i++ { // for most, this is enough, and quick
+		digit := rest[i] - '0'
+		if digit > 9 || n == 0 && i > 1 {
+			if rest[i] == '\r' && i > 1 {
+				r.next += i + 2
+				return n
+			}
+			break
 		}
+		n = 10*n + int(digit)
 	}
 	line := r.readLine('\r', 1, what)
 	if r.err != nil {
@@ -298,16 +301,15 @@ type client struct {
 	since    time.Time
 	proto    int // 2 or 3
 	name     string
-	library  [2]string     // name and version
-	asked    time.Duration // since when it waits for Redis, on the cache's clock
-	late     bool          // Redis was too slow for what has been read: the rest does not wait as long again
-	multi    *transaction  // nil outside MULTI
-	moment   []answer      // to the keys of a transaction, in their order; nil outside EXEC
-	begun    time.Time     // when the request began that is not complete
-	few      int           // how many keys are asked for at once: not many more than there was room for lately
-	free     int           // bytes of answers that are counted nowhere
-	err      error         // ends the connection
-	*buffers               // while there is something to answer
+	library  [2]string    // name and version
+	late     bool         // Redis was too slow for what has been read: the rest does not wait
+	multi    *transaction // nil outside MULTI
+	moment   []answer     // to the keys of a transaction, in their order; nil outside EXEC
+	begun    time.Time    // when the request began that is not complete
+	few      int          // how many keys are asked for at once: not many more than there was room for lately
+	free     int          // bytes of answers that are counted nowhere
+	err      error        // ends the connection
+	*buffers              // while there is something to answer
 }
 
 // Buffers are what a client needs only while it is being answered, and borrows for that.
@@ -347,7 +349,7 @@ func (c *client) answer(args [][]byte) {
 	if c.buffers == nil {
 		c.buffers, c.late = spareBuffers.Get().(*buffers), false
 	}
-	if len(args) == 2 && isGet(args[0]) && c.multi == nil && !c.in.strict {
+	if len(args) == 2 && bytes.EqualFold(args[0], []byte("get")) && c.multi == nil && !c.in.strict {
 		if c.keys = append(c.keys, args[1]); len(c.keys) == maxAhead {
 			c.get()
 		}
@@ -357,10 +359,10 @@ func (c *client) answer(args [][]byte) {
 	switch broken, ok := c.in.err.(protocolError); {
 	case c.err != nil:
 	case args != nil:
-		c.reply(c.execute(args))
+		write(c, c.execute(args))
 	default:
 		if ok {
-			c.reply(broken)
+			write(c, failure("ERR %v", broken))
 		}
 		c.end(c.in.err)
 	}
@@ -393,10 +395,6 @@ func (c *client) release() {
 	}
 }
 
-func isGet(name []byte) bool {
-	return len(name) == 3 && name[0]|' ' == 'g' && name[1]|' ' == 'e' && name[2]|' ' == 't'
-}
-
 // get answers the GETs that have been gathered.
 func (c *client) get() {
 	c.look(c.keys, c.writeAnswers)
@@ -426,12 +424,13 @@ func (c *client) ask(keys [][]byte) []answer {
 		c.answers, c.moment = append(c.answers, c.moment[:n]...), c.moment[n:]
 		return c.answers[before:]
 	}
-	if !c.late {
-		c.asked = c.resp.cache.now()
+	since := c.resp.cache.now()
+	if c.late {
+		since -= c.resp.cache.timeout
 	}
 	c.answers = slices.Grow(c.answers, n)
 	answers := c.answers[before : before+n]
-	got := c.resp.cache.get(new(tally), c.asked, keys[:n], answers)
+	got := c.resp.cache.get(new(tally), since, keys[:n], answers)
 	c.in.wide = answers[got-1].flight != nil
 	n = c.fit(keys, answers[:got])
 	c.resp.tally.add(answers[:n])
@@ -484,9 +483,9 @@ func (c *client) writeAnswers([]answer, bool) error {
 		case a.err == nil:
 			write(c, a.bulk())
 		case a.err == errAbsent:
-			c.reply(null{})
+			write(c, c.null())
 		default:
-			c.reply(a.err)
+			write(c, c.refusal(a.err))
 		}
 	}
 	c.letGo()
@@ -528,80 +527,60 @@ func write[S string | []byte](c *client, s S) {
 	c.out = append(c.out, s...)
 }
 
-// The kinds of replies, beside strings, numbers, errors, arrays, and nil for none.
-type (
-	status string
-	null   struct{}
-	text   string // for people
-	pairs  []any  // of a map
+// Replies are strings; an empty one is none.
+
+const (
+	statusOK  = "+OK\r\n"
+	errSyntax = "-ERR syntax error\r\n"
 )
 
-const statusOK = status("OK")
+func line(kind byte, s string) string { return string(kind) + s + "\r\n" }
+func head(kind byte, n int) string    { return line(kind, strconv.Itoa(n)) }
+func bulkString(s string) string      { return head('$', len(s)) + s + "\r\n" }
+func array(all ...string) string      { return head('*', len(all)) + strings.Join(all, "") }
 
-var errSyntax = failure("ERR syntax error")
-
-// failure returns an error reply.
-func failure(format string, args ...any) error { return fmt.Errorf(format, args...) }
-
-// reply adds a reply.
-func (c *client) reply(v any) {
-	var elements []any
-	switch v := v.(type) {
-	case status:
-		c.line('+', string(v))
-	case error:
-		c.late = c.late || v == errTimeout
-		s := oneLine.Replace(v.Error()) // it may have what the client sent, or be Redis' own error reply
-		if _, broken := v.(protocolError); broken || v == errUnavailable || v == errTimeout || v == errCrowded {
-			s = "ERR " + s
-		}
-		c.line('-', s)
-	case int:
-		c.line(':', strconv.Itoa(v))
-	case null:
-		write(c, [...]string{2: "$-1\r\n", 3: "_\r\n"}[c.proto])
-	case string:
-		c.line('$', strconv.Itoa(len(v)))
-		write(c, v+"\r\n")
-	case []byte: // it is what the client sent, and not copied as a whole
-		c.line('$', strconv.Itoa(len(v)))
-		write(c, v)
-		write(c, "\r\n")
-	case text:
-		if c.proto == 2 {
-			c.reply(string(v))
-		} else {
-			c.line('=', strconv.Itoa(len("txt:"+v)))
-			write(c, "txt:"+string(v)+"\r\n")
-		}
-	case pairs:
-		if c.proto == 2 {
-			c.reply([]any(v))
-		} else {
-			c.line('%', strconv.Itoa(len(v)/2))
-			elements = v
-		}
-	case []any:
-		c.line('*', strconv.Itoa(len(v)))
-		elements = v
-	case [][]byte:
-		c.line('*', strconv.Itoa(len(v)))
-		for _, element := range v {
-			c.reply(element)
-		}
-	}
-	for _, element := range elements {
-		c.reply(element)
-	}
+// failure returns an error. Its text comes in part from the client, and must remain one line.
+func failure(format string, args ...any) string {
+	return line('-', strings.NewReplacer("\r", " ", "\n", " ").Replace(fmt.Sprintf(format, args...)))
 }
 
-var oneLine = strings.NewReplacer("\r", " ", "\n", " ")
-
-func (c *client) line(kind byte, s string) {
-	if len(c.out) > flushAt {
-		c.flush()
+// refusal returns the error of an answer, if it is one. Redis' own error replies pass as they are.
+func (c *client) refusal(err error) string {
+	c.late = c.late || err == errTimeout
+	switch err {
+	case nil:
+		return ""
+	case errUnavailable, errTimeout, errCrowded:
+		return failure("ERR %v", err)
 	}
-	c.out = append(append(append(c.out, kind), s...), "\r\n"...)
+	return failure("%v", err)
+}
+
+// choose returns what the client's protocol has of the two.
+func (c *client) choose(resp2, resp3 string) string {
+	if c.proto == 2 {
+		return resp2
+	}
+	return resp3
+}
+
+func (c *client) null() string { return c.choose("$-1\r\n", "_\r\n") }
+
+// verbatim returns a text for people.
+func (c *client) verbatim(s string) string {
+	return c.choose(bulkString(s), head('=', len("txt:"+s))+"txt:"+s+"\r\n")
+}
+
+// pairs returns a map.
+func (c *client) pairs(all ...string) string {
+	return c.choose(head('*', len(all)), head('%', len(all)/2)) + strings.Join(all, "")
+}
+
+// echo adds what the client sent, without a copy of the whole.
+func (c *client) echo(b []byte) string {
+	write(c, head('$', len(b)))
+	write(c, b)
+	return "\r\n"
 }
 
 // A command has Redis' arity: how many arguments, its name among them; at least so many if negative.
@@ -614,14 +593,15 @@ type command struct {
 }
 
 // A handler answers a command: it returns the reply, or nil if it has added that.
-type handler func(c *client, args [][]byte) any
+type handler func(c *client, args [][]byte) string
 
-func constant(reply any) handler { return func(*client, [][]byte) any { return reply } }
+func constant(reply string) handler { return func(*client, [][]byte) string { return reply } }
 
 // commands is the table of all that is answered, by name in lower case.
 var commands map[string]command
 
 func init() {
+	emptyMap := func(c *client, _ [][]byte) string { return c.pairs() }
 	disabled := constant(failure("ERR This instance has cluster support disabled"))
 	off := command{arity: 1, run: disabled}
 	commands = map[string]command{
@@ -632,21 +612,21 @@ func init() {
 		"exec":     {arity: 1, run: (*client).exec},
 		"discard":  {arity: 1, run: (*client).discard},
 		"ping":     {arity: -1, run: (*client).ping},
-		"echo":     {arity: 2, run: func(_ *client, args [][]byte) any { return args[1] }},
+		"echo":     {arity: 2, run: func(c *client, args [][]byte) string { return c.echo(args[1]) }},
 		"hello":    {arity: -1, run: (*client).hello},
 		"auth":     {arity: -2, run: (*client).auth},
 		"select":   {arity: 2, run: (*client).selectDB},
-		"quit":     {arity: -1, run: func(c *client, _ [][]byte) any { c.reply(statusOK); c.end(io.EOF); return nil }},
+		"quit":     {arity: -1, run: func(c *client, _ [][]byte) string { write(c, statusOK); c.end(io.EOF); return "" }},
 		"reset":    {arity: 1, run: (*client).reset},
 		"info":     {arity: -1, run: (*client).info},
 		"readonly": off, "readwrite": off, "asking": off,
 		"cluster": {arity: -2, run: disabled, sub: make(map[string]command)},
 		"config": {arity: -2, sub: map[string]command{
-			"get": {arity: -3, run: constant(pairs{}), help: "GET <pattern>\nReturn parameters matching the glob-like <pattern> and their values."},
+			"get": {arity: -3, run: emptyMap, help: "GET <pattern>\nReturn parameters matching the glob-like <pattern> and their values."},
 		}},
 		"command": {arity: -1, run: commandInfo, sub: map[string]command{
 			"count":   {arity: 2, run: commandCount, help: "COUNT\nReturn the total number of commands in this Redis server."},
-			"docs":    {arity: -2, run: constant(pairs{})},
+			"docs":    {arity: -2, run: emptyMap},
 			"info":    {arity: -2, run: commandInfo, help: "INFO [<command-name> ...]\nReturn details about multiple Redis commands."},
 			"list":    {arity: -2, run: commandList, help: "LIST\nReturn a list of all commands in this Redis server."},
 			"getkeys": {arity: -4, run: commandKeys, help: "GETKEYS <full-command>\nReturn the keys from a full Redis command."},
@@ -669,13 +649,14 @@ func init() {
 	}
 	for _, name := range []string{"config", "command", "client"} {
 		sub := commands[name].sub
-		lines := []any{status(strings.ToUpper(name) + " <subcommand> [<arg> [value] [opt] ...]. Subcommands are:")}
+		lines := []string{line('+', strings.ToUpper(name)+" <subcommand> [<arg> [value] [opt] ...]. Subcommands are:")}
 		for _, key := range slices.Sorted(maps.Keys(sub)) {
 			if form, about, ok := strings.Cut(sub[key].help, "\n"); ok {
-				lines = append(lines, status(form), status("    "+about))
+				lines = append(lines, line('+', form), line('+', "    "+about))
 			}
 		}
-		sub["help"] = command{arity: 2, run: constant(append(lines, status("HELP"), status("    Prints this help.")))}
+		lines = append(lines, line('+', "HELP"), line('+', "    Prints this help."))
+		sub["help"] = command{arity: 2, run: constant(array(lines...))}
 	}
 }
 
@@ -685,26 +666,26 @@ func (cmd command) takes(n int) bool {
 }
 
 // execute answers one command, or queues it in a transaction.
-func (c *client) execute(args [][]byte) any {
+func (c *client) execute(args [][]byte) string {
 	if guard := word(args[0]); guard == "post" || guard == "host:" {
 		// A browser that was made to speak to a Redis (networking.c, securityWarningCommand).
 		c.end(protocolError("no reply"))
-		return nil
+		return ""
 	}
-	name, cmd, err := find(args)
-	if err == nil && c.in.strict && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name) {
-		err = failure("NOAUTH Authentication required.")
+	name, cmd, refusal := find(args)
+	if refusal == "" && c.in.strict && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name) {
+		refusal = failure("NOAUTH Authentication required.")
 	}
 	t := c.multi
 	switch {
-	case err != nil && t != nil && name == "exec":
+	case refusal != "" && t != nil && name == "exec":
 		c.multi, c.in.queued = nil, 0
-		return failure("EXECABORT Transaction discarded because of: %s", strings.TrimPrefix(err.Error(), "ERR "))
-	case err != nil:
+		return "-EXECABORT Transaction discarded because of: " + strings.TrimPrefix(refusal, "-ERR ")
+	case refusal != "":
 		if t != nil {
 			t.broken = true
 		}
-		return err
+		return refusal
 	case t != nil && name == "multi":
 		return failure("ERR MULTI calls can not be nested")
 	case t == nil && (name == "exec" || name == "discard"):
@@ -715,8 +696,8 @@ func (c *client) execute(args [][]byte) any {
 	return c.queue(cmd, args)
 }
 
-// find returns a command and its name, or what is wrong with it.
-func find(args [][]byte) (name string, cmd command, err error) {
+// find returns a command and its name, or the error reply.
+func find(args [][]byte) (name string, cmd command, refusal string) {
 	name = nameOf(args[0])
 	cmd, known := commands[name]
 	if !known {
@@ -730,13 +711,13 @@ func find(args [][]byte) (name string, cmd command, err error) {
 		name += "|" + sub
 	}
 	if !cmd.takes(len(args)) {
-		err = failure("ERR wrong number of arguments for '%s' command", name)
+		refusal = failure("ERR wrong number of arguments for '%s' command", name)
 	}
-	return name, cmd, err
+	return name, cmd, refusal
 }
 
 // unknownCommand has Redis' words: as much of the arguments as fits 128 bytes (server.c).
-func unknownCommand(args [][]byte) error {
+func unknownCommand(args [][]byte) string {
 	list := ""
 	for _, arg := range args[1:] {
 		if len(list) < 128 {
@@ -766,14 +747,14 @@ func nameOf(b []byte) string {
 func word(b []byte) string { return nameOf([]byte(cString(b, maxWord))) }
 
 // getOne answers a GET of a transaction.
-func (c *client) getOne(args [][]byte) any { return c.look(args[1:], c.writeAnswers) }
+func (c *client) getOne(args [][]byte) string { return c.refusal(c.look(args[1:], c.writeAnswers)) }
 
 // mget answers MGET as Redis does: with null for a key that holds another type, and with an error instead of
 // the array. It holds the answers back for that, until they are too large together: an error that comes
 // then is an element.
-func (c *client) mget(args [][]byte) any {
+func (c *client) mget(args [][]byte) string {
 	size, begun := 0, false
-	return c.look(args[1:], func(lot []answer, last bool) error {
+	return c.refusal(c.look(args[1:], func(lot []answer, last bool) error {
 		for i := range lot {
 			a := &lot[i]
 			size += len(a.data) + answerSize
@@ -788,15 +769,15 @@ func (c *client) mget(args [][]byte) any {
 			return nil
 		}
 		if !begun {
-			c.line('*', strconv.Itoa(len(args)-1))
+			write(c, head('*', len(args)-1))
 		}
 		begun = true
 		return c.writeAnswers(lot, last)
-	})
+	}))
 }
 
 // exists counts the keys that Redis has, of whatever type.
-func (c *client) exists(args [][]byte) any {
+func (c *client) exists(args [][]byte) string {
 	n := 0
 	err := c.look(args[1:], func(lot []answer, _ bool) error {
 		for i := range lot {
@@ -809,28 +790,28 @@ func (c *client) exists(args [][]byte) any {
 		c.letGo()
 		return nil
 	})
-	return cmp.Or[any](err, n)
+	return cmp.Or(c.refusal(err), head(':', n))
 }
 
 // A transaction is what a client has queued since MULTI.
 type transaction struct {
-	run    []func() any
+	run    []func() string
 	keys   [][]byte // of all GET, MGET and EXISTS, in their order
 	broken bool     // a command was refused: EXEC discards the transaction
 }
 
-func (c *client) begin([][]byte) any {
+func (c *client) begin([][]byte) string {
 	c.multi = new(transaction)
 	return statusOK
 }
 
-func (c *client) discard([][]byte) any {
+func (c *client) discard([][]byte) string {
 	c.multi, c.in.queued = nil, 0
 	return statusOK
 }
 
 // queue adds a copy of a command to the transaction.
-func (c *client) queue(cmd command, args [][]byte) any {
+func (c *client) queue(cmd command, args [][]byte) string {
 	own := make([][]byte, len(args))
 	for i, arg := range args {
 		own[i] = bytes.Clone(arg)
@@ -839,16 +820,16 @@ func (c *client) queue(cmd command, args [][]byte) any {
 	if !c.in.grant(len(c.in.buf), len(args)) {
 		c.in.err = errTooMuch
 	}
-	c.multi.run = append(c.multi.run, func() any { return cmd.run(c, own) })
+	c.multi.run = append(c.multi.run, func() string { return cmd.run(c, own) })
 	if cmd.keys {
 		c.multi.keys = append(c.multi.keys, own[1:]...)
 	}
-	return status("QUEUED")
+	return "+QUEUED\r\n"
 }
 
 // exec answers all that is queued, from one moment of the cache: first what it lacks is fetched, then all
 // keys are looked up at once. What is too large together for that is answered as it comes.
-func (c *client) exec([][]byte) any {
+func (c *client) exec([][]byte) string {
 	t := c.multi
 	if c.multi, c.in.queued = nil, 0; t.broken {
 		return failure("EXECABORT Transaction discarded because of previous errors.")
@@ -860,29 +841,29 @@ func (c *client) exec([][]byte) any {
 		}
 		c.letGo()
 	}
-	c.line('*', strconv.Itoa(len(t.run)))
+	write(c, head('*', len(t.run)))
 	for _, run := range t.run {
 		if c.err == nil {
-			c.reply(run())
+			write(c, run())
 		}
 	}
 	c.moment = nil
 	c.letGo()
-	return nil
+	return ""
 }
 
-func (c *client) ping(args [][]byte) any {
+func (c *client) ping(args [][]byte) string {
 	switch len(args) {
 	case 1:
-		return status("PONG")
+		return "+PONG\r\n"
 	case 2:
-		return args[1]
+		return c.echo(args[1])
 	}
 	return failure("ERR wrong number of arguments for 'ping' command")
 }
 
 // hello switches the protocol (networking.c, helloCommand).
-func (c *client) hello(args [][]byte) any {
+func (c *client) hello(args [][]byte) string {
 	proto := c.proto
 	if len(args) > 1 {
 		switch n, isNumber := parseInt(args[1]); {
@@ -895,19 +876,19 @@ func (c *client) hello(args [][]byte) any {
 		}
 	}
 	for rest := args[min(len(args), 2):]; len(rest) > 0; {
-		var err error
+		refusal := ""
 		switch opt := word(rest[0]); {
 		case opt == "auth" && len(rest) > 2:
-			err = c.login(rest[1], rest[2]) // at once, whatever is wrong with what follows
+			refusal = c.login(rest[1], rest[2]) // at once, whatever is wrong with what follows
 			rest = rest[3:]
 		case opt == "setname" && len(rest) > 1:
-			err = note(&c.name, "Client names", rest[1])
+			refusal = note(&c.name, "Client names", rest[1])
 			rest = rest[2:]
 		default:
-			err = failure("ERR Syntax error in HELLO option '%s'", cString(rest[0], maxInline))
+			refusal = failure("ERR Syntax error in HELLO option '%s'", cString(rest[0], maxInline))
 		}
-		if err != nil {
-			return err
+		if refusal != "" {
+			return refusal
 		}
 	}
 	if c.in.strict {
@@ -915,23 +896,24 @@ func (c *client) hello(args [][]byte) any {
 			"option can be used to authenticate the client and select the RESP protocol version at the same time")
 	}
 	c.proto = proto
-	return pairs{"server", "redis", "version", redisVersion, "proto", proto, "id", int(c.id),
-		"mode", "standalone", "role", "master", "modules", []any{}}
+	return c.pairs(bulkString("server"), bulkString("redis"), bulkString("version"), bulkString(redisVersion),
+		bulkString("proto"), head(':', proto), bulkString("id"), head(':', int(c.id)), bulkString("mode"), bulkString("standalone"),
+		bulkString("role"), bulkString("master"), bulkString("modules"), array())
 }
 
 // login authenticates the client. There is one user, the default one; without a password for it, any is right.
-func (c *client) login(user, password []byte) error {
+func (c *client) login(user, password []byte) string {
 	switch pw := c.resp.password; {
 	case string(user) != "default":
 		pw.denied.Add(1)
 	case !pw.needed || pw.matches(password):
 		c.in.strict = false
-		return nil
+		return ""
 	}
 	return failure("WRONGPASS invalid username-password pair or user is disabled.")
 }
 
-func (c *client) auth(args [][]byte) any {
+func (c *client) auth(args [][]byte) string {
 	switch {
 	case len(args) > 3:
 		return errSyntax
@@ -941,10 +923,10 @@ func (c *client) auth(args [][]byte) any {
 	case len(args) == 2:
 		args = [][]byte{nil, []byte("default"), args[1]}
 	}
-	return cmp.Or[any](c.login(args[1], args[2]), statusOK)
+	return cmp.Or(c.login(args[1], args[2]), statusOK)
 }
 
-func (c *client) selectDB(args [][]byte) any {
+func (c *client) selectDB(args [][]byte) string {
 	switch n, isNumber := parseInt(args[1]); {
 	case !isNumber:
 		return failure("ERR value is not an integer or out of range")
@@ -956,28 +938,28 @@ func (c *client) selectDB(args [][]byte) any {
 	return statusOK
 }
 
-func (c *client) reset([][]byte) any {
+func (c *client) reset([][]byte) string {
 	c.proto, c.name, c.in.strict = 2, "", c.resp.password.needed
 	c.multi, c.in.queued = nil, 0
-	return status("RESET")
+	return "+RESET\r\n"
 }
 
-func commandCount(*client, [][]byte) any { return len(commands) }
+func commandCount(*client, [][]byte) string { return head(':', len(commands)) }
 
-func commandList(_ *client, args [][]byte) any {
+func commandList(_ *client, args [][]byte) string {
 	if len(args) > 2 {
 		return errSyntax
 	}
-	names := []any{}
+	var names []string
 	for _, name := range slices.Sorted(maps.Keys(commands)) {
-		names = append(names, name)
+		names = append(names, bulkString(name))
 	}
-	return names
+	return array(names...)
 }
 
 // commandInfo answers COMMAND and COMMAND INFO in the form of Redis 7: name, arity, flags, first and last
 // key, step, ACL categories, tips, key specifications, subcommands.
-func commandInfo(_ *client, args [][]byte) any {
+func commandInfo(c *client, args [][]byte) string {
 	names := slices.Sorted(maps.Keys(commands))
 	if len(args) > 2 {
 		names = nil
@@ -985,24 +967,25 @@ func commandInfo(_ *client, args [][]byte) any {
 	for _, arg := range args[min(len(args), 2):] {
 		names = append(names, nameOf(arg))
 	}
-	none, all := []any{}, []any{}
+	none, rows := array(), []string{}
 	for _, name := range names {
 		cmd, known := commands[name]
 		flags, step := none, 0
 		if cmd.keys {
-			flags, step = []any{status("readonly"), status("fast")}, 1
+			flags, step = array(line('+', "readonly"), line('+', "fast")), 1
 		}
-		row := any([]any{name, cmd.arity, flags, step, step * cmp.Compare(cmd.arity, 0), step, none, none, none, none})
+		row := array(bulkString(name), head(':', cmd.arity), flags, head(':', step), head(':', step*cmp.Compare(cmd.arity, 0)), head(':', step),
+			none, none, none, none)
 		if !known {
-			row = null{}
+			row = c.null()
 		}
-		all = append(all, row)
+		rows = append(rows, row)
 	}
-	return all
+	return array(rows...)
 }
 
 // commandKeys answers COMMAND GETKEYS (db.c, getKeysSubcommandImpl).
-func commandKeys(_ *client, args [][]byte) any {
+func commandKeys(c *client, args [][]byte) string {
 	switch cmd, known := commands[nameOf(args[2])]; {
 	case !known:
 		return failure("ERR Invalid command specified")
@@ -1011,32 +994,36 @@ func commandKeys(_ *client, args [][]byte) any {
 	case !cmd.takes(len(args) - 2):
 		return failure("ERR Invalid number of arguments specified for command")
 	}
-	return args[3:]
-}
-
-func (c *client) getID([][]byte) any { return int(c.id) }
-
-func (c *client) getName([][]byte) any {
-	if c.name == "" {
-		return null{}
+	write(c, head('*', len(args)-3))
+	for _, key := range args[3:] {
+		write(c, c.echo(key))
 	}
-	return c.name
+	return ""
 }
 
-func (c *client) setName(args [][]byte) any {
-	return cmp.Or[any](note(&c.name, "Client names", args[2]), statusOK)
+func (c *client) getID([][]byte) string { return head(':', int(c.id)) }
+
+func (c *client) getName([][]byte) string {
+	if c.name == "" {
+		return c.null()
+	}
+	return bulkString(c.name)
 }
 
-func (c *client) setInfo(args [][]byte) any {
+func (c *client) setName(args [][]byte) string {
+	return cmp.Or(note(&c.name, "Client names", args[2]), statusOK)
+}
+
+func (c *client) setInfo(args [][]byte) string {
 	attr := word(args[2])
 	if i := slices.Index([]string{"lib-name", "lib-ver"}, attr); i >= 0 {
-		return cmp.Or[any](note(&c.library[i], attr, args[3]), statusOK)
+		return cmp.Or(note(&c.library[i], attr, args[3]), statusOK)
 	}
 	return failure("ERR Unrecognized option '%s'", cString(args[2], maxInline))
 }
 
 // note sets what a client says about itself. That must be able to stand in CLIENT LIST.
-func note(field *string, what string, value []byte) error {
+func note(field *string, what string, value []byte) string {
 	if len(value) > maxName {
 		return failure("ERR %s cannot be longer than %d bytes.", what, maxName)
 	}
@@ -1044,11 +1031,11 @@ func note(field *string, what string, value []byte) error {
 		return failure("ERR %s cannot contain spaces, newlines or special characters.", what)
 	}
 	*field = string(value)
-	return nil
+	return ""
 }
 
 // onOff accepts a switch that has no meaning here.
-func onOff(_ *client, args [][]byte) any {
+func onOff(_ *client, args [][]byte) string {
 	if s := word(args[2]); s != "on" && s != "off" {
 		return errSyntax
 	}
@@ -1056,14 +1043,14 @@ func onOff(_ *client, args [][]byte) any {
 }
 
 // describe answers CLIENT INFO.
-func (c *client) describe([][]byte) any {
-	return text(fmt.Sprintf("id=%d addr=%s laddr=%s fd=0 name=%s age=%d idle=0 flags=N db=0 sub=0 psub=0 ssub=0 multi=-1 qbuf=0 qbuf-free=0 "+
+func (c *client) describe([][]byte) string {
+	return c.verbatim(fmt.Sprintf("id=%d addr=%s laddr=%s fd=0 name=%s age=%d idle=0 flags=N db=0 sub=0 psub=0 ssub=0 multi=-1 qbuf=0 qbuf-free=0 "+
 		"argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=0 tot-mem=0 events=r cmd=client user=default redir=-1 resp=%d lib-name=%s lib-ver=%s\n",
 		c.id, c.conn.RemoteAddr(), c.conn.LocalAddr(), c.name, time.Since(c.since)/time.Second, c.proto, c.library[0], c.library[1]))
 }
 
 // list answers CLIENT LIST: a client is told of nobody but itself, and once.
-func (c *client) list(args [][]byte) any {
+func (c *client) list(args [][]byte) string {
 	listed := len(args) == 2
 	switch option := word(args[min(2, len(args)-1)]); {
 	case listed:
@@ -1085,13 +1072,13 @@ func (c *client) list(args [][]byte) any {
 		return errSyntax
 	}
 	if !listed {
-		return text("")
+		return c.verbatim("")
 	}
 	return c.describe(nil)
 }
 
 // info answers INFO with the sections that were asked for, in the order in which they first appear.
-func (c *client) info(args [][]byte) any {
+func (c *client) info(args [][]byte) string {
 	asked := make(map[string]bool)
 	for _, arg := range args[1:] {
 		asked[word(arg)] = true
@@ -1109,5 +1096,5 @@ func (c *client) info(args [][]byte) any {
 		}
 		sections[i] += fmt.Sprintf("%s:%v\r\n", f.name, f.value)
 	}
-	return text(strings.Join(sections, "\r\n"))
+	return c.verbatim(strings.Join(sections, "\r\n"))
 }
