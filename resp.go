@@ -536,8 +536,13 @@ const (
 
 func line(kind byte, s string) string { return string(kind) + s + "\r\n" }
 func head(kind byte, n int) string    { return line(kind, strconv.Itoa(n)) }
-func bulkString(s string) string      { return head('$', len(s)) + s + "\r\n" }
-func array(all ...string) string      { return head('*', len(all)) + strings.Join(all, "") }
+
+func bulks(all ...string) (reply string) {
+	for _, s := range all {
+		reply += head('$', len(s)) + s + "\r\n"
+	}
+	return reply
+}
 
 // failure returns an error. Its text comes in part from the client, and must remain one line.
 func failure(format string, args ...any) string {
@@ -568,12 +573,12 @@ func (c *client) null() string { return c.choose("$-1\r\n", "_\r\n") }
 
 // verbatim returns a text for people.
 func (c *client) verbatim(s string) string {
-	return c.choose(bulkString(s), head('=', len("txt:"+s))+"txt:"+s+"\r\n")
+	return c.choose(bulks(s), head('=', len("txt:"+s))+"txt:"+s+"\r\n")
 }
 
-// pairs returns a map.
-func (c *client) pairs(all ...string) string {
-	return c.choose(head('*', len(all)), head('%', len(all)/2)) + strings.Join(all, "")
+// pairs returns a map of n pairs.
+func (c *client) pairs(n int, all string) string {
+	return c.choose(head('*', 2*n), head('%', n)) + all
 }
 
 // echo adds what the client sent, without a copy of the whole.
@@ -589,7 +594,7 @@ type command struct {
 	keys  bool    // all arguments are keys
 	run   handler // nil for those that have only subcommands
 	sub   map[string]command
-	help  string // its form, and a line about it
+	form  string // of a subcommand's arguments, for HELP
 }
 
 // A handler answers a command: it returns the reply, or nil if it has added that.
@@ -601,7 +606,7 @@ func constant(reply string) handler { return func(*client, [][]byte) string { re
 var commands map[string]command
 
 func init() {
-	emptyMap := func(c *client, _ [][]byte) string { return c.pairs() }
+	emptyMap := func(c *client, _ [][]byte) string { return c.pairs(0, "") }
 	disabled := constant(failure("ERR This instance has cluster support disabled"))
 	off := command{arity: 1, run: disabled}
 	commands = map[string]command{
@@ -616,47 +621,45 @@ func init() {
 		"hello":    {arity: -1, run: (*client).hello},
 		"auth":     {arity: -2, run: (*client).auth},
 		"select":   {arity: 2, run: (*client).selectDB},
-		"quit":     {arity: -1, run: func(c *client, _ [][]byte) string { write(c, statusOK); c.end(io.EOF); return "" }},
+		"quit":     {arity: -1, run: (*client).quit},
 		"reset":    {arity: 1, run: (*client).reset},
 		"info":     {arity: -1, run: (*client).info},
 		"readonly": off, "readwrite": off, "asking": off,
 		"cluster": {arity: -2, run: disabled, sub: make(map[string]command)},
 		"config": {arity: -2, sub: map[string]command{
-			"get": {arity: -3, run: emptyMap, help: "GET <pattern>\nReturn parameters matching the glob-like <pattern> and their values."},
+			"get": {arity: -3, run: emptyMap, form: "<pattern>"},
 		}},
 		"command": {arity: -1, run: commandInfo, sub: map[string]command{
-			"count":   {arity: 2, run: commandCount, help: "COUNT\nReturn the total number of commands in this Redis server."},
+			"count":   {arity: 2, run: func(*client, [][]byte) string { return head(':', len(commands)) }},
 			"docs":    {arity: -2, run: emptyMap},
-			"info":    {arity: -2, run: commandInfo, help: "INFO [<command-name> ...]\nReturn details about multiple Redis commands."},
-			"list":    {arity: -2, run: commandList, help: "LIST\nReturn a list of all commands in this Redis server."},
-			"getkeys": {arity: -4, run: commandKeys, help: "GETKEYS <full-command>\nReturn the keys from a full Redis command."},
+			"info":    {arity: -2, run: commandInfo, form: "[<command-name> ...]"},
+			"list":    {arity: -2, run: commandList},
+			"getkeys": {arity: -4, run: commandKeys, form: "<full-command>"},
 		}},
 		"client": {arity: -2, sub: map[string]command{
-			"id":       {arity: 2, run: (*client).getID, help: "ID\nReturn the ID of the current connection."},
-			"getname":  {arity: 2, run: (*client).getName, help: "GETNAME\nReturn the name of the current connection."},
-			"setname":  {arity: 3, run: (*client).setName, help: "SETNAME <name>\nAssign the name <name> to the current connection."},
-			"setinfo":  {arity: 4, run: (*client).setInfo},
-			"info":     {arity: 2, run: (*client).describe, help: "INFO\nReturn information about the current client connection."},
-			"list":     {arity: -2, run: (*client).list, help: "LIST [options ...]\nReturn information about client connections."},
-			"no-evict": {arity: 3, run: onOff, help: "NO-EVICT (ON|OFF)\nProtect current client connection from eviction."},
-			"no-touch": {arity: 3, run: onOff},
+			"id":       {arity: 2, run: func(c *client, _ [][]byte) string { return head(':', int(c.id)) }},
+			"getname":  {arity: 2, run: (*client).getName},
+			"setname":  {arity: 3, run: (*client).setName, form: "<name>"},
+			"setinfo":  {arity: 4, run: (*client).setInfo, form: "<lib-name|lib-ver> <value>"},
+			"info":     {arity: 2, run: (*client).describe},
+			"list":     {arity: -2, run: (*client).list, form: "[options ...]"},
+			"no-evict": {arity: 3, run: onOff, form: "(ON|OFF)"},
+			"no-touch": {arity: 3, run: onOff, form: "(ON|OFF)"},
 		}},
 	}
-	for name := range strings.FieldsSeq("addslots addslotsrange bumpepoch count-failure-reports countkeysinslot delslots delslotsrange failover " +
-		"flushslots forget getkeysinslot help info keyslot links meet myid nodes replicate replicas reset saveconfig set-config-epoch setslot " +
-		"shards slaves slots") {
+	for name := range strings.FieldsSeq("addslots addslotsrange bumpepoch count-failure-reports countkeysinslot " +
+		"delslots delslotsrange failover flushslots forget getkeysinslot help info keyslot links meet myid nodes " +
+		"replicate replicas reset saveconfig set-config-epoch setslot shards slaves slots") {
 		commands["cluster"].sub[name] = command{arity: -2, run: disabled}
 	}
 	for _, name := range []string{"config", "command", "client"} {
 		sub := commands[name].sub
-		lines := []string{line('+', strings.ToUpper(name)+" <subcommand> [<arg> [value] [opt] ...]. Subcommands are:")}
+		sub["help"] = command{arity: 2}
+		forms := strings.ToUpper(name) + " <subcommand> [<arg> [value] [opt] ...]. Subcommands are:"
 		for _, key := range slices.Sorted(maps.Keys(sub)) {
-			if form, about, ok := strings.Cut(sub[key].help, "\n"); ok {
-				lines = append(lines, line('+', form), line('+', "    "+about))
-			}
+			forms += "\r\n+" + strings.TrimSpace(strings.ToUpper(key)+" "+sub[key].form)
 		}
-		lines = append(lines, line('+', "HELP"), line('+', "    Prints this help."))
-		sub["help"] = command{arity: 2, run: constant(array(lines...))}
+		sub["help"] = command{arity: 2, run: constant(head('*', len(sub)+1) + line('+', forms))}
 	}
 }
 
@@ -680,7 +683,7 @@ func (c *client) execute(args [][]byte) string {
 	switch {
 	case refusal != "" && t != nil && name == "exec":
 		c.multi, c.in.queued = nil, 0
-		return "-EXECABORT Transaction discarded because of: " + strings.TrimPrefix(refusal, "-ERR ")
+		return "-EXECABORT Transaction discarded because of: " + strings.TrimPrefix(refusal[1:], "ERR ")
 	case refusal != "":
 		if t != nil {
 			t.broken = true
@@ -706,7 +709,8 @@ func find(args [][]byte) (name string, cmd command, refusal string) {
 	if cmd.sub != nil && len(args) > 1 {
 		sub := nameOf(args[1])
 		if cmd, known = cmd.sub[sub]; !known {
-			return name, cmd, failure("ERR unknown subcommand '%s'. Try %s HELP.", cString(args[1], 128), strings.ToUpper(name))
+			name = strings.ToUpper(name)
+			return name, cmd, failure("ERR unknown subcommand '%s'. Try %s HELP.", cString(args[1], 128), name)
 		}
 		name += "|" + sub
 	}
@@ -892,13 +896,12 @@ func (c *client) hello(args [][]byte) string {
 		}
 	}
 	if c.in.strict {
-		return failure("NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO AUTH <user> <pass> " +
-			"option can be used to authenticate the client and select the RESP protocol version at the same time")
+		return failure("NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO AUTH <user> " +
+			"<pass> option can be used to authenticate the client and select the RESP protocol version at the same time")
 	}
 	c.proto = proto
-	return c.pairs(bulkString("server"), bulkString("redis"), bulkString("version"), bulkString(redisVersion),
-		bulkString("proto"), head(':', proto), bulkString("id"), head(':', int(c.id)), bulkString("mode"), bulkString("standalone"),
-		bulkString("role"), bulkString("master"), bulkString("modules"), array())
+	return c.pairs(7, bulks("server", "redis", "version", redisVersion, "proto")+head(':', proto)+bulks("id")+head(':', int(c.id))+
+		bulks("mode", "standalone", "role", "master", "modules")+head('*', 0))
 }
 
 // login authenticates the client. There is one user, the default one; without a password for it, any is right.
@@ -938,23 +941,23 @@ func (c *client) selectDB(args [][]byte) string {
 	return statusOK
 }
 
+func (c *client) quit([][]byte) string {
+	write(c, statusOK)
+	c.end(io.EOF)
+	return ""
+}
+
 func (c *client) reset([][]byte) string {
 	c.proto, c.name, c.in.strict = 2, "", c.resp.password.needed
 	c.multi, c.in.queued = nil, 0
 	return "+RESET\r\n"
 }
 
-func commandCount(*client, [][]byte) string { return head(':', len(commands)) }
-
 func commandList(_ *client, args [][]byte) string {
 	if len(args) > 2 {
 		return errSyntax
 	}
-	var names []string
-	for _, name := range slices.Sorted(maps.Keys(commands)) {
-		names = append(names, bulkString(name))
-	}
-	return array(names...)
+	return head('*', len(commands)) + bulks(slices.Sorted(maps.Keys(commands))...)
 }
 
 // commandInfo answers COMMAND and COMMAND INFO in the form of Redis 7: name, arity, flags, first and last
@@ -967,21 +970,21 @@ func commandInfo(c *client, args [][]byte) string {
 	for _, arg := range args[min(len(args), 2):] {
 		names = append(names, nameOf(arg))
 	}
-	none, rows := array(), []string{}
+	rows := head('*', len(names))
 	for _, name := range names {
 		cmd, known := commands[name]
-		flags, step := none, 0
+		flags, step := "*0\r\n", 0
 		if cmd.keys {
-			flags, step = array(line('+', "readonly"), line('+', "fast")), 1
+			flags, step = "*2\r\n+readonly\r\n+fast\r\n", 1
 		}
-		row := array(bulkString(name), head(':', cmd.arity), flags, head(':', step), head(':', step*cmp.Compare(cmd.arity, 0)), head(':', step),
-			none, none, none, none)
+		row := head('*', 10) + bulks(name) + head(':', cmd.arity) + flags + head(':', step) +
+			head(':', step*cmp.Compare(cmd.arity, 0)) + head(':', step) + strings.Repeat(head('*', 0), 4)
 		if !known {
 			row = c.null()
 		}
-		rows = append(rows, row)
+		rows += row
 	}
-	return array(rows...)
+	return rows
 }
 
 // commandKeys answers COMMAND GETKEYS (db.c, getKeysSubcommandImpl).
@@ -1001,13 +1004,11 @@ func commandKeys(c *client, args [][]byte) string {
 	return ""
 }
 
-func (c *client) getID([][]byte) string { return head(':', int(c.id)) }
-
 func (c *client) getName([][]byte) string {
 	if c.name == "" {
 		return c.null()
 	}
-	return bulkString(c.name)
+	return bulks(c.name)
 }
 
 func (c *client) setName(args [][]byte) string {
@@ -1044,9 +1045,10 @@ func onOff(_ *client, args [][]byte) string {
 
 // describe answers CLIENT INFO.
 func (c *client) describe([][]byte) string {
-	return c.verbatim(fmt.Sprintf("id=%d addr=%s laddr=%s fd=0 name=%s age=%d idle=0 flags=N db=0 sub=0 psub=0 ssub=0 multi=-1 qbuf=0 qbuf-free=0 "+
-		"argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=0 tot-mem=0 events=r cmd=client user=default redir=-1 resp=%d lib-name=%s lib-ver=%s\n",
-		c.id, c.conn.RemoteAddr(), c.conn.LocalAddr(), c.name, time.Since(c.since)/time.Second, c.proto, c.library[0], c.library[1]))
+	return c.verbatim(fmt.Sprintf("id=%d addr=%s laddr=%s fd=0 name=%s age=%d idle=0 flags=N db=0 sub=0 psub=0 ssub=0 multi=-1 "+
+		"qbuf=0 qbuf-free=0 argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=0 tot-mem=0 events=r cmd=client user=default "+
+		"redir=-1 resp=%d lib-name=%s lib-ver=%s\n", c.id, c.conn.RemoteAddr(), c.conn.LocalAddr(), c.name,
+		time.Since(c.since)/time.Second, c.proto, c.library[0], c.library[1]))
 }
 
 // list answers CLIENT LIST: a client is told of nobody but itself, and once.
