@@ -200,16 +200,15 @@ func (r *reader) readLength(marker byte, what, number string) int {
 	if r.err != nil {
 		return 0
 	}
-	if first := line[:1]; first[0] != marker { // it may be the line's end
-		r.err = protocolError("expected '$', got '" + string(first) + "'")
-		return 0
-	}
-	v, ok := parseInt(line[1:])
-	if !ok || v > math.MaxInt32 {
+	switch v, ok := parseInt(line[min(1, len(line)):]); {
+	case line[:1][0] != marker: // or the line's end, if it is empty
+		r.err = protocolError("expected '$', got '" + string(line[:1]) + "'")
+	case !ok || v > math.MaxInt32:
 		r.err = protocolError("invalid " + number)
-		return 0
+	case v >= 0:
+		return int(v)
 	}
-	return int(max(v, -1))
+	return -1
 }
 
 // readLine returns a line without its end. After that comes so much more.
@@ -235,10 +234,7 @@ func (r *reader) readLine(end byte, more int, what string) []byte {
 // parseInt is Redis' string2ll: no sign but a minus, no leading zeros.
 func parseInt(b []byte) (n int64, ok bool) {
 	n, err := strconv.ParseInt(string(b[:min(len(b), 21)]), 10, 64) // it copies what it does not understand
-	if err != nil || len(b) > 1 && b[0] == '0' || b[0] == '+' || b[0] == '-' && b[1] == '0' {
-		return 0, false
-	}
-	return n, true
+	return n, err == nil && strconv.FormatInt(n, 10) == string(b)
 }
 
 const blanks = " \t\n\v\f\r"
@@ -321,10 +317,6 @@ type buffers struct {
 
 var spareBuffers = sync.Pool{New: func() any { return &buffers{out: make([]byte, 0, flushAt)} }}
 
-func newRESP(c *cache, pw *password, db int, figures func() []figure) *resp {
-	return &resp{cache: c, password: pw, db: db, figures: figures}
-}
-
 // refuse answers a connection that is one too many.
 func (s *resp) refuse(nc *conn) { io.WriteString(nc, "-ERR max number of clients reached\r\n") }
 
@@ -338,7 +330,6 @@ func (s *resp) serve(nc *conn) {
 	for c.err == nil {
 		c.answer(c.in.read())
 	}
-	c.release()
 	if _, ok := c.err.(protocolError); ok {
 		nc.linger()
 	}
@@ -370,10 +361,12 @@ func (c *client) answer(args [][]byte) {
 
 // pause answers all that has been read before more is, and limits the time for a request that has begun.
 func (c *client) pause() error {
-	if c.buffers != nil {
+	if b := c.buffers; b != nil {
 		c.get()
 		c.flush()
-		c.release()
+		if c.buffers = nil; cap(b.out) <= 2*flushAt && cap(b.answers) <= 1024 {
+			spareBuffers.Put(b) // empty
+		}
 	}
 	limit := time.Duration(0)
 	if n := c.in.end - c.in.start; n > 0 {
@@ -384,15 +377,6 @@ func (c *client) pause() error {
 	}
 	c.conn.link.hurry(limit)
 	return c.err
-}
-
-// release gives the buffers back, empty.
-func (c *client) release() {
-	b := c.buffers
-	if c.buffers = nil; b != nil && cap(b.out) <= 2*flushAt && cap(b.answers) <= 1024 {
-		b.out = b.out[:0]
-		spareBuffers.Put(b)
-	}
 }
 
 // get answers the GETs that have been gathered.
@@ -675,14 +659,11 @@ func (c *client) execute(args [][]byte) string {
 		c.end(protocolError("no reply"))
 		return ""
 	}
-	name, cmd, refusal := find(args)
-	if refusal == "" && c.in.strict && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name) {
-		refusal = failure("NOAUTH Authentication required.")
-	}
+	name, cmd, refusal := c.find(args)
 	t := c.multi
 	switch {
 	case refusal != "" && t != nil && name == "exec":
-		c.multi, c.in.queued = nil, 0
+		c.discard(nil)
 		return "-EXECABORT Transaction discarded because of: " + strings.TrimPrefix(refusal[1:], "ERR ")
 	case refusal != "":
 		if t != nil {
@@ -699,8 +680,8 @@ func (c *client) execute(args [][]byte) string {
 	return c.queue(cmd, args)
 }
 
-// find returns a command and its name, or the error reply.
-func find(args [][]byte) (name string, cmd command, refusal string) {
+// find returns a command that may run and its name, or the error reply.
+func (c *client) find(args [][]byte) (name string, cmd command, refusal string) {
 	name = nameOf(args[0])
 	cmd, known := commands[name]
 	if !known {
@@ -714,8 +695,11 @@ func find(args [][]byte) (name string, cmd command, refusal string) {
 		}
 		name += "|" + sub
 	}
-	if !cmd.takes(len(args)) {
+	switch {
+	case !cmd.takes(len(args)):
 		refusal = failure("ERR wrong number of arguments for '%s' command", name)
+	case c.in.strict && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name):
+		refusal = failure("NOAUTH Authentication required.")
 	}
 	return name, cmd, refusal
 }
@@ -809,6 +793,7 @@ func (c *client) begin([][]byte) string {
 	return statusOK
 }
 
+// discard ends a transaction.
 func (c *client) discard([][]byte) string {
 	c.multi, c.in.queued = nil, 0
 	return statusOK
@@ -835,7 +820,7 @@ func (c *client) queue(cmd command, args [][]byte) string {
 // keys are looked up at once. What is too large together for that is answered as it comes.
 func (c *client) exec([][]byte) string {
 	t := c.multi
-	if c.multi, c.in.queued = nil, 0; t.broken {
+	if c.discard(nil); t.broken {
 		return failure("EXECABORT Transaction discarded because of previous errors.")
 	}
 	if len(t.keys) > 0 {
@@ -949,7 +934,7 @@ func (c *client) quit([][]byte) string {
 
 func (c *client) reset([][]byte) string {
 	c.proto, c.name, c.in.strict = 2, "", c.resp.password.needed
-	c.multi, c.in.queued = nil, 0
+	c.discard(nil)
 	return "+RESET\r\n"
 }
 
@@ -1058,17 +1043,15 @@ func (c *client) list(args [][]byte) string {
 	case listed:
 	case option == "type" && len(args) == 4:
 		kind := word(args[3])
-		if !slices.Contains([]string{"normal", "master", "replica", "slave", "pubsub"}, kind) {
+		if listed = kind == "normal"; !listed && !slices.Contains([]string{"master", "replica", "slave", "pubsub"}, kind) {
 			return failure("ERR Unknown client type '%s'", cString(args[3], maxInline))
 		}
-		listed = kind == "normal"
 	case option == "id" && len(args) > 3:
 		for _, arg := range args[3:] {
 			id, isNumber := parseInt(arg)
-			if !isNumber {
+			if listed = listed || id == c.id; !isNumber {
 				return failure("ERR Invalid client ID")
 			}
-			listed = listed || id == c.id
 		}
 	default:
 		return errSyntax
