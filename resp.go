@@ -300,6 +300,7 @@ type client struct {
 	library  [2]string    // name and version
 	late     bool         // Redis was too slow for what has been read: the rest does not wait
 	multi    *transaction // nil outside MULTI
+	broken   bool         // a command was refused: EXEC discards the transaction
 	moment   []answer     // to the keys of a transaction, in their order; nil outside EXEC
 	begun    time.Time    // when the request began that is not complete
 	few      int          // how many keys are asked for at once: not many more than there was room for lately
@@ -655,8 +656,7 @@ func (cmd command) takes(n int) bool {
 // execute answers one command, or queues it in a transaction.
 func (c *client) execute(args [][]byte) string {
 	if guard := word(args[0]); guard == "post" || guard == "host:" {
-		// A browser that was made to speak to a Redis (networking.c, securityWarningCommand).
-		c.end(protocolError("no reply"))
+		c.end(protocolError("no reply")) // a browser was made to speak to a Redis (securityWarningCommand)
 		return ""
 	}
 	name, cmd, refusal := c.find(args)
@@ -666,9 +666,7 @@ func (c *client) execute(args [][]byte) string {
 		c.discard(nil)
 		return "-EXECABORT Transaction discarded because of: " + strings.TrimPrefix(refusal[1:], "ERR ")
 	case refusal != "":
-		if t != nil {
-			t.broken = true
-		}
+		c.broken = true
 		return refusal
 	case t != nil && name == "multi":
 		return failure("ERR MULTI calls can not be nested")
@@ -783,13 +781,12 @@ func (c *client) exists(args [][]byte) string {
 
 // A transaction is what a client has queued since MULTI.
 type transaction struct {
-	run    []func() string
-	keys   [][]byte // of all GET, MGET and EXISTS, in their order
-	broken bool     // a command was refused: EXEC discards the transaction
+	run  []func() string
+	keys [][]byte // of all GET, MGET and EXISTS, in their order
 }
 
 func (c *client) begin([][]byte) string {
-	c.multi = new(transaction)
+	c.multi, c.broken = new(transaction), false
 	return statusOK
 }
 
@@ -820,7 +817,7 @@ func (c *client) queue(cmd command, args [][]byte) string {
 // keys are looked up at once. What is too large together for that is answered as it comes.
 func (c *client) exec([][]byte) string {
 	t := c.multi
-	if c.discard(nil); t.broken {
+	if c.discard(nil); c.broken {
 		return failure("EXECABORT Transaction discarded because of previous errors.")
 	}
 	if len(t.keys) > 0 {
