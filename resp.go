@@ -347,17 +347,14 @@ func (c *client) answer(args [][]byte) {
 		}
 		return
 	}
-	c.get()
-	switch broken, ok := c.in.err.(protocolError); {
-	case c.err != nil:
-	case args != nil:
+	if c.get(); args != nil {
 		write(c, c.execute(args))
-	default:
-		if ok {
-			write(c, failure("ERR %v", broken))
-		}
-		c.end(c.in.err)
+		return
 	}
+	if broken, ok := c.in.err.(protocolError); ok {
+		write(c, failure("ERR %v", broken))
+	}
+	c.end(c.in.err)
 }
 
 // pause answers all that has been read before more is, and limits the time for a request that has begun.
@@ -463,13 +460,9 @@ func (c *client) await(key [][]byte, a []answer) {
 // writeAnswers adds the answers to the replies, and lets go of them.
 func (c *client) writeAnswers([]answer, bool) error {
 	for i := range c.answers {
-		switch a := &c.answers[i]; {
-		case c.err != nil:
-		case a.err == nil:
+		if a := &c.answers[i]; a.err == nil {
 			write(c, a.bulk())
-		case a.err == errAbsent:
-			write(c, c.null())
-		default:
+		} else {
 			write(c, c.refusal(a.err))
 		}
 	}
@@ -513,11 +506,7 @@ func write[S string | []byte](c *client, s S) {
 }
 
 // Replies are strings; an empty one is none.
-
-const (
-	statusOK  = "+OK\r\n"
-	errSyntax = "-ERR syntax error\r\n"
-)
+const statusOK = "+OK\r\n"
 
 func line(kind byte, s string) string { return string(kind) + s + "\r\n" }
 func head(kind byte, n int) string    { return line(kind, strconv.Itoa(n)) }
@@ -534,12 +523,14 @@ func failure(format string, args ...any) string {
 	return line('-', strings.NewReplacer("\r", " ", "\n", " ").Replace(fmt.Sprintf(format, args...)))
 }
 
-// refusal returns the error of an answer, if it is one. Redis' own error replies pass as they are.
+// refusal returns what stands for the error of an answer, if it is one. Redis' own error replies pass as they are.
 func (c *client) refusal(err error) string {
 	c.late = c.late || err == errTimeout
 	switch err {
 	case nil:
 		return ""
+	case errAbsent:
+		return c.null()
 	case errUnavailable, errTimeout, errCrowded:
 		return failure("ERR %v", err)
 	}
@@ -901,7 +892,7 @@ func (c *client) login(user, password []byte) string {
 func (c *client) auth(args [][]byte) string {
 	switch {
 	case len(args) > 3:
-		return errSyntax
+		return failure("ERR syntax error")
 	case len(args) == 2 && !c.resp.password.needed:
 		return failure("ERR AUTH <password> called without any password configured for the default user. " +
 			"Are you sure your configuration is correct?")
@@ -937,7 +928,7 @@ func (c *client) reset([][]byte) string {
 
 func commandList(_ *client, args [][]byte) string {
 	if len(args) > 2 {
-		return errSyntax
+		return failure("ERR syntax error")
 	}
 	return head('*', len(commands)) + bulks(slices.Sorted(maps.Keys(commands))...)
 }
@@ -1020,7 +1011,7 @@ func note(field *string, what string, value []byte) string {
 // onOff accepts a switch that has no meaning here.
 func onOff(_ *client, args [][]byte) string {
 	if s := word(args[2]); s != "on" && s != "off" {
-		return errSyntax
+		return failure("ERR syntax error")
 	}
 	return statusOK
 }
@@ -1051,7 +1042,7 @@ func (c *client) list(args [][]byte) string {
 			}
 		}
 	default:
-		return errSyntax
+		return failure("ERR syntax error")
 	}
 	if !listed {
 		return c.verbatim("")
