@@ -339,7 +339,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	cfg.clients.requests, cfg.clients.values = newBudget(room), newBudget(room)
 	var figures func() []figure
 	web := newWeb(cfg.clients.idleTimeout, c, pw, cfg.clients.values, log)
-	resp := newRESP(c, pw, cfg.pool.redis.db, func() []figure { return figures() })
+	resp := &resp{cache: c, password: pw, db: cfg.pool.redis.db, figures: func() []figure { return figures() }}
 	s := newServer(l, cfg.clients, log, [...]frontEnd{protoHTTP: web, protoRESP: resp})
 	figures = func() []figure {
 		return slices.Concat(cfg.figures(l.Addr()), processFigures(c.started, pw), s.figures(), c.figures(),

@@ -185,28 +185,30 @@ func (r *reader) readArray() {
 // readLength parses a line of a marker and a number; a negative one is -1.
 func (r *reader) readLength(marker byte, what, number string) int {
 	n, rest := 0, r.buf[r.next:r.end]
-	for i := 1; i < len(rest)-1 && i < 10 && rest[0] == marker; i++ { // the most common ones, quickly
-		if digit := int(rest[i]) - '0'; 0 <= digit && digit <= 9 && (n > 0 || i == 1) {
-			n = 10*n + digit
-		} else if rest[i] == '\r' && i > 1 {
-			r.next += i + 2
-			return n
+	for i := 1; i < len(rest)-1 && i < 10 && rest[0] == marker; i++ { // for most, this is enough, and quick
+		digit := rest[i] - '0'
+		if digit > 9 || n == 0 && i > 1 {
+			if rest[i] == '\r' && i > 1 {
+				r.next += i + 2
+				return n
+			}
+			break
 		}
+		n = 10*n + int(digit)
 	}
 	line := r.readLine('\r', 1, what)
 	if r.err != nil {
 		return 0
 	}
-	if first := line[:1]; first[0] != marker { // it may be the line's end
-		r.err = protocolError("expected '$', got '" + string(first) + "'")
-		return 0
-	}
-	v, ok := parseInt(line[1:])
-	if !ok || v > math.MaxInt32 {
+	switch v, ok := parseInt(line[min(1, len(line)):]); {
+	case line[:1][0] != marker: // or the line's end, if it is empty
+		r.err = protocolError("expected '$', got '" + string(line[:1]) + "'")
+	case !ok || v > math.MaxInt32:
 		r.err = protocolError("invalid " + number)
-		return 0
+	case v >= 0:
+		return int(v)
 	}
-	return int(max(v, -1))
+	return -1
 }
 
 // readLine returns a line without its end. After that comes so much more.
@@ -232,10 +234,7 @@ func (r *reader) readLine(end byte, more int, what string) []byte {
 // parseInt is Redis' string2ll: no sign but a minus, no leading zeros.
 func parseInt(b []byte) (n int64, ok bool) {
 	n, err := strconv.ParseInt(string(b[:min(len(b), 21)]), 10, 64) // it copies what it does not understand
-	if err != nil || len(b) > 1 && b[0] == '0' || b[0] == '+' || b[0] == '-' && b[1] == '0' {
-		return 0, false
-	}
-	return n, true
+	return n, err == nil && strconv.FormatInt(n, 10) == string(b)
 }
 
 const blanks = " \t\n\v\f\r"
@@ -298,16 +297,16 @@ type client struct {
 	since    time.Time
 	proto    int // 2 or 3
 	name     string
-	library  [2]string     // name and version
-	asked    time.Duration // since when it waits for Redis, on the cache's clock
-	late     bool          // Redis was too slow for what has been read: the rest does not wait as long again
-	multi    *transaction  // nil outside MULTI
-	moment   []answer      // to the keys of a transaction, in their order; nil outside EXEC
-	begun    time.Time     // when the request began that is not complete
-	few      int           // how many keys are asked for at once: not many more than there was room for lately
-	free     int           // bytes of answers that are counted nowhere
-	err      error         // ends the connection
-	*buffers               // while there is something to answer
+	library  [2]string    // name and version
+	late     bool         // Redis was too slow for what has been read: the rest does not wait
+	multi    *transaction // nil outside MULTI
+	broken   bool         // a command was refused: EXEC discards the transaction
+	moment   []answer     // to the keys of a transaction, in their order; nil outside EXEC
+	begun    time.Time    // when the request began that is not complete
+	few      int          // how many keys are asked for at once: not many more than there was room for lately
+	free     int          // bytes of answers that are counted nowhere
+	err      error        // ends the connection
+	*buffers              // while there is something to answer
 }
 
 // Buffers are what a client needs only while it is being answered, and borrows for that.
@@ -318,10 +317,6 @@ type buffers struct {
 }
 
 var spareBuffers = sync.Pool{New: func() any { return &buffers{out: make([]byte, 0, flushAt)} }}
-
-func newRESP(c *cache, pw *password, db int, figures func() []figure) *resp {
-	return &resp{cache: c, password: pw, db: db, figures: figures}
-}
 
 // refuse answers a connection that is one too many.
 func (s *resp) refuse(nc *conn) { io.WriteString(nc, "-ERR max number of clients reached\r\n") }
@@ -336,7 +331,6 @@ func (s *resp) serve(nc *conn) {
 	for c.err == nil {
 		c.answer(c.in.read())
 	}
-	c.release()
 	if _, ok := c.err.(protocolError); ok {
 		nc.linger()
 	}
@@ -347,31 +341,30 @@ func (c *client) answer(args [][]byte) {
 	if c.buffers == nil {
 		c.buffers, c.late = spareBuffers.Get().(*buffers), false
 	}
-	if len(args) == 2 && isGet(args[0]) && c.multi == nil && !c.in.strict {
+	if len(args) == 2 && bytes.EqualFold(args[0], []byte("get")) && c.multi == nil && !c.in.strict {
 		if c.keys = append(c.keys, args[1]); len(c.keys) == maxAhead {
 			c.get()
 		}
 		return
 	}
-	c.get()
-	switch broken, ok := c.in.err.(protocolError); {
-	case c.err != nil:
-	case args != nil:
-		c.reply(c.execute(args))
-	default:
-		if ok {
-			c.reply(broken)
-		}
-		c.end(c.in.err)
+	if c.get(); args != nil {
+		write(c, c.execute(args))
+		return
 	}
+	if broken, ok := c.in.err.(protocolError); ok {
+		write(c, failure("ERR %v", broken))
+	}
+	c.end(c.in.err)
 }
 
 // pause answers all that has been read before more is, and limits the time for a request that has begun.
 func (c *client) pause() error {
-	if c.buffers != nil {
+	if b := c.buffers; b != nil {
 		c.get()
 		c.flush()
-		c.release()
+		if c.buffers = nil; cap(b.out) <= 2*flushAt && cap(b.answers) <= 1024 {
+			spareBuffers.Put(b) // empty
+		}
 	}
 	limit := time.Duration(0)
 	if n := c.in.end - c.in.start; n > 0 {
@@ -382,19 +375,6 @@ func (c *client) pause() error {
 	}
 	c.conn.link.hurry(limit)
 	return c.err
-}
-
-// release gives the buffers back, empty.
-func (c *client) release() {
-	b := c.buffers
-	if c.buffers = nil; b != nil && cap(b.out) <= 2*flushAt && cap(b.answers) <= 1024 {
-		b.out = b.out[:0]
-		spareBuffers.Put(b)
-	}
-}
-
-func isGet(name []byte) bool {
-	return len(name) == 3 && name[0]|' ' == 'g' && name[1]|' ' == 'e' && name[2]|' ' == 't'
 }
 
 // get answers the GETs that have been gathered.
@@ -426,12 +406,13 @@ func (c *client) ask(keys [][]byte) []answer {
 		c.answers, c.moment = append(c.answers, c.moment[:n]...), c.moment[n:]
 		return c.answers[before:]
 	}
-	if !c.late {
-		c.asked = c.resp.cache.now()
+	since := c.resp.cache.now()
+	if c.late {
+		since -= c.resp.cache.timeout
 	}
 	c.answers = slices.Grow(c.answers, n)
 	answers := c.answers[before : before+n]
-	got := c.resp.cache.get(new(tally), c.asked, keys[:n], answers)
+	got := c.resp.cache.get(new(tally), since, keys[:n], answers)
 	c.in.wide = answers[got-1].flight != nil
 	n = c.fit(keys, answers[:got])
 	c.resp.tally.add(answers[:n])
@@ -479,14 +460,10 @@ func (c *client) await(key [][]byte, a []answer) {
 // writeAnswers adds the answers to the replies, and lets go of them.
 func (c *client) writeAnswers([]answer, bool) error {
 	for i := range c.answers {
-		switch a := &c.answers[i]; {
-		case c.err != nil:
-		case a.err == nil:
+		if a := &c.answers[i]; a.err == nil {
 			write(c, a.bulk())
-		case a.err == errAbsent:
-			c.reply(null{})
-		default:
-			c.reply(a.err)
+		} else {
+			write(c, c.refusal(a.err))
 		}
 	}
 	c.letGo()
@@ -528,80 +505,63 @@ func write[S string | []byte](c *client, s S) {
 	c.out = append(c.out, s...)
 }
 
-// The kinds of replies, beside strings, numbers, errors, arrays, and nil for none.
-type (
-	status string
-	null   struct{}
-	text   string // for people
-	pairs  []any  // of a map
-)
+// Replies are strings; an empty one is none.
+const statusOK = "+OK\r\n"
 
-const statusOK = status("OK")
+func line(kind byte, s string) string { return string(kind) + s + "\r\n" }
+func head(kind byte, n int) string    { return line(kind, strconv.Itoa(n)) }
 
-var errSyntax = failure("ERR syntax error")
-
-// failure returns an error reply.
-func failure(format string, args ...any) error { return fmt.Errorf(format, args...) }
-
-// reply adds a reply.
-func (c *client) reply(v any) {
-	var elements []any
-	switch v := v.(type) {
-	case status:
-		c.line('+', string(v))
-	case error:
-		c.late = c.late || v == errTimeout
-		s := oneLine.Replace(v.Error()) // it may have what the client sent, or be Redis' own error reply
-		if _, broken := v.(protocolError); broken || v == errUnavailable || v == errTimeout || v == errCrowded {
-			s = "ERR " + s
-		}
-		c.line('-', s)
-	case int:
-		c.line(':', strconv.Itoa(v))
-	case null:
-		write(c, [...]string{2: "$-1\r\n", 3: "_\r\n"}[c.proto])
-	case string:
-		c.line('$', strconv.Itoa(len(v)))
-		write(c, v+"\r\n")
-	case []byte: // it is what the client sent, and not copied as a whole
-		c.line('$', strconv.Itoa(len(v)))
-		write(c, v)
-		write(c, "\r\n")
-	case text:
-		if c.proto == 2 {
-			c.reply(string(v))
-		} else {
-			c.line('=', strconv.Itoa(len("txt:"+v)))
-			write(c, "txt:"+string(v)+"\r\n")
-		}
-	case pairs:
-		if c.proto == 2 {
-			c.reply([]any(v))
-		} else {
-			c.line('%', strconv.Itoa(len(v)/2))
-			elements = v
-		}
-	case []any:
-		c.line('*', strconv.Itoa(len(v)))
-		elements = v
-	case [][]byte:
-		c.line('*', strconv.Itoa(len(v)))
-		for _, element := range v {
-			c.reply(element)
-		}
+func bulks(all ...string) (reply string) {
+	for _, s := range all {
+		reply += head('$', len(s)) + s + "\r\n"
 	}
-	for _, element := range elements {
-		c.reply(element)
-	}
+	return reply
 }
 
-var oneLine = strings.NewReplacer("\r", " ", "\n", " ")
+// failure returns an error. Its text comes in part from the client, and must remain one line.
+func failure(format string, args ...any) string {
+	return line('-', strings.NewReplacer("\r", " ", "\n", " ").Replace(fmt.Sprintf(format, args...)))
+}
 
-func (c *client) line(kind byte, s string) {
-	if len(c.out) > flushAt {
-		c.flush()
+// refusal returns what stands for the error of an answer, if it is one. Redis' own error replies pass as they are.
+func (c *client) refusal(err error) string {
+	c.late = c.late || err == errTimeout
+	switch err {
+	case nil:
+		return ""
+	case errAbsent:
+		return c.null()
+	case errUnavailable, errTimeout, errCrowded:
+		return failure("ERR %v", err)
 	}
-	c.out = append(append(append(c.out, kind), s...), "\r\n"...)
+	return failure("%v", err)
+}
+
+// choose returns what the client's protocol has of the two.
+func (c *client) choose(resp2, resp3 string) string {
+	if c.proto == 2 {
+		return resp2
+	}
+	return resp3
+}
+
+func (c *client) null() string { return c.choose("$-1\r\n", "_\r\n") }
+
+// verbatim returns a text for people.
+func (c *client) verbatim(s string) string {
+	return c.choose(bulks(s), head('=', len("txt:"+s))+"txt:"+s+"\r\n")
+}
+
+// pairs returns a map of n pairs.
+func (c *client) pairs(n int, all string) string {
+	return c.choose(head('*', 2*n), head('%', n)) + all
+}
+
+// echo adds what the client sent, without a copy of the whole.
+func (c *client) echo(b []byte) string {
+	write(c, head('$', len(b)))
+	write(c, b)
+	return "\r\n"
 }
 
 // A command has Redis' arity: how many arguments, its name among them; at least so many if negative.
@@ -610,18 +570,19 @@ type command struct {
 	keys  bool    // all arguments are keys
 	run   handler // nil for those that have only subcommands
 	sub   map[string]command
-	help  string // its form, and a line about it
+	form  string // of a subcommand's arguments, for HELP
 }
 
 // A handler answers a command: it returns the reply, or nil if it has added that.
-type handler func(c *client, args [][]byte) any
+type handler func(c *client, args [][]byte) string
 
-func constant(reply any) handler { return func(*client, [][]byte) any { return reply } }
+func constant(reply string) handler { return func(*client, [][]byte) string { return reply } }
 
 // commands is the table of all that is answered, by name in lower case.
 var commands map[string]command
 
 func init() {
+	emptyMap := func(c *client, _ [][]byte) string { return c.pairs(0, "") }
 	disabled := constant(failure("ERR This instance has cluster support disabled"))
 	off := command{arity: 1, run: disabled}
 	commands = map[string]command{
@@ -632,50 +593,49 @@ func init() {
 		"exec":     {arity: 1, run: (*client).exec},
 		"discard":  {arity: 1, run: (*client).discard},
 		"ping":     {arity: -1, run: (*client).ping},
-		"echo":     {arity: 2, run: func(_ *client, args [][]byte) any { return args[1] }},
+		"echo":     {arity: 2, run: func(c *client, args [][]byte) string { return c.echo(args[1]) }},
 		"hello":    {arity: -1, run: (*client).hello},
 		"auth":     {arity: -2, run: (*client).auth},
 		"select":   {arity: 2, run: (*client).selectDB},
-		"quit":     {arity: -1, run: func(c *client, _ [][]byte) any { c.reply(statusOK); c.end(io.EOF); return nil }},
+		"quit":     {arity: -1, run: (*client).quit},
 		"reset":    {arity: 1, run: (*client).reset},
 		"info":     {arity: -1, run: (*client).info},
 		"readonly": off, "readwrite": off, "asking": off,
 		"cluster": {arity: -2, run: disabled, sub: make(map[string]command)},
 		"config": {arity: -2, sub: map[string]command{
-			"get": {arity: -3, run: constant(pairs{}), help: "GET <pattern>\nReturn parameters matching the glob-like <pattern> and their values."},
+			"get": {arity: -3, run: emptyMap, form: "<pattern>"},
 		}},
 		// Without DOCS, redis-cli completes and explains commands from what it knows itself.
 		"command": {arity: -1, run: commandInfo, sub: map[string]command{
-			"count":   {arity: 2, run: commandCount, help: "COUNT\nReturn the total number of commands in this Redis server."},
-			"info":    {arity: -2, run: commandInfo, help: "INFO [<command-name> ...]\nReturn details about multiple Redis commands."},
-			"list":    {arity: -2, run: commandList, help: "LIST\nReturn a list of all commands in this Redis server."},
-			"getkeys": {arity: -4, run: commandKeys, help: "GETKEYS <full-command>\nReturn the keys from a full Redis command."},
+			"count":   {arity: 2, run: func(*client, [][]byte) string { return head(':', len(commands)) }},
+			"info":    {arity: -2, run: commandInfo, form: "[<command-name> ...]"},
+			"list":    {arity: -2, run: commandList},
+			"getkeys": {arity: -4, run: commandKeys, form: "<full-command>"},
 		}},
 		"client": {arity: -2, sub: map[string]command{
-			"id":       {arity: 2, run: (*client).getID, help: "ID\nReturn the ID of the current connection."},
-			"getname":  {arity: 2, run: (*client).getName, help: "GETNAME\nReturn the name of the current connection."},
-			"setname":  {arity: 3, run: (*client).setName, help: "SETNAME <name>\nAssign the name <name> to the current connection."},
-			"setinfo":  {arity: 4, run: (*client).setInfo},
-			"info":     {arity: 2, run: (*client).describe, help: "INFO\nReturn information about the current client connection."},
-			"list":     {arity: -2, run: (*client).list, help: "LIST [options ...]\nReturn information about client connections."},
-			"no-evict": {arity: 3, run: onOff, help: "NO-EVICT (ON|OFF)\nProtect current client connection from eviction."},
-			"no-touch": {arity: 3, run: onOff},
+			"id":       {arity: 2, run: func(c *client, _ [][]byte) string { return head(':', int(c.id)) }},
+			"getname":  {arity: 2, run: (*client).getName},
+			"setname":  {arity: 3, run: (*client).setName, form: "<name>"},
+			"setinfo":  {arity: 4, run: (*client).setInfo, form: "<lib-name|lib-ver> <value>"},
+			"info":     {arity: 2, run: (*client).describe},
+			"list":     {arity: -2, run: (*client).list, form: "[options ...]"},
+			"no-evict": {arity: 3, run: onOff, form: "(ON|OFF)"},
+			"no-touch": {arity: 3, run: onOff, form: "(ON|OFF)"},
 		}},
 	}
-	for name := range strings.FieldsSeq("addslots addslotsrange bumpepoch count-failure-reports countkeysinslot delslots delslotsrange failover " +
-		"flushslots forget getkeysinslot help info keyslot links meet myid nodes replicate replicas reset saveconfig set-config-epoch setslot " +
-		"shards slaves slots") {
+	for name := range strings.FieldsSeq("addslots addslotsrange bumpepoch count-failure-reports countkeysinslot " +
+		"delslots delslotsrange failover flushslots forget getkeysinslot help info keyslot links meet myid nodes " +
+		"replicate replicas reset saveconfig set-config-epoch setslot shards slaves slots") {
 		commands["cluster"].sub[name] = command{arity: -2, run: disabled}
 	}
 	for _, name := range []string{"config", "command", "client"} {
 		sub := commands[name].sub
-		lines := []any{status(strings.ToUpper(name) + " <subcommand> [<arg> [value] [opt] ...]. Subcommands are:")}
+		sub["help"] = command{arity: 2}
+		forms := strings.ToUpper(name) + " <subcommand> [<arg> [value] [opt] ...]. Subcommands are:"
 		for _, key := range slices.Sorted(maps.Keys(sub)) {
-			if form, about, ok := strings.Cut(sub[key].help, "\n"); ok {
-				lines = append(lines, status(form), status("    "+about))
-			}
+			forms += "\r\n+" + strings.TrimSpace(strings.ToUpper(key)+" "+sub[key].form)
 		}
-		sub["help"] = command{arity: 2, run: constant(append(lines, status("HELP"), status("    Prints this help.")))}
+		sub["help"] = command{arity: 2, run: constant(head('*', len(sub)+1) + line('+', forms))}
 	}
 }
 
@@ -685,26 +645,20 @@ func (cmd command) takes(n int) bool {
 }
 
 // execute answers one command, or queues it in a transaction.
-func (c *client) execute(args [][]byte) any {
+func (c *client) execute(args [][]byte) string {
 	if guard := word(args[0]); guard == "post" || guard == "host:" {
-		// A browser that was made to speak to a Redis (networking.c, securityWarningCommand).
-		c.end(protocolError("no reply"))
-		return nil
+		c.end(protocolError("no reply")) // a browser was made to speak to a Redis (securityWarningCommand)
+		return ""
 	}
-	name, cmd, err := find(args)
-	if err == nil && c.in.strict && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name) {
-		err = failure("NOAUTH Authentication required.")
-	}
+	name, cmd, refusal := c.find(args)
 	t := c.multi
 	switch {
-	case err != nil && t != nil && name == "exec":
-		c.multi, c.in.queued = nil, 0
-		return failure("EXECABORT Transaction discarded because of: %s", strings.TrimPrefix(err.Error(), "ERR "))
-	case err != nil:
-		if t != nil {
-			t.broken = true
-		}
-		return err
+	case refusal != "" && t != nil && name == "exec":
+		c.discard(nil)
+		return "-EXECABORT Transaction discarded because of: " + strings.TrimPrefix(refusal[1:], "ERR ")
+	case refusal != "":
+		c.broken = true
+		return refusal
 	case t != nil && name == "multi":
 		return failure("ERR MULTI calls can not be nested")
 	case t == nil && (name == "exec" || name == "discard"):
@@ -715,8 +669,8 @@ func (c *client) execute(args [][]byte) any {
 	return c.queue(cmd, args)
 }
 
-// find returns a command and its name, or what is wrong with it.
-func find(args [][]byte) (name string, cmd command, err error) {
+// find returns a command that may run and its name, or the error reply.
+func (c *client) find(args [][]byte) (name string, cmd command, refusal string) {
 	name = nameOf(args[0])
 	cmd, known := commands[name]
 	if !known {
@@ -725,18 +679,22 @@ func find(args [][]byte) (name string, cmd command, err error) {
 	if cmd.sub != nil && len(args) > 1 {
 		sub := nameOf(args[1])
 		if cmd, known = cmd.sub[sub]; !known {
-			return name, cmd, failure("ERR unknown subcommand '%s'. Try %s HELP.", cString(args[1], 128), strings.ToUpper(name))
+			name = strings.ToUpper(name)
+			return name, cmd, failure("ERR unknown subcommand '%s'. Try %s HELP.", cString(args[1], 128), name)
 		}
 		name += "|" + sub
 	}
-	if !cmd.takes(len(args)) {
-		err = failure("ERR wrong number of arguments for '%s' command", name)
+	switch {
+	case !cmd.takes(len(args)):
+		refusal = failure("ERR wrong number of arguments for '%s' command", name)
+	case c.in.strict && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name):
+		refusal = failure("NOAUTH Authentication required.")
 	}
-	return name, cmd, err
+	return name, cmd, refusal
 }
 
 // unknownCommand has Redis' words: as much of the arguments as fits 128 bytes (server.c).
-func unknownCommand(args [][]byte) error {
+func unknownCommand(args [][]byte) string {
 	list := ""
 	for _, arg := range args[1:] {
 		if len(list) < 128 {
@@ -766,14 +724,14 @@ func nameOf(b []byte) string {
 func word(b []byte) string { return nameOf([]byte(cString(b, maxWord))) }
 
 // getOne answers a GET of a transaction.
-func (c *client) getOne(args [][]byte) any { return c.look(args[1:], c.writeAnswers) }
+func (c *client) getOne(args [][]byte) string { return c.refusal(c.look(args[1:], c.writeAnswers)) }
 
 // mget answers MGET as Redis does: with null for a key that holds another type, and with an error instead of
 // the array. It holds the answers back for that, until they are too large together: an error that comes
 // then is an element.
-func (c *client) mget(args [][]byte) any {
+func (c *client) mget(args [][]byte) string {
 	size, begun := 0, false
-	return c.look(args[1:], func(lot []answer, last bool) error {
+	return c.refusal(c.look(args[1:], func(lot []answer, last bool) error {
 		for i := range lot {
 			a := &lot[i]
 			size += len(a.data) + answerSize
@@ -788,15 +746,15 @@ func (c *client) mget(args [][]byte) any {
 			return nil
 		}
 		if !begun {
-			c.line('*', strconv.Itoa(len(args)-1))
+			write(c, head('*', len(args)-1))
 		}
 		begun = true
 		return c.writeAnswers(lot, last)
-	})
+	}))
 }
 
 // exists counts the keys that Redis has, of whatever type.
-func (c *client) exists(args [][]byte) any {
+func (c *client) exists(args [][]byte) string {
 	n := 0
 	err := c.look(args[1:], func(lot []answer, _ bool) error {
 		for i := range lot {
@@ -809,28 +767,28 @@ func (c *client) exists(args [][]byte) any {
 		c.letGo()
 		return nil
 	})
-	return cmp.Or[any](err, n)
+	return cmp.Or(c.refusal(err), head(':', n))
 }
 
 // A transaction is what a client has queued since MULTI.
 type transaction struct {
-	run    []func() any
-	keys   [][]byte // of all GET, MGET and EXISTS, in their order
-	broken bool     // a command was refused: EXEC discards the transaction
+	run  []func() string
+	keys [][]byte // of all GET, MGET and EXISTS, in their order
 }
 
-func (c *client) begin([][]byte) any {
-	c.multi = new(transaction)
+func (c *client) begin([][]byte) string {
+	c.multi, c.broken = new(transaction), false
 	return statusOK
 }
 
-func (c *client) discard([][]byte) any {
+// discard ends a transaction.
+func (c *client) discard([][]byte) string {
 	c.multi, c.in.queued = nil, 0
 	return statusOK
 }
 
 // queue adds a copy of a command to the transaction.
-func (c *client) queue(cmd command, args [][]byte) any {
+func (c *client) queue(cmd command, args [][]byte) string {
 	own := make([][]byte, len(args))
 	for i, arg := range args {
 		own[i] = bytes.Clone(arg)
@@ -839,18 +797,18 @@ func (c *client) queue(cmd command, args [][]byte) any {
 	if !c.in.grant(len(c.in.buf), len(args)) {
 		c.in.err = errTooMuch
 	}
-	c.multi.run = append(c.multi.run, func() any { return cmd.run(c, own) })
+	c.multi.run = append(c.multi.run, func() string { return cmd.run(c, own) })
 	if cmd.keys {
 		c.multi.keys = append(c.multi.keys, own[1:]...)
 	}
-	return status("QUEUED")
+	return "+QUEUED\r\n"
 }
 
 // exec answers all that is queued, from one moment of the cache: first what it lacks is fetched, then all
 // keys are looked up at once. What is too large together for that is answered as it comes.
-func (c *client) exec([][]byte) any {
+func (c *client) exec([][]byte) string {
 	t := c.multi
-	if c.multi, c.in.queued = nil, 0; t.broken {
+	if c.discard(nil); c.broken {
 		return failure("EXECABORT Transaction discarded because of previous errors.")
 	}
 	if len(t.keys) > 0 {
@@ -860,29 +818,29 @@ func (c *client) exec([][]byte) any {
 		}
 		c.letGo()
 	}
-	c.line('*', strconv.Itoa(len(t.run)))
+	write(c, head('*', len(t.run)))
 	for _, run := range t.run {
 		if c.err == nil {
-			c.reply(run())
+			write(c, run())
 		}
 	}
 	c.moment = nil
 	c.letGo()
-	return nil
+	return ""
 }
 
-func (c *client) ping(args [][]byte) any {
+func (c *client) ping(args [][]byte) string {
 	switch len(args) {
 	case 1:
-		return status("PONG")
+		return "+PONG\r\n"
 	case 2:
-		return args[1]
+		return c.echo(args[1])
 	}
 	return failure("ERR wrong number of arguments for 'ping' command")
 }
 
 // hello switches the protocol (networking.c, helloCommand).
-func (c *client) hello(args [][]byte) any {
+func (c *client) hello(args [][]byte) string {
 	proto := c.proto
 	if len(args) > 1 {
 		switch n, isNumber := parseInt(args[1]); {
@@ -895,56 +853,56 @@ func (c *client) hello(args [][]byte) any {
 		}
 	}
 	for rest := args[min(len(args), 2):]; len(rest) > 0; {
-		var err error
+		refusal := ""
 		switch opt := word(rest[0]); {
 		case opt == "auth" && len(rest) > 2:
-			err = c.login(rest[1], rest[2]) // at once, whatever is wrong with what follows
+			refusal = c.login(rest[1], rest[2]) // at once, whatever is wrong with what follows
 			rest = rest[3:]
 		case opt == "setname" && len(rest) > 1:
-			err = note(&c.name, "Client names", rest[1])
+			refusal = note(&c.name, "Client names", rest[1])
 			rest = rest[2:]
 		default:
-			err = failure("ERR Syntax error in HELLO option '%s'", cString(rest[0], maxInline))
+			refusal = failure("ERR Syntax error in HELLO option '%s'", cString(rest[0], maxInline))
 		}
-		if err != nil {
-			return err
+		if refusal != "" {
+			return refusal
 		}
 	}
 	if c.in.strict {
-		return failure("NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO AUTH <user> <pass> " +
-			"option can be used to authenticate the client and select the RESP protocol version at the same time")
+		return failure("NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO AUTH <user> " +
+			"<pass> option can be used to authenticate the client and select the RESP protocol version at the same time")
 	}
 	c.proto = proto
-	return pairs{"server", "redis", "version", redisVersion, "proto", proto, "id", int(c.id),
-		"mode", "standalone", "role", "master", "modules", []any{}}
+	return c.pairs(7, bulks("server", "redis", "version", redisVersion, "proto")+head(':', proto)+bulks("id")+head(':', int(c.id))+
+		bulks("mode", "standalone", "role", "master", "modules")+head('*', 0))
 }
 
 // login authenticates the client. There is one user, the default one; without a password for it, any is right.
-func (c *client) login(user, password []byte) error {
+func (c *client) login(user, password []byte) string {
 	switch pw := c.resp.password; {
 	case string(user) != "default":
 		pw.denied.Add(1)
 	case !pw.needed || pw.matches(password):
 		c.in.strict = false
-		return nil
+		return ""
 	}
 	return failure("WRONGPASS invalid username-password pair or user is disabled.")
 }
 
-func (c *client) auth(args [][]byte) any {
+func (c *client) auth(args [][]byte) string {
 	switch {
 	case len(args) > 3:
-		return errSyntax
+		return failure("ERR syntax error")
 	case len(args) == 2 && !c.resp.password.needed:
 		return failure("ERR AUTH <password> called without any password configured for the default user. " +
 			"Are you sure your configuration is correct?")
 	case len(args) == 2:
 		args = [][]byte{nil, []byte("default"), args[1]}
 	}
-	return cmp.Or[any](c.login(args[1], args[2]), statusOK)
+	return cmp.Or(c.login(args[1], args[2]), statusOK)
 }
 
-func (c *client) selectDB(args [][]byte) any {
+func (c *client) selectDB(args [][]byte) string {
 	switch n, isNumber := parseInt(args[1]); {
 	case !isNumber:
 		return failure("ERR value is not an integer or out of range")
@@ -956,28 +914,28 @@ func (c *client) selectDB(args [][]byte) any {
 	return statusOK
 }
 
-func (c *client) reset([][]byte) any {
-	c.proto, c.name, c.in.strict = 2, "", c.resp.password.needed
-	c.multi, c.in.queued = nil, 0
-	return status("RESET")
+func (c *client) quit([][]byte) string {
+	write(c, statusOK)
+	c.end(io.EOF)
+	return ""
 }
 
-func commandCount(*client, [][]byte) any { return len(commands) }
+func (c *client) reset([][]byte) string {
+	c.proto, c.name, c.in.strict = 2, "", c.resp.password.needed
+	c.discard(nil)
+	return "+RESET\r\n"
+}
 
-func commandList(_ *client, args [][]byte) any {
+func commandList(_ *client, args [][]byte) string {
 	if len(args) > 2 {
-		return errSyntax
+		return failure("ERR syntax error")
 	}
-	names := []any{}
-	for _, name := range slices.Sorted(maps.Keys(commands)) {
-		names = append(names, name)
-	}
-	return names
+	return head('*', len(commands)) + bulks(slices.Sorted(maps.Keys(commands))...)
 }
 
 // commandInfo answers COMMAND and COMMAND INFO in the form of Redis 7: name, arity, flags, first and last
 // key, step, ACL categories, tips, key specifications, subcommands.
-func commandInfo(_ *client, args [][]byte) any {
+func commandInfo(c *client, args [][]byte) string {
 	names := slices.Sorted(maps.Keys(commands))
 	if len(args) > 2 {
 		names = nil
@@ -985,24 +943,25 @@ func commandInfo(_ *client, args [][]byte) any {
 	for _, arg := range args[min(len(args), 2):] {
 		names = append(names, nameOf(arg))
 	}
-	none, all := []any{}, []any{}
+	rows := head('*', len(names))
 	for _, name := range names {
 		cmd, known := commands[name]
-		flags, step := none, 0
+		flags, step := "*0\r\n", 0
 		if cmd.keys {
-			flags, step = []any{status("readonly"), status("fast")}, 1
+			flags, step = "*2\r\n+readonly\r\n+fast\r\n", 1
 		}
-		row := any([]any{name, cmd.arity, flags, step, step * cmp.Compare(cmd.arity, 0), step, none, none, none, none})
+		row := head('*', 10) + bulks(name) + head(':', cmd.arity) + flags + head(':', step) +
+			head(':', step*cmp.Compare(cmd.arity, 0)) + head(':', step) + strings.Repeat(head('*', 0), 4)
 		if !known {
-			row = null{}
+			row = c.null()
 		}
-		all = append(all, row)
+		rows += row
 	}
-	return all
+	return rows
 }
 
 // commandKeys answers COMMAND GETKEYS (db.c, getKeysSubcommandImpl).
-func commandKeys(_ *client, args [][]byte) any {
+func commandKeys(c *client, args [][]byte) string {
 	switch cmd, known := commands[nameOf(args[2])]; {
 	case !known:
 		return failure("ERR Invalid command specified")
@@ -1011,32 +970,34 @@ func commandKeys(_ *client, args [][]byte) any {
 	case !cmd.takes(len(args) - 2):
 		return failure("ERR Invalid number of arguments specified for command")
 	}
-	return args[3:]
-}
-
-func (c *client) getID([][]byte) any { return int(c.id) }
-
-func (c *client) getName([][]byte) any {
-	if c.name == "" {
-		return null{}
+	write(c, head('*', len(args)-3))
+	for _, key := range args[3:] {
+		write(c, c.echo(key))
 	}
-	return c.name
+	return ""
 }
 
-func (c *client) setName(args [][]byte) any {
-	return cmp.Or[any](note(&c.name, "Client names", args[2]), statusOK)
+func (c *client) getName([][]byte) string {
+	if c.name == "" {
+		return c.null()
+	}
+	return bulks(c.name)
 }
 
-func (c *client) setInfo(args [][]byte) any {
+func (c *client) setName(args [][]byte) string {
+	return cmp.Or(note(&c.name, "Client names", args[2]), statusOK)
+}
+
+func (c *client) setInfo(args [][]byte) string {
 	attr := word(args[2])
 	if i := slices.Index([]string{"lib-name", "lib-ver"}, attr); i >= 0 {
-		return cmp.Or[any](note(&c.library[i], attr, args[3]), statusOK)
+		return cmp.Or(note(&c.library[i], attr, args[3]), statusOK)
 	}
 	return failure("ERR Unrecognized option '%s'", cString(args[2], maxInline))
 }
 
 // note sets what a client says about itself. That must be able to stand in CLIENT LIST.
-func note(field *string, what string, value []byte) error {
+func note(field *string, what string, value []byte) string {
 	if len(value) > maxName {
 		return failure("ERR %s cannot be longer than %d bytes.", what, maxName)
 	}
@@ -1044,54 +1005,53 @@ func note(field *string, what string, value []byte) error {
 		return failure("ERR %s cannot contain spaces, newlines or special characters.", what)
 	}
 	*field = string(value)
-	return nil
+	return ""
 }
 
 // onOff accepts a switch that has no meaning here.
-func onOff(_ *client, args [][]byte) any {
+func onOff(_ *client, args [][]byte) string {
 	if s := word(args[2]); s != "on" && s != "off" {
-		return errSyntax
+		return failure("ERR syntax error")
 	}
 	return statusOK
 }
 
 // describe answers CLIENT INFO.
-func (c *client) describe([][]byte) any {
-	return text(fmt.Sprintf("id=%d addr=%s laddr=%s fd=0 name=%s age=%d idle=0 flags=N db=0 sub=0 psub=0 ssub=0 multi=-1 qbuf=0 qbuf-free=0 "+
-		"argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=0 tot-mem=0 events=r cmd=client user=default redir=-1 resp=%d lib-name=%s lib-ver=%s\n",
-		c.id, c.conn.RemoteAddr(), c.conn.LocalAddr(), c.name, time.Since(c.since)/time.Second, c.proto, c.library[0], c.library[1]))
+func (c *client) describe([][]byte) string {
+	return c.verbatim(fmt.Sprintf("id=%d addr=%s laddr=%s fd=0 name=%s age=%d idle=0 flags=N db=0 sub=0 psub=0 ssub=0 multi=-1 "+
+		"qbuf=0 qbuf-free=0 argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=0 tot-mem=0 events=r cmd=client user=default "+
+		"redir=-1 resp=%d lib-name=%s lib-ver=%s\n", c.id, c.conn.RemoteAddr(), c.conn.LocalAddr(), c.name,
+		time.Since(c.since)/time.Second, c.proto, c.library[0], c.library[1]))
 }
 
 // list answers CLIENT LIST: a client is told of nobody but itself, and once.
-func (c *client) list(args [][]byte) any {
+func (c *client) list(args [][]byte) string {
 	listed := len(args) == 2
 	switch option := word(args[min(2, len(args)-1)]); {
 	case listed:
 	case option == "type" && len(args) == 4:
 		kind := word(args[3])
-		if !slices.Contains([]string{"normal", "master", "replica", "slave", "pubsub"}, kind) {
+		if listed = kind == "normal"; !listed && !slices.Contains([]string{"master", "replica", "slave", "pubsub"}, kind) {
 			return failure("ERR Unknown client type '%s'", cString(args[3], maxInline))
 		}
-		listed = kind == "normal"
 	case option == "id" && len(args) > 3:
 		for _, arg := range args[3:] {
 			id, isNumber := parseInt(arg)
-			if !isNumber {
+			if listed = listed || id == c.id; !isNumber {
 				return failure("ERR Invalid client ID")
 			}
-			listed = listed || id == c.id
 		}
 	default:
-		return errSyntax
+		return failure("ERR syntax error")
 	}
 	if !listed {
-		return text("")
+		return c.verbatim("")
 	}
 	return c.describe(nil)
 }
 
 // info answers INFO with the sections that were asked for, in the order in which they first appear.
-func (c *client) info(args [][]byte) any {
+func (c *client) info(args [][]byte) string {
 	asked := make(map[string]bool)
 	for _, arg := range args[1:] {
 		asked[word(arg)] = true
@@ -1109,5 +1069,5 @@ func (c *client) info(args [][]byte) any {
 		}
 		sections[i] += fmt.Sprintf("%s:%v\r\n", f.name, f.value)
 	}
-	return text(strings.Join(sections, "\r\n"))
+	return c.verbatim(strings.Join(sections, "\r\n"))
 }
