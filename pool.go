@@ -55,6 +55,8 @@ const (
 	sentinelTick = time.Second
 	clusterTick  = 10 * time.Second
 	askTimeout   = 500 * time.Millisecond
+	// maxHops bounds how often a flight goes elsewhere because a connection broke.
+	maxHops = 10
 	// retryPause is the longest pause before a flight is tried again, and the first of a tracker.
 	retryPause = 50 * time.Millisecond
 	// pingEvery is how long a tracking connection may be silent before it is tried.
@@ -220,14 +222,8 @@ func (p *pool) enqueue(fs []*flight) {
 	}
 }
 
-// try connects once, so that the log says what is wrong before the first request.
-func (p *pool) try() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	n := p.routeLocked(new(flight))
-	n.coming, n.busy = true, n.busy+1
-	go n.work() // ends when there is a connection, or none
-}
+// try connects once, so that the log says what is wrong before the first request. Nobody waits for its flight.
+func (p *pool) try() { p.enqueue([]*flight{{dirty: true}}) }
 
 // ready reports whether Redis answers, by a flight like any other, for a key that nobody has. That Redis
 // does not let the proxy read this key is an answer.
@@ -308,6 +304,7 @@ func (p *pool) watch() {
 		case <-time.After(wait - learnPause):
 		}
 		if p.several.Load() {
+			p.refreshes.Add(1)
 			p.learn(hint)
 			p.settle()
 		}
@@ -396,17 +393,13 @@ func (p *pool) giveLocked(slot int, n *node) {
 	n.owns++
 }
 
-// settle follows a change of the owners. Flights that wait are queued at those of today, and a node is
-// closed that owns nothing any more, or has never, and was not named lately.
+// settle follows a change of the owners: it closes nodes that own nothing any more, or never did, unless they
+// were named lately. Their connections break, and what they carried or queued goes to the owners of today.
 func (p *pool) settle() {
-	var queued []*flight
 	var owners []string
 	changed := false
-	p.refreshes.Add(1)
 	p.mu.Lock()
 	for addr, n := range p.nodes {
-		queued = append(queued, n.queue...)
-		n.queue = nil
 		if n.owns > 0 {
 			owners = append(owners, addr)
 		} else if n.master || time.Since(n.named) > clusterTick {
@@ -416,9 +409,7 @@ func (p *pool) settle() {
 		changed = changed || n.master != (n.owns > 0)
 		n.master = n.owns > 0
 	}
-	p.queued, p.queueBytes = 0, 0
 	p.mu.Unlock()
-	p.enqueue(queued)
 	if changed {
 		slices.Sort(owners)
 		p.log.Info("other nodes own the keys now", "nodes", strings.Join(owners, " "))
@@ -529,8 +520,6 @@ func (n *node) take() []*flight {
 		p.queueBytes -= len(f.key)
 	}
 	p.queued -= len(fs)
-	p.batches.Add(int64(min(len(fs), 1)))
-	p.flights.Add(int64(len(fs)))
 	n.coming = false
 	n.startLocked() // what does not fit is another worker's
 	p.mu.Unlock()
@@ -538,6 +527,8 @@ func (n *node) take() []*flight {
 	for _, f := range unwanted {
 		p.cache.finish(f, value{}, errTimeout)
 	}
+	p.batches.Add(int64(min(len(wanted), 1)))
+	p.flights.Add(int64(len(wanted)))
 	return wanted
 }
 
@@ -559,7 +550,7 @@ func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) {
 	p.mu.Lock()
 	for _, f := range wanted {
 		f.asking = ""
-		elsewhere := p.routeLocked(f) != n && f.hops < len(p.servers)+2
+		elsewhere := p.routeLocked(f) != n && f.hops < maxHops
 		if (made || worked) && !f.tried || elsewhere {
 			f.tried, f.hops = f.tried || made || worked, f.hops+1
 			again = append(again, f)
