@@ -31,16 +31,14 @@ import (
 )
 
 const (
-	// maxBatch bounds the GETs of one batch, and batchBytes the values that it brings, by the size that
-	// values had lately.
+	// A batch has at most maxBatch GETs, of batchBytes of values by the size that values had lately.
 	maxBatch   = 1 << 12
 	batchBytes = 1 << 20
 	// maxQueue bounds the flights that wait for a connection, and maxQueueBytes their keys. More of them
 	// end with errTimeout at once: they would not be carried out in time.
 	maxQueue      = 1 << 16
 	maxQueueBytes = 64 << 20
-	// grace is how much longer than the longest waiter a connection waits for a reply, which still fills
-	// the cache.
+	// grace is how much longer than a waiter a connection waits for a reply, which still fills the cache.
 	grace = time.Second
 	// maxReply is the longest value that Redis can hold (proto-max-bulk-len), maxElements the longest array
 	// that is believed, and growBy how much of a value is believed before it has come.
@@ -51,16 +49,15 @@ const (
 	anyReply = "-+:$****"
 	// slots is into how many parts a cluster divides the keys. Each has an owner.
 	slots = 1 << 14
-	// The pool asks who owns what at most once in learnPause: at hints, every sentinelTick of sentinels, every
-	// clusterTick of a cluster, and twice as seldom as it may where a batch has failed in the last clusterTick.
-	// No server may take longer than askTimeout to answer.
+	// Servers are asked who owns what at hints and at ticks, at most once in learnPause, and each has askTimeout.
+	// Where a batch has failed in the last clusterTick, twice learnPause is the tick.
 	learnPause   = 250 * time.Millisecond
 	sentinelTick = time.Second
 	clusterTick  = 10 * time.Second
 	askTimeout   = 500 * time.Millisecond
-	// strayTime is how long a node is kept that owns no slot, since another named it last.
-	strayTime = 10 * time.Second
-	// retryPause is the longest pause before a flight is tried again that no node takes.
+	// maxHops bounds how often a flight goes elsewhere because a connection broke.
+	maxHops = 10
+	// retryPause is the longest pause before a flight is tried again, and the first of a tracker.
 	retryPause = 50 * time.Millisecond
 	// pingEvery is how long a tracking connection may be silent before it is tried.
 	pingEvery = 2 * time.Second
@@ -90,7 +87,7 @@ type redisAddress struct {
 // isHost reports whether s is an IP address or may be a host name.
 func isHost(s string) bool {
 	_, err := netip.ParseAddr(s)
-	return err == nil || s != "" && !strings.ContainsAny(s, ":/[]@ ")
+	return err == nil || s != "" && !strings.ContainsAny(s, ":/[]@ ?")
 }
 
 // A pool carries flights out. It is safe for concurrent use.
@@ -100,13 +97,14 @@ type pool struct {
 	log     *slog.Logger
 	ctx     context.Context // done when the pool is closed
 	stop    context.CancelFunc
-	running sync.WaitGroup // watch and the trackers
-	several atomic.Bool    // false: a single Redis, which is sent nothing that only clusters and sentinels know
-	servers []string       // that the URL names: Redis, nodes of a cluster, or sentinels
-	hints   chan string    // it is time to learn, perhaps from the server at this address
-	learnt  chan struct{}  // closed when that was tried once
-	failed  atomic.Int64   // when a batch last did, on the cache's clock
-	unknown atomic.Value   // an error: why nobody has said who owns the keys
+	running sync.WaitGroup  // watch and the trackers
+	several atomic.Bool     // false: a single Redis, which is sent nothing that only clusters and sentinels know
+	servers []string        // that the URL names: Redis, nodes of a cluster, or sentinels
+	hints   chan string     // it is time to learn, perhaps from the server at this address
+	learnt  context.Context // done when that was tried once
+	known   context.CancelFunc
+	failed  atomic.Int64 // when a batch last did, on the cache's clock
+	unknown atomic.Value // a string: why the last that did not know who owns the keys did not
 
 	flights, batches, errors, redirects, refreshes, invalidations atomic.Int64 // what figures calls so
 
@@ -119,23 +117,17 @@ type pool struct {
 	queueBytes int              // of their keys
 }
 
-var latencyBounds = []time.Duration{
-	100 * time.Microsecond, 250 * time.Microsecond, 500 * time.Microsecond, time.Millisecond, 2500 * time.Microsecond,
-	5 * time.Millisecond, 10 * time.Millisecond, 25 * time.Millisecond, 50 * time.Millisecond,
-	100 * time.Millisecond, 250 * time.Millisecond, 500 * time.Millisecond, time.Second,
-}
-
 func newPool(s poolSettings, c *cache, log *slog.Logger) *pool {
-	p := &pool{poolSettings: s, cache: c, log: log, hints: make(chan string, 1), learnt: make(chan struct{}),
+	p := &pool{poolSettings: s, cache: c, log: log, hints: make(chan string, 1),
 		nodes: make(map[string]*node), servers: strings.Split(s.redis.hosts, ",")}
-	p.latency = histogram{bounds: latencyBounds, counts: make([]int64, len(latencyBounds)+1)}
+	p.latency.bounds = []time.Duration{100 * time.Microsecond, 250 * time.Microsecond, 500 * time.Microsecond,
+		time.Millisecond, 2500 * time.Microsecond, 5 * time.Millisecond, 10 * time.Millisecond, 25 * time.Millisecond,
+		50 * time.Millisecond, 100 * time.Millisecond, 250 * time.Millisecond, 500 * time.Millisecond, time.Second}
+	p.latency.counts = make([]int64, len(p.latency.bounds)+1)
 	p.ctx, p.stop = context.WithCancel(context.Background())
+	p.learnt, p.known = context.WithCancel(p.ctx)
 	p.several.Store(s.redis.master != "" || len(p.servers) > 1)
-	addr := p.servers[0]
-	if s.redis.master != "" {
-		addr = "" // the master's is not known yet
-	}
-	first := p.nodeLocked(addr)
+	first := p.nodeLocked(cmp.Or(s.redis.master, p.servers[0]))
 	first.owns, first.master = slots, true
 	p.owners = slices.Repeat([]*node{first}, slots)
 	p.hint("")
@@ -159,8 +151,9 @@ func (p *pool) nodeLocked(addr string) *node {
 	n := &node{pool: p, addr: addr, log: p.log.With("node", addr)}
 	p.nodes[addr] = n
 	n.ctx, n.stop = context.WithCancel(p.ctx)
-	n.conns = &redis.Pool{MaxIdle: p.limit, Dial: n.dial, TestOnBorrow: n.test}
-	if p.tracking && addr != "" && p.ctx.Err() == nil {
+	dial := func() (redis.Conn, error) { return n.dial() }
+	n.conns = &redis.Pool{MaxIdle: p.limit, Dial: dial, TestOnBorrow: n.test}
+	if p.tracking && addr != p.redis.master && p.ctx.Err() == nil {
 		p.running.Go(n.track) // ends when the node is closed
 	}
 	return n
@@ -202,7 +195,7 @@ func resolve(from, addr string) string {
 	if port == "0" {
 		port = ownPort
 	}
-	if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 || host == "?" || !isHost(host) {
+	if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 || !isHost(host) {
 		return ""
 	}
 	return net.JoinHostPort(host, port)
@@ -229,24 +222,21 @@ func (p *pool) enqueue(fs []*flight) {
 	}
 }
 
-// try connects once, so that the log says what is wrong before the first request.
-func (p *pool) try() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.routeLocked(new(flight)).startLocked()
-}
+// try connects once, so that the log says what is wrong before the first request. Nobody waits for its flight.
+func (p *pool) try() { p.enqueue([]*flight{{dirty: true}}) }
 
 // ready reports whether Redis answers, by a flight like any other, for a key that nobody has. That Redis
 // does not let the proxy read this key is an answer.
 func (p *pool) ready() bool {
 	now := p.cache.now()
-	f := &flight{key: fmt.Sprint("redis_proxy:ready:", p.cache.started.UnixNano()), dirty: true, began: now, until: now + p.timeout}
+	key := fmt.Sprint("redis_proxy:ready:", p.cache.started.UnixNano())
+	f := &flight{key: key, dirty: true, began: now, until: now + p.timeout}
 	p.enqueue([]*flight{f})
 	if !p.cache.ended(f, time.After(p.timeout)) {
 		return false
 	}
-	refusal := fmt.Sprint(f.err)
-	return !isOutage(f.err) || strings.HasPrefix(refusal, upstreamRefused+"NOPERM ") && strings.Contains(refusal, " key")
+	rest, forbidden := strings.CutPrefix(fmt.Sprint(f.err), upstreamRefused+"NOPERM ")
+	return !isOutage(f.err) || forbidden && strings.Contains(rest, " key")
 }
 
 // figures reports the connections and what became of flights.
@@ -272,16 +262,16 @@ func (p *pool) figures() []figure {
 	return []figure{
 		{"Cache", "upstream_connections", "upstream_connections", "Connections to Redis.", connections},
 		{"Cache", "upstream_connections_used", "upstream_connections_used", "Connections to Redis in use.", used},
-		{"Cache", "upstream_fetches", "upstream_fetches_total", "GETs taken up by a connection to Redis.", p.flights.Load()},
+		{"Cache", "upstream_fetches", "upstream_fetches_total", "GETs taken up by a connection.", p.flights.Load()},
 		{"Cache", "upstream_batches", "upstream_batches_total", "Pipelines of them.", p.batches.Load()},
-		{"Cache", "upstream_errors", "upstream_errors_total", "Flights that failed, or got an error not about the key.", p.errors.Load()},
+		{"Cache", "upstream_errors", "upstream_errors_total", "GETs without an answer about the key.", p.errors.Load()},
 		{"Cache", "upstream_nodes", "upstream_nodes", "Nodes of Redis that are known.", len(p.nodes)},
-		{"Cache", "upstream_nodes_down", "upstream_nodes_down", "Owners of keys that could not be read last time.", down},
-		{"Cache", "upstream_refreshes", "upstream_refreshes_total", "Times that Redis was asked who owns which keys.", p.refreshes.Load()},
-		{"Cache", "upstream_redirects", "upstream_redirects_total", "GETs that a node sent to another one.", p.redirects.Load()},
+		{"Cache", "upstream_nodes_down", "upstream_nodes_down", "Owners of keys that cannot be read.", down},
+		{"Cache", "upstream_refreshes", "upstream_refreshes_total", "Rounds of asking for owners.", p.refreshes.Load()},
+		{"Cache", "upstream_redirects", "upstream_redirects_total", "GETs that a node redirected.", p.redirects.Load()},
 		{"Cache", "tracking", "tracking", "Whether Redis reports changes: 0 is off, 1 down, 2 live.", state},
-		{"Cache", "tracking_invalidations", "invalidations_total", "Changes that Redis reported.", p.invalidations.Load()},
-		{"", "", "upstream_seconds", "Time from taking up a batch of GETs to its last reply, connecting included.", latency},
+		{"Cache", "tracking_invalidations", "invalidations_total", "Changes reported.", p.invalidations.Load()},
+		{"", "", "upstream_seconds", "Time from taking up a batch to its last reply, connecting included.", latency},
 	}
 }
 
@@ -300,8 +290,6 @@ func (p *pool) hint(addr string) {
 
 // watch learns who owns which keys, at hints and now and then, once at a time.
 func (p *pool) watch() {
-	known := sync.OnceFunc(func() { close(p.learnt) })
-	defer known()
 	for {
 		hint, wait, failed := "", clusterTick, p.failed.Load()
 		if p.redis.master != "" {
@@ -316,10 +304,11 @@ func (p *pool) watch() {
 		case <-time.After(wait - learnPause):
 		}
 		if p.several.Load() {
+			p.refreshes.Add(1)
 			p.learn(hint)
 			p.settle()
 		}
-		known()
+		p.known()
 		select {
 		case <-p.ctx.Done():
 		case <-time.After(learnPause):
@@ -330,10 +319,9 @@ func (p *pool) watch() {
 // learn asks one server after the other who owns which keys, until one knows: sentinels, the one that knew
 // last first; or the node at hint, the owners that are not down, and the nodes that the URL names.
 func (p *pool) learn(hint string) {
-	nobody, addrs := "no node names the owners of keys", append([]string{hint}, p.servers...)
-	if p.redis.master != "" {
-		nobody, addrs = fmt.Sprintf("no sentinel names the master %q", p.redis.master), p.servers
-	} else {
+	addrs := p.servers
+	if p.redis.master == "" {
+		addrs = append([]string{hint}, addrs...)
 		p.mu.Lock()
 		for addr, n := range p.nodes {
 			if n.owns > 0 && !n.down() {
@@ -351,7 +339,7 @@ func (p *pool) learn(hint string) {
 			addrs[0], addrs[i] = addr, addrs[0]
 			return
 		}
-		p.unknown.Store(fmt.Errorf("%s: %w", nobody, err))
+		p.unknown.Store(err.Error())
 	}
 }
 
@@ -405,29 +393,23 @@ func (p *pool) giveLocked(slot int, n *node) {
 	n.owns++
 }
 
-// settle follows a change of the owners. Flights that wait are queued at those of today, and a node is
-// closed that owns nothing any more, or has never, and was not named lately.
+// settle follows a change of the owners: it closes nodes that own nothing any more, or never did, unless they
+// were named lately. Their connections break, and what they carried or queued goes to the owners of today.
 func (p *pool) settle() {
-	var queued []*flight
 	var owners []string
 	changed := false
-	p.refreshes.Add(1)
 	p.mu.Lock()
 	for addr, n := range p.nodes {
-		queued = append(queued, n.queue...)
-		n.queue = nil
 		if n.owns > 0 {
 			owners = append(owners, addr)
-		} else if n.master || time.Since(n.named) > strayTime {
+		} else if n.master || time.Since(n.named) > clusterTick {
 			delete(p.nodes, addr)
 			n.stop()
 		}
 		changed = changed || n.master != (n.owns > 0)
 		n.master = n.owns > 0
 	}
-	p.queued, p.queueBytes = 0, 0
 	p.mu.Unlock()
-	p.enqueue(queued)
 	if changed {
 		slices.Sort(owners)
 		p.log.Info("other nodes own the keys now", "nodes", strings.Join(owners, " "))
@@ -437,7 +419,7 @@ func (p *pool) settle() {
 // A node is one Redis server, the connections to it, and the flights that wait for one of them.
 type node struct {
 	pool  *pool
-	addr  string
+	addr  string // or the name that sentinels know it by, before they have answered
 	log   *slog.Logger
 	ctx   context.Context // done when the node is closed, which closes its connections
 	stop  context.CancelFunc
@@ -466,95 +448,88 @@ func due(last *atomic.Int64, now, pause time.Duration) bool {
 	return (before == 0 || now-time.Duration(before) > pause) && last.CompareAndSwap(before, int64(now))
 }
 
-func (n *node) dial() (redis.Conn, error) {
+func (n *node) dial() (*upstream, error) {
 	p := n.pool
-	<-p.learnt
-	if n.addr == "" {
-		err, _ := p.unknown.Load().(error)
-		return nil, cmp.Or(err, errors.New("its address is known by now"))
+	<-p.learnt.Done()
+	if n.addr == p.redis.master {
+		return nil, fmt.Errorf("no sentinel names the master %q: %v", n.addr, p.unknown.Load())
 	}
 	return p.dial(n.ctx, n.addr, p.timeout+grace, false)
 }
 
-// test returns an error if a connection may not be used again.
+// test returns an error if an idle connection may be dead, or if there is anything to read on it, which would be
+// taken for the reply to the next command.
 func (n *node) test(c redis.Conn, idleSince time.Time) error {
-	if n.pool.cache.now()-time.Since(idleSince) < time.Duration(n.broke.Load()) || !c.(*upstream).quiet() {
+	u := c.(*upstream)
+	usable := u.in.Buffered() == 0 && n.pool.cache.now()-time.Since(idleSince) > time.Duration(n.broke.Load())
+	u.raw.Control(func(fd uintptr) {
+		_, _, err := syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		usable = usable && err == syscall.EAGAIN
+	})
+	if !usable {
 		return errors.New("it may be dead, or out of step")
 	}
 	return nil
 }
 
-// startLocked starts a worker, unless one is on its way to the queue. If it may not have a connection, the
-// workers that have one come to the queue.
+// startLocked starts a worker for the queue, unless one is on its way to it. If all connections are in use, the
+// workers that have one look at the queue before they end.
 func (n *node) startLocked() {
-	if !n.coming && n.busy < n.pool.limit {
+	if len(n.queue) > 0 && !n.coming && n.busy < n.pool.limit {
 		n.coming = true
 		n.busy++
-		go n.work() // ends when the queue is empty
+		go n.work() // ends when its batch does
 	}
 }
 
-// work carries out what is queued until nothing is.
+// work takes a connection, and then all that has been queued meanwhile, and carries it out.
 func (n *node) work() {
-	for n.batch() {
+	runtime.Gosched() // requests that are about to ask do so first, and share a round trip
+	p := n.pool
+	began := p.cache.now()
+	conn := n.conns.Get()
+	self, err := conn.Do("")
+	u, made := self.(*upstream)
+	fs := n.take()
+	rest := fs
+	if made {
+		rest, err = n.exchange(u, fs)
 	}
-	n.pool.mu.Lock()
-	defer n.pool.mu.Unlock()
+	conn.Close()
+	if err != nil {
+		n.broken(rest, err, made, began)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err == nil && len(fs) > 0 {
+		p.latency.add(p.cache.now() - began)
+	}
 	n.busy--
-	if len(n.queue) > 0 { // since the last look at it, when all were busy
-		n.startLocked()
-	}
+	n.startLocked()
 }
 
-// take removes from the queue as much as fits a batch, and reports whether there was anything. It ends
-// the flights that no request waits for any more, and returns the others.
-func (n *node) take() (fs []*flight, any bool) {
+// take removes from the queue as much as fits a batch. It ends the flights that no request waits for any
+// more, and returns the others.
+func (n *node) take() []*flight {
 	p := n.pool
 	p.mu.Lock()
 	most := min(maxBatch, max(1, batchBytes/max(1, int(p.cache.typical.Load()))))
-	fs = slices.Clone(n.queue[:min(len(n.queue), most)])
+	fs := slices.Clone(n.queue[:min(len(n.queue), most)])
 	n.queue = slices.Delete(n.queue, 0, len(fs))
 	for _, f := range fs {
 		p.queueBytes -= len(f.key)
 	}
 	p.queued -= len(fs)
-	p.batches.Add(int64(min(len(fs), 1)))
-	p.flights.Add(int64(len(fs)))
 	n.coming = false
-	if len(n.queue) > 0 { // what does not fit is another worker's
-		n.startLocked()
-	}
+	n.startLocked() // what does not fit is another worker's
 	p.mu.Unlock()
 	wanted, unwanted := p.cache.wanted(fs, 0)
 	for _, f := range unwanted {
 		p.cache.finish(f, value{}, errTimeout)
 	}
-	return wanted, len(fs) > 0
-}
-
-// batch takes a connection, and then all that has been queued meanwhile, and carries it out. It reports
-// whether there was anything.
-func (n *node) batch() bool {
-	runtime.Gosched() // requests that are about to ask do so first, and share a round trip
-	p := n.pool
-	began := p.cache.now()
-	conn := n.conns.Get()
-	defer conn.Close()
-	self, err := conn.Do("")
-	u, made := self.(*upstream)
-	fs, any := n.take()
-	rest := fs
-	if made {
-		rest, err = n.exchange(u, fs)
-	}
-	if err != nil {
-		n.broken(rest, err, made, began)
-	} else if len(fs) > 0 {
-		p.mu.Lock()
-		p.latency.add(p.cache.now() - began)
-		p.mu.Unlock()
-	}
-	return any
+	p.batches.Add(int64(min(len(wanted), 1)))
+	p.flights.Add(int64(len(wanted)))
+	return wanted
 }
 
 // broken ends the flights of a connection that broke, or could not be made, since it began.
@@ -575,7 +550,7 @@ func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) {
 	p.mu.Lock()
 	for _, f := range wanted {
 		f.asking = ""
-		elsewhere := p.routeLocked(f) != n && f.hops < len(p.servers)+2
+		elsewhere := p.routeLocked(f) != n && f.hops < maxHops
 		if (made || worked) && !f.tried || elsewhere {
 			f.tried, f.hops = f.tried || made || worked, f.hops+1
 			again = append(again, f)
@@ -658,18 +633,18 @@ func (n *node) refuses(reply redis.Error) {
 
 // receive reads what Redis says about a key that it was asked for at the time sent.
 func (n *node) receive(u *upstream, f *flight, sent time.Duration) (value, error) {
-	reply, err := u.receive(f.asking != "", "-$")
+	reply, err := u.reply(f.asking != "", "-$")
 	left := int64(-1)
 	if n.pool.keyTTL {
 		var failure error
-		left, failure = redis.Int64(u.receive(f.asking != "", "-:"))
+		left, failure = redis.Int64(u.reply(f.asking != "", "-:"))
 		err = cmp.Or(err, failure)
 	}
-	val, found := reply.([]byte)
-	switch {
-	case err != nil:
+	if err != nil {
 		return value{}, err
-	case !found:
+	}
+	val, found := reply.([]byte)
+	if !found {
 		return newAbsent(f.key, sent), errAbsent
 	}
 	v := newValue(f.key, val, sent)
@@ -738,16 +713,18 @@ func (e replyError) Unwrap() error {
 	return errRefused
 }
 
-// asAnswer returns the answer to a request that failed with err. An error reply that is not to GET, or that
-// concerns the proxy's own standing with Redis, is marked, so that a client does not take it for its own.
+// ofStanding has what error replies to GET begin with that concern the proxy's own standing with Redis.
+var ofStanding = []string{"NOAUTH ", "NOPERM ", "WRONGPASS ", "DENIED ", "MOVED ", "ASK ", "ERR max number of clients"}
+
+// asAnswer returns the answer to a request that failed with err. An error reply that is not to GET, or that is
+// ofStanding, is marked, so that a client does not take it for its own.
 func asAnswer(err error, toGET bool) error {
 	var reply redis.Error
 	var network net.Error
 	if errors.As(err, &reply) {
-		for _, code := range []string{"NOAUTH ", "NOPERM ", "WRONGPASS ", "DENIED ", "MOVED ", "ASK ", "ERR max number of clients"} {
-			if !toGET || strings.HasPrefix(string(reply), code) {
-				return upstreamRefused + replyError(reply)
-			}
+		begins := func(code string) bool { return strings.HasPrefix(string(reply), code) }
+		if !toGET || slices.ContainsFunc(ofStanding, begins) {
+			return upstreamRefused + replyError(reply)
 		}
 		return replyError(reply)
 	}
@@ -853,31 +830,21 @@ func (u *upstream) Do(command string, args ...any) (any, error) {
 	if err := errors.Join(u.Send(command, args...), u.Flush()); err != nil {
 		return nil, err
 	}
-	return u.reply(anyReply)
+	return u.reply(false, anyReply)
 }
 
-// receive reads the reply to a command, and the one to the ASKING before it if there was one: if that was
-// refused, it returns the refusal.
-func (u *upstream) receive(asked bool, kinds string) (any, error) {
+// reply reads the reply to a command, of one of kinds, after that to the ASKING before it: if that was refused,
+// it returns the refusal. Any other reply breaks the connection: those after it might be taken for other keys'.
+func (u *upstream) reply(asked bool, kinds string) (any, error) {
 	var refusal error
 	if asked {
-		_, refusal = u.reply("-+")
+		_, refusal = u.reply(false, "-+")
 	}
-	reply, err := u.reply(kinds)
-	return reply, cmp.Or(refusal, err)
-}
-
-// reply reads a reply that begins with one of kinds. Any other breaks the connection, as the replies after it
-// might be taken for those of other keys.
-func (u *upstream) reply(kinds string) (any, error) {
 	reply, err := u.read(kinds)
-	if refusal, ok := reply.(redis.Error); ok {
-		return nil, refusal
-	}
-	if err != nil {
+	if _, refused := err.(redis.Error); err != nil && !refused {
 		u.Conn.Close()
 	}
-	return reply, err
+	return reply, cmp.Or(refusal, err)
 }
 
 func (u *upstream) read(kinds string) (any, error) {
@@ -892,7 +859,7 @@ func (u *upstream) read(kinds string) (any, error) {
 		case kind == '+':
 			return string(text[1:]), nil
 		case kind == '-':
-			return redis.Error(text[1:]), nil
+			return nil, redis.Error(text[1:])
 		case err != nil:
 		case kind == ':':
 			return int64(n), nil
@@ -928,16 +895,6 @@ func (u *upstream) readValue(n int) (val []byte, err error) {
 		return nil, errors.New("reading a reply: a value does not end where it says")
 	}
 	return val, nil
-}
-
-// quiet reports whether there is nothing to read. Where no reply is due, it would be taken for the reply to
-// the next command.
-func (u *upstream) quiet() (quiet bool) {
-	u.raw.Control(func(fd uintptr) {
-		_, _, err := syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-		quiet = err == syscall.EAGAIN && u.in.Buffered() == 0
-	})
-	return quiet
 }
 
 // A wire is a connection whose every read and write has a deadline. It replaces redigo's own time-outs,
@@ -979,16 +936,14 @@ func (n *node) track() {
 	}
 }
 
-// follow tracks over one connection, until that breaks. The connection redirects to itself: Redis
-// reports changes only to RESP3 clients or to subscribers, and redigo speaks RESP2. It is live with the
-// first answer to PING, which shows that Redis lets it go on.
+// follow tracks over one connection, until that breaks. The connection redirects to itself: Redis reports
+// changes only to RESP3 clients or to subscribers.
 func (n *node) follow() error {
-	c, err := n.dial()
+	u, err := n.dial()
 	if err != nil {
 		return err
 	}
-	defer c.Close()
-	u := c.(*upstream)
+	defer u.Close()
 	u.wire.patience = pingEvery
 	id, errID := redis.Int64(u.Do("CLIENT", "ID"))
 	_, errTracking := u.Do("CLIENT", "TRACKING", "ON", "REDIRECT", id, "BCAST")
@@ -998,7 +953,7 @@ func (n *node) follow() error {
 	for pinged := true; err == nil; {
 		if _, err = u.in.Peek(1); err == nil {
 			pinged = false
-			err = n.heed(redis.Values(u.reply(anyReply)))
+			err = n.heed(redis.Values(u.reply(false, anyReply)))
 		} else if errors.Is(err, os.ErrDeadlineExceeded) && !pinged {
 			pinged, err = true, ping()
 		}
@@ -1006,25 +961,22 @@ func (n *node) follow() error {
 	return err
 }
 
-// heed acts on a message to a tracking connection: the answer to PING, or a report of changes.
+// heed acts on a message: a report of changes, or the answer to PING, which shows that Redis lets it go on.
 func (n *node) heed(msg []any, err error) error {
-	if err != nil {
+	switch {
+	case err != nil:
 		return err
-	}
-	p := n.pool
-	if len(msg) != 3 { // the answer to PING
-		if !n.live.Load() {
-			p.cache.forget(nil) // whatever changed until now was not reported
-			n.live.Store(true)
-			n.log.Info("tracking is live")
+	case len(msg) == 3:
+		keys, err := redis.ByteSlices(msg[2], nil) // nil: all
+		if err != nil && err != redis.ErrNil {
+			return err
 		}
-		return nil
+		n.pool.invalidations.Add(int64(max(len(keys), 1)))
+		n.pool.cache.forget(keys)
+	case !n.live.Load():
+		n.pool.cache.forget(nil) // what changed until now was not reported
+		n.live.Store(true)
+		n.log.Info("tracking is live")
 	}
-	keys, err := redis.ByteSlices(msg[2], nil) // nil: all
-	if err != nil && err != redis.ErrNil {
-		return err
-	}
-	p.invalidations.Add(int64(max(len(keys), 1)))
-	p.cache.forget(keys)
 	return nil
 }
