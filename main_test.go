@@ -522,6 +522,36 @@ func TestLinkWrites(t *testing.T) {
 	}
 }
 
+// What the client's side has taken counts before the system lets the proxy write more.
+func TestLinkSeesWhatIsTaken(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("only Linux says what is acknowledged")
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	client, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	nc, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := newConn(nc, serverSettings{writeTimeout: 100 * time.Millisecond, requests: newBudget(1), values: newBudget(1)})
+	defer nc.Close()
+	written, _ := c.Write(make([]byte, 64<<20))
+	left := c.link.untaken()
+	if left <= 0 || left > written {
+		t.Fatalf("%d bytes are not taken of %d that were written; want some of them", left, written)
+	}
+	io.CopyN(io.Discard, client, int64(written))
+	eventually(t, "all is taken", func() bool { return c.link.untaken() == 0 })
+}
+
 // http.go
 
 // serveHTTP answers a request that is given as a line without version, and header lines.
