@@ -12,6 +12,7 @@ import (
 	"crypto/subtle"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"math"
@@ -630,70 +631,45 @@ func (p *password) matches(s []byte) bool {
 	return false
 }
 
-// A certificate is read again when its files change. It looks at them once a second at most.
+// A certificate is read again with a handshake, once a second at most, as its files may change. It is safe for
+// concurrent use.
 type certificate struct {
 	certFile, keyFile string
 	log               *slog.Logger
-
-	current atomic.Pointer[tls.Certificate]
-	looking atomic.Bool // one handshake at a time looks at the files; the others take the current one
-
-	// The handshake that looks owns the following.
-	looked time.Time // when the files were looked at last
-	read   [2]os.FileInfo
-	failed time.Time // the last attempt to read them, if it failed
+	current           atomic.Pointer[tls.Certificate]
+	problem           atomic.Value // the last failure's text; the same is logged once
+	looked            atomic.Int64 // when the files were read last, in Unix time
 }
 
-func newCertificate(certFile, keyFile string, log *slog.Logger) (*certificate, error) {
+// newCertificate returns the certificate that the flags --OF-cert and --OF-key name, or nil if neither is given.
+func newCertificate(of, certFile, keyFile string, log *slog.Logger) (*certificate, error) {
+	if certFile == "" && keyFile == "" {
+		return nil, nil
+	}
 	c := &certificate{certFile: certFile, keyFile: keyFile, log: log}
-	c.changed() // before load: a change in between is seen next time
-	return c, c.load()
+	first, err := tls.LoadX509KeyPair(certFile, keyFile)
+	if certFile == "" || keyFile == "" {
+		err = errors.New("both must be given, or neither")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("--%s-cert %q, --%s-key %q: %w", of, certFile, of, keyFile, err)
+	}
+	c.current.Store(&first)
+	return c, nil
 }
 
 // get returns the certificate for a handshake.
 func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	if c.looking.CompareAndSwap(false, true) {
-		c.renew()
-		c.looking.Store(false)
+	old, now := c.current.Load(), time.Now().Unix()
+	if c.looked.Swap(now) == now {
+		return old, nil
+	}
+	cert, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
+	switch {
+	case err != nil && c.problem.Swap(err.Error()) != err.Error():
+		c.log.Warn("the certificate was not renewed; the old one goes on", "error", err)
+	case err == nil && !cert.Leaf.Equal(old.Leaf) && c.current.CompareAndSwap(old, &cert):
+		c.log.Info("the certificate was renewed", "expires", cert.Leaf.NotAfter)
 	}
 	return c.current.Load(), nil
-}
-
-// renew reads the files if they have changed, and again a minute after that failed: one of the two may not
-// have been replaced yet.
-func (c *certificate) renew() {
-	if time.Since(c.looked) < time.Second {
-		return
-	}
-	c.looked = time.Now()
-	if changed := c.changed(); !changed && (c.failed.IsZero() || time.Since(c.failed) < time.Minute) {
-		return
-	}
-	c.failed = time.Time{}
-	if err := c.load(); err != nil {
-		c.failed = time.Now()
-		c.log.Warn("the certificate was not renewed; the old one goes on", "error", err)
-		return
-	}
-	c.log.Info("the certificate was renewed", "expires", c.current.Load().Leaf.NotAfter)
-}
-
-// changed reports whether the files are others than when it was called last.
-func (c *certificate) changed() (changed bool) {
-	for i, name := range []string{c.certFile, c.keyFile} {
-		now, err := os.Stat(name)
-		was := c.read[i]
-		if err == nil && (was == nil || !os.SameFile(was, now) || was.ModTime() != now.ModTime() || was.Size() != now.Size()) {
-			c.read[i], changed = now, true
-		}
-	}
-	return changed
-}
-
-func (c *certificate) load() error {
-	cert, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
-	if err == nil {
-		c.current.Store(&cert)
-	}
-	return err
 }
