@@ -545,7 +545,7 @@ func (o option) assign(where, val string) (err error) {
 // parseConfig reads defaults, then the environment, then the arguments. The error is flag.ErrHelp where help
 // was asked for.
 func parseConfig(args, environ []string) (config, error) {
-	cfg := config{clients: serverSettings{writeTimeout: 30 * time.Second}}
+	cfg := config{clients: serverSettings{writeTimeout: 30 * time.Second, grown: func(int) {}}}
 	badVariable := cfg.readEnvironment(environ, args)
 	var bad error
 	fs := flag.NewFlagSet("redis_proxy", flag.ContinueOnError)

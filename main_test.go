@@ -376,7 +376,7 @@ func FuzzProtocolOf(f *testing.F) {
 
 // newConn is a client's connection as the server makes it.
 func newConn(nc net.Conn, s serverSettings) *conn {
-	l := &link{Conn: nc, server: &server{serverSettings: s}}
+	l := &link{Conn: nc, server: &server{serverSettings: s}, idle: s.idleTimeout}
 	return &conn{peeked: peeked{Conn: l}, link: l}
 }
 
@@ -391,7 +391,7 @@ func TestDetectConsumesNothing(t *testing.T) {
 				}
 			}()
 			c := newConn(nc, serverSettings{})
-			proto, err := c.detect(protocolOf)
+			proto, err := c.detect()
 			if proto != tt.proto || (err == nil) != tt.ok {
 				t.Errorf("%s, %s: got %v, %v; want %v, %v", tt.name, name, protocols[proto], err, protocols[tt.proto], tt.ok)
 			}
@@ -413,7 +413,7 @@ func TestDetectDeadlines(t *testing.T) {
 		err   error
 	}{
 		{"silent for an hour at first", 0, func(c net.Conn) { time.Sleep(time.Hour); io.WriteString(c, "PING\r\n") }, time.Hour, nil},
-		{"silent with an idle timeout", time.Minute, func(net.Conn) {}, time.Minute, os.ErrDeadlineExceeded},
+		{"silent with an idle timeout", time.Minute, func(net.Conn) {}, time.Minute + time.Minute/4, os.ErrDeadlineExceeded},
 		{"silent after the first byte", 0, func(c net.Conn) { io.WriteString(c, "G") }, 10 * time.Second, os.ErrDeadlineExceeded},
 		{"a byte every three seconds", 0, func(c net.Conn) {
 			for _, err := c.Write([]byte("G")); err == nil; _, err = c.Write([]byte("E")) {
@@ -426,7 +426,7 @@ func TestDetectDeadlines(t *testing.T) {
 				client, nc := net.Pipe()
 				c, start := newConn(nc, serverSettings{idleTimeout: tt.idle}), time.Now()
 				go tt.write(client) // ends when client is closed
-				_, err := c.detect(protocolOf)
+				_, err := c.detect()
 				if took := time.Since(start); !errors.Is(err, tt.err) || took != tt.took {
 					t.Errorf("got %v after %v; want %v after %v", err, took, tt.err, tt.took)
 				}
