@@ -377,7 +377,7 @@ func FuzzProtocolOf(f *testing.F) {
 // newConn is a client's connection as the server makes it.
 func newConn(nc net.Conn, s serverSettings) *conn {
 	l := &link{Conn: nc, server: &server{serverSettings: s}, idle: s.idleTimeout}
-	return &conn{peeked: peeked{Conn: l}, link: l}
+	return &conn{Conn: l, link: l}
 }
 
 func TestDetectConsumesNothing(t *testing.T) {
@@ -1201,7 +1201,7 @@ func TestRESPDescribesItself(t *testing.T) {
 	p := newParts(t)
 	cacheNow(p, "key", "value")
 	for in, wants := range map[string]string{
-		"INFO\r\n":                           "# Server\r\n|redis_version:7.0.15\r\n|loading:0\r\n|role:master\r\n|\r\n\r\n# Cache\r\ncache_keys:1\r\n",
+		"INFO\r\n":                           "# Server\r\n|redis_version:7.0.15\r\n|loading:0\r\n|role:master\r\n|\r\n\r\n# Cache\r\ncache_hits:0\r\n|\r\ncache_keys:1\r\n",
 		"INFO all\r\n":                       "# Server\r\n|# Cache\r\n",
 		"GET key\r\nINFO STATS memory\r\n":   "# Memory\r\n|# Stats\r\n|keyspace_hits:1\r\n",
 		"CLIENT SETNAME me\r\nCLIENT INFO\n": "id=1 |name=me |resp=2 ",

@@ -167,7 +167,7 @@ func (s *server) handle(l *link) {
 			l.Close()
 		}
 	}()
-	c := &conn{peeked: peeked{Conn: l}, link: l}
+	c := &conn{Conn: l, link: l}
 	proto, err := s.protocol(c)
 	if err != nil {
 		s.log.Debug("closed before its protocol was known", "client", client, "error", err)
@@ -196,14 +196,14 @@ func (s *server) protocol(c *conn) (protocol, error) {
 	if !secure {
 		return proto, nil
 	}
-	outer := c.peeked
-	t := tls.Server(&outer, s.tls)
+	outer := *c
+	inner := tls.Server(&outer, s.tls)
 	c.link.hurry(firstLineTimeout)
-	if err := t.Handshake(); err != nil {
+	if err := inner.Handshake(); err != nil {
 		return 0, err
 	}
 	c.link.hurry(0)
-	c.peeked = peeked{Conn: t}
+	c.Conn, c.unread = inner, nil
 	return c.detect()
 }
 
@@ -234,28 +234,23 @@ func (s *server) wait(ctx context.Context) {
 	}
 }
 
-// A peeked is a connection of which some bytes have been read already. Read begins with those.
-type peeked struct {
-	net.Conn
-	unread []byte
-}
-
-func (p *peeked) Read(b []byte) (int, error) {
-	if len(p.unread) == 0 {
-		return p.Conn.Read(b)
-	}
-	n := copy(b, p.unread)
-	if p.unread = p.unread[n:]; len(p.unread) == 0 {
-		p.unread = nil
-	}
-	return n, nil
-}
-
 // A conn is what a front end reads from and writes to, inside TLS if there is any. The link below keeps the
 // deadlines.
 type conn struct {
-	peeked
-	link *link
+	net.Conn
+	unread []byte // what has been read already: Read begins with it
+	link   *link
+}
+
+func (c *conn) Read(p []byte) (int, error) {
+	if len(c.unread) == 0 {
+		return c.Conn.Read(p)
+	}
+	n := copy(p, c.unread)
+	if c.unread = c.unread[n:]; len(c.unread) == 0 {
+		c.unread = nil
+	}
+	return n, nil
 }
 
 // detect reads until the protocol is known. Read returns that again.
