@@ -123,8 +123,8 @@ func (c *config) loadCertificates(log *slog.Logger) error {
 	return nil
 }
 
-// startLog returns a logger that does not wait for out, which may block or fail: lines that do not go out in time
-// are dropped and counted. flush waits a moment for the last ones; what is logged later is lost.
+// startLog returns a logger that does not wait for out, which may block or fail: lines that do not go out in
+// time are dropped and counted. flush waits a moment for the last ones; what is logged later is lost.
 func startLog(out io.Writer, cfg config) (log *slog.Logger, flush func()) {
 	w, done := &logWriter{lines: make(chan []byte, 256)}, make(chan struct{})
 	go func() { // ends with flush, or with the process where out blocks
@@ -216,11 +216,10 @@ func check(cfg config) error {
 // GOMAXPROCS is set, Go follows that.
 func tuneCores() string {
 	all := runtime.GOMAXPROCS(0)
-	limited := func(quota string) bool { return quota != "" && quota != "max" && quota != "-1" }
 	switch {
 	case os.Getenv("GOMAXPROCS") != "":
 		return fmt.Sprint(all, " as GOMAXPROCS says")
-	case slices.ContainsFunc(cgroupValues("cpu", "cpu.max", "cpu.cfs_quota_us"), limited):
+	case cgroupLimit("cpu", "cpu.max", "cpu.cfs_quota_us") < math.MaxInt64:
 		return fmt.Sprint(all, " as the CPU limit says")
 	}
 	runtime.GOMAXPROCS(max(1, all/2))
@@ -232,12 +231,7 @@ func tuneCores() string {
 // than that, the cache is made smaller.
 func fitMemory(cfg *config, log *slog.Logger) {
 	const others = 32 << 20 // what is not the cache's
-	allowed := int64(math.MaxInt64)
-	for _, s := range cgroupValues("memory", "memory.max", "memory.limit_in_bytes") {
-		if n, err := strconv.ParseInt(s, 10, 64); err == nil {
-			allowed = min(allowed, n/10*9)
-		}
-	}
+	allowed := cgroupLimit("memory", "memory.max", "memory.limit_in_bytes") / 10 * 9
 	if fits := max(allowed-others, others/2) / 2; fits < cfg.cache.maxBytes {
 		log.Warn("fewer bytes in the cache, as the container has not enough memory", "cache_bytes", fits,
 			"wanted", cfg.cache.maxBytes, "memory", allowed/9*10)
@@ -253,9 +247,10 @@ func fitMemory(cfg *config, log *slog.Logger) {
 	cfg.clients.grown(0)
 }
 
-// cgroupValues returns the first word of a file in each of the control groups of the process, from its own up
-// to the root: of the unified hierarchy (cgroups(7), version 2), or of a controller in version 1.
-func cgroupValues(controller, v2, v1 string) (values []string) {
+// cgroupLimit returns the least number that a file begins with in the control groups of the process, from its
+// own up to the root: in version 2 (cgroups(7)), or of a controller in version 1. None is math.MaxInt64.
+func cgroupLimit(controller, v2, v1 string) int64 {
+	least := int64(math.MaxInt64)
 	groups, _ := os.ReadFile("/proc/self/cgroup")
 	for line := range strings.Lines(string(groups)) {
 		fields := strings.SplitN(strings.TrimSpace(line), ":", 3) // an id, controllers, the path
@@ -268,13 +263,15 @@ func cgroupValues(controller, v2, v1 string) (values []string) {
 		for group := fields[2]; ; group = filepath.Dir(group) {
 			b, _ := os.ReadFile(filepath.Join("/sys/fs/cgroup", fields[1], group, file))
 			word, _, _ := strings.Cut(strings.TrimSpace(string(b)), " ")
-			values = append(values, word)
+			if n, err := strconv.ParseInt(word, 10, 64); err == nil && n > 0 {
+				least = min(least, n)
+			}
 			if group == "/" || group == "." {
 				break
 			}
 		}
 	}
-	return values
+	return least
 }
 
 // fitDescriptors allows fewer clients where the process may not open enough files, as each client is one.
@@ -339,8 +336,8 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	log.Info("stopped", "uptime", c.now().Round(time.Millisecond).String())
 }
 
-// figures reports the configuration, in labels, the process, in Redis' and Prometheus' names where they have one,
-// and how keys were answered over all protocols.
+// figures reports the configuration, in labels, the process, in Redis' and Prometheus' names where they have
+// one, and how keys were answered over all protocols.
 func (c *config) figures(addr net.Addr, started time.Time, pw *password, tallies ...*tally) []figure {
 	build := fmt.Sprintf("build_info{version=%q,go_version=%q}", version, runtime.Version())
 	info := fmt.Sprintf("info{address=%q,redis=%q,cache_timeout=%q,stale_timeout=%q,absent_timeout=%q,"+
@@ -583,19 +580,18 @@ func parseConfig(args, environ []string) (config, error) {
 	return cfg, nil
 }
 
-// readEnvironment sets all options: to their defaults where no variable gives more than nothing. The platforms'
-// own count where ours, and the arguments, leave them room. The error is that of the first bad variable.
+// readEnvironment sets all options, to their defaults where a variable is unset or empty. It returns the error
+// of the first bad one.
 func (c *config) readEnvironment(environ, args []string) (bad error) {
 	options := make(map[string]option)
 	for _, o := range c.options() {
 		o.assign("", o.def)
 		options[o.variable()] = o
 	}
-	if !slices.ContainsFunc(environ, givesPort.MatchString) {
-		options["PORT"] = options["RP_PORT"]
-	}
-	if !slices.ContainsFunc(slices.Concat(environ, args), givesRedis.MatchString) {
-		options["REDIS_URL"] = options["RP_REDIS_URL"]
+	for name, ours := range platform {
+		if !slices.ContainsFunc(slices.Concat(environ, args), ours.MatchString) {
+			options[name] = options["RP_"+name]
+		}
 	}
 	for _, kv := range environ {
 		name, val, _ := strings.Cut(kv, "=")
@@ -610,11 +606,11 @@ func (c *config) readEnvironment(environ, args []string) (bad error) {
 	return bad
 }
 
-// givesPort and givesRedis match variables and flags that say where to serve, and where Redis is.
-var (
-	givesPort  = regexp.MustCompile(`^RP_PORT=.`)
-	givesRedis = regexp.MustCompile(`^(RP_REDIS_(HOST|PORT|URL)=.|--?redis-(host|port|url)(=|$))`)
-)
+// platform has the variables of platforms, and which of ours, or flags, take their place.
+var platform = map[string]*regexp.Regexp{
+	"PORT":      regexp.MustCompile(`^RP_PORT=.`),
+	"REDIS_URL": regexp.MustCompile(`^(RP_REDIS_(HOST|PORT|URL)=.|--?redis-(host|port|url)(=|$))`),
+}
 
 // groups are the titles in the help, by the first option below each.
 var groups = map[string]string{"listen-address": "Serving", "redis-host": "Redis", "cache-size": "Cache",

@@ -34,8 +34,8 @@ const (
 	firstLineTimeout = 10 * time.Second
 	// httpIdleTimeout is how long an HTTP connection is kept alive if the settings do not say.
 	httpIdleTimeout = 2 * time.Minute
-	// maxFirstLine is the longest first line that is looked at, and maxEmptyLines bounds the bytes of empty lines
-	// before it. Longer ones are left to RESP, which refuses the first and takes the others.
+	// maxFirstLine is the longest first line that is looked at, and maxEmptyLines bounds the bytes of empty
+	// lines before it. Longer ones are left to RESP, which refuses the first and takes the others.
 	maxFirstLine  = 64 << 10
 	maxEmptyLines = 64
 	// maxRefusing bounds the connections that are being told that there are too many clients; more than
@@ -317,8 +317,8 @@ func (c *conn) release(unread []byte) {
 	l.Conn.SetReadDeadline(time.Time{})
 }
 
-// CloseWrite ends the sending side, that of TLS first. net/http does so when it hangs up on a client that is still
-// sending.
+// CloseWrite ends the sending side, that of TLS first. net/http does so when it hangs up on a client that is
+// still sending.
 func (c *conn) CloseWrite() error {
 	for _, side := range []net.Conn{c.Conn, c.link.Conn} {
 		if half, ok := side.(interface{ CloseWrite() error }); ok {
@@ -605,7 +605,7 @@ type certificate struct {
 	looked            atomic.Int64 // when the files were read last, in Unix time
 }
 
-// newCertificate returns the certificate that the flags --OF-cert and --OF-key name, or nil if neither is given.
+// newCertificate returns the certificate that the flags --OF-cert and --OF-key name, or nil if they are unset.
 func newCertificate(of, certFile, keyFile string, log *slog.Logger) (*certificate, error) {
 	if certFile == "" && keyFile == "" {
 		return nil, nil
