@@ -629,10 +629,14 @@ func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		return old, nil
 	}
 	cert, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
-	switch {
-	case err != nil && c.problem.Swap(err.Error()) != err.Error():
-		c.log.Warn("the certificate was not renewed; the old one goes on", "error", err)
-	case err == nil && !cert.Leaf.Equal(old.Leaf) && c.current.CompareAndSwap(old, &cert):
+	if err != nil {
+		if c.problem.Swap(err.Error()) != err.Error() {
+			c.log.Warn("the certificate was not renewed; the old one goes on", "error", err)
+		}
+		return old, nil
+	}
+	c.problem.Store("")
+	if !slices.EqualFunc(cert.Certificate, old.Certificate, bytes.Equal) && c.current.CompareAndSwap(old, &cert) {
 		c.log.Info("the certificate was renewed", "expires", cert.Leaf.NotAfter)
 	}
 	return c.current.Load(), nil
