@@ -446,20 +446,17 @@ var (
 
 // between is the rule for whole numbers.
 func between(low, high int) rule {
-	must := fmt.Sprintf("a whole number from %d to %d", low, high)
-	return rule{must, func(s string) bool { return isNumber(s, low, high) }}
-}
-
-func isNumber(s string, low, high int) bool {
-	n, err := strconv.Atoi(s)
-	return err == nil && low <= n && n <= high
+	return rule{fmt.Sprintf("a whole number from %d to %d", low, high), func(s string) bool {
+		n, err := strconv.Atoi(s)
+		return err == nil && low <= n && n <= high
+	}}
 }
 
 func isListenAddress(s string) bool { return isHost(s) || strings.HasPrefix(s, "unix:///") }
 
 func isHostPort(s string) bool {
 	host, port, _ := net.SplitHostPort(s)
-	return s == "" || (host == "" || isHost(host)) && isNumber(port, 0, 65535)
+	return s == "" || (host == "" || isHost(host)) && between(0, 65535).ok(port)
 }
 
 // options is the table of flags.
@@ -699,7 +696,7 @@ func parseRedisURL(s string) (a redisAddress, err error) {
 	a.tls, a.user = base == "rediss" || base == "valkeys", u.User.Username()
 	a.password, _ = u.User.Password()
 	a.db, _ = strconv.Atoi(db)
-	if !known || errQuery != nil || len(query) > 0 || db != "" && !isNumber(db, 0, 1<<30) ||
+	if !known || errQuery != nil || len(query) > 0 || db != "" && !between(0, 1<<30).ok(db) ||
 		sentinels == (a.master == "") || !sentinels && u.Fragment != "" ||
 		u.User != nil && a.password == "" || a.sentinelUser != "" && a.sentinelPassword == "" {
 		err = errors.New("malformed")
@@ -715,7 +712,7 @@ func parseRedisHosts(s, port string) (string, error) {
 			hosts[i] = host + ":" + port
 		}
 		name, port, err := net.SplitHostPort(hosts[i])
-		if err != nil || !isHost(name) || !isNumber(port, 1, 65535) {
+		if err != nil || !isHost(name) || !between(1, 65535).ok(port) {
 			return "", errors.New("malformed host or port")
 		}
 	}
