@@ -7,17 +7,20 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"math"
 	"net"
 	"os"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -31,17 +34,15 @@ const (
 	firstLineTimeout = 10 * time.Second
 	// httpIdleTimeout is how long an HTTP connection is kept alive if the settings do not say.
 	httpIdleTimeout = 2 * time.Minute
-	// maxFirstLine is the longest first line that is looked at. Longer ones are left to RESP, where
-	// this is the limit of an inline request, to refuse.
-	maxFirstLine = 64 << 10
-	// maxEmptyLines bounds the bytes of empty lines before it. More are left to RESP, where they have no end.
+	// maxFirstLine is the longest first line that is looked at, and maxEmptyLines bounds the bytes of empty
+	// lines before it. Longer ones are left to RESP, which refuses the first and takes the others.
+	maxFirstLine  = 64 << 10
 	maxEmptyLines = 64
 	// maxRefusing bounds the connections that are being told that there are too many clients; more than
 	// these are closed without a word. refuseTimeout is how long each has to show its protocol.
 	maxRefusing   = 100
 	refuseTimeout = time.Second
-	// drainTime is how much longer clients are read from when the server stops: what they have sent by
-	// then is answered.
+	// drainTime is how much longer clients are read from when the server stops: that is answered.
 	drainTime = 100 * time.Millisecond
 	// stallTime is after how long a client counts as one that takes nothing of its replies for now.
 	stallTime = 250 * time.Millisecond
@@ -55,7 +56,7 @@ type serverSettings struct {
 	idleTimeout  time.Duration // how long a client may be silent; 0: for ever, over HTTP httpIdleTimeout
 	writeTimeout time.Duration // how long a client may take nothing of its replies
 	tls          *tls.Config   // nil: no TLS
-	grown        func(int)     // is called when the number of clients passes another thousand; may be nil
+	grown        func(int)     // is called when the number of clients passes another thousand
 	requests     *budget       // what clients have sent that is not answered, beyond a buffer for each
 	values       *budget       // values on their way to clients, where they are more than a client's buffer
 }
@@ -93,17 +94,17 @@ type server struct {
 	refusing int // links that are one too many
 	accepted int
 	refused  int
+	expected int // clients that grown has heard of
 }
 
 func newServer(l net.Listener, s serverSettings, log *slog.Logger, frontEnds [len(protocols)]frontEnd) *server {
-	return &server{serverSettings: s, listener: l, log: log, frontEnds: frontEnds, links: make(map[*link]struct{})}
+	return &server{serverSettings: s, listener: l, log: log, frontEnds: frontEnds,
+		links: make(map[*link]struct{}), expected: 1000}
 }
 
 // run accepts until stop.
 func (s *server) run() {
-	var pause time.Duration
-	thousands := 1 // of clients at once, rounded up
-	for {
+	for pause := time.Duration(0); ; {
 		nc, err := s.listener.Accept()
 		switch {
 		case errors.Is(err, net.ErrClosed):
@@ -114,49 +115,34 @@ func (s *server) run() {
 			time.Sleep(pause)
 		default:
 			pause = 0
-			if n := s.add(&link{Conn: nc, server: s}); s.grown != nil && n > 1000*thousands {
-				thousands++
-				s.grown(1000 * thousands)
-			}
+			s.add(&link{Conn: nc, server: s, idle: s.idleTimeout})
 		}
 	}
 }
 
-// add starts to handle a connection, or to refuse it. It returns how many clients there are.
-func (s *server) add(l *link) (clients int) {
+// add starts to handle a connection, or to refuse it.
+func (s *server) add(l *link) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	full := len(s.links)-s.refusing >= s.maxClients
-	if full {
+	clients := len(s.links) - s.refusing
+	if l.refused = clients >= s.maxClients; l.refused {
 		s.refused++
 	} else {
 		s.accepted++
 	}
-	if s.draining.Load() != nil || full && s.refusing >= maxRefusing {
+	switch {
+	case s.draining.Load() != nil || l.refused && s.refusing >= maxRefusing:
 		l.Conn.Close()
-		return len(s.links) - s.refusing
+		return
+	case l.refused:
+		s.refusing++
+		l.Conn.SetReadDeadline(time.Now().Add(refuseTimeout))
+	case clients >= s.expected:
+		s.expected += 1000
+		s.grown(s.expected)
 	}
 	s.links[l] = struct{}{}
-	s.handlers.Add(1)
-	if full {
-		s.refusing++
-		l.refused = true
-		l.Conn.SetReadDeadline(time.Now().Add(refuseTimeout))
-	}
-	go s.handle(l) // ends with the connection, which stop and wait see to
-	return len(s.links) - s.refusing
-}
-
-// remove forgets a connection, and reports whether it was known.
-func (s *server) remove(l *link) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	_, known := s.links[l]
-	if known && l.refused {
-		s.refusing--
-	}
-	delete(s.links, l)
-	return known
+	s.handlers.Go(func() { s.handle(l) }) // ends with the connection, which stop and wait see to
 }
 
 // figures reports the client connections.
@@ -174,7 +160,6 @@ func (s *server) figures() []figure {
 
 // handle finds out the protocol of a connection and hands it to its front end.
 func (s *server) handle(l *link) {
-	defer s.handlers.Done()
 	client := l.RemoteAddr().String()
 	defer func() {
 		if r := recover(); r != nil {
@@ -182,7 +167,7 @@ func (s *server) handle(l *link) {
 			l.Close()
 		}
 	}()
-	c := &conn{peeked: peeked{Conn: l}, link: l}
+	c := &conn{Conn: l, link: l}
 	proto, err := s.protocol(c)
 	if err != nil {
 		s.log.Debug("closed before its protocol was known", "client", client, "error", err)
@@ -200,29 +185,27 @@ func (s *server) handle(l *link) {
 
 // protocol finds out what a connection speaks, and takes off TLS.
 func (s *server) protocol(c *conn) (protocol, error) {
-	if s.tls == nil {
-		proto, err := c.detect(protocolOf)
-		if err == nil && c.unread[0] == 0x16 {
-			err = errors.New("TLS, and there is no certificate")
-		}
-		return proto, err
-	}
-	if _, err := c.detect(func(begin []byte) (protocol, bool) { return 0, len(begin) > 0 }); err != nil {
+	proto, err := c.detect()
+	if err != nil {
 		return 0, err
 	}
-	if c.unread[0] != 0x16 { // a handshake (RFC 8446 §5.1)
-		return 0, errors.New("no TLS")
+	secure := c.unread[0] == 0x16 // a handshake (RFC 8446 §5.1)
+	if secure != (s.tls != nil) {
+		return 0, errors.New("TLS without a certificate here, or no TLS with one")
 	}
-	outer := c.peeked
-	t := tls.Server(&outer, s.tls)
-	c.link.idle = 0
-	c.link.readFor(firstLineTimeout)
-	if err := t.Handshake(); err != nil {
+	if !secure {
+		return proto, nil
+	}
+	outer := *c
+	inner := tls.Server(&outer, s.tls)
+	c.link.hurry(firstLineTimeout)
+	if err := inner.Handshake(); err != nil {
 		return 0, err
 	}
-	c.peeked = peeked{Conn: t}
-	proto, err := c.detect(protocolOf)
-	if err == nil && t.ConnectionState().NegotiatedProtocol == "h2" && !bytes.HasPrefix(c.unread, []byte("PRI")) {
+	c.link.hurry(0)
+	c.Conn, c.unread = inner, nil
+	proto, err = c.detect()
+	if err == nil && inner.ConnectionState().NegotiatedProtocol == "h2" && !bytes.HasPrefix(c.unread, []byte("PRI")) {
 		err = errors.New("HTTP/2 was agreed on, and this is something else")
 	}
 	return proto, err
@@ -243,70 +226,58 @@ func (s *server) stop() {
 	time.Sleep(drainTime)
 }
 
-// wait returns when no handler is left, or when ctx is done: then it cuts off their connections.
+// wait returns when no handler is left, or when ctx is done, and cuts off what connections there are.
 func (s *server) wait(ctx context.Context) {
-	done := make(chan struct{})
-	go func() { s.handlers.Wait(); close(done) }() // ends with the last handler
-	select {
-	case <-done:
-	case <-ctx.Done():
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		for l := range s.links {
-			l.Conn.Close()
-		}
+	ctx, done := context.WithCancel(ctx)
+	go func() { s.handlers.Wait(); done() }() // ends with the last handler
+	<-ctx.Done()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for l := range s.links {
+		l.Conn.Close()
 	}
-}
-
-// A peeked is a connection of which some bytes have been read already. Read begins with those.
-type peeked struct {
-	net.Conn
-	unread []byte
-}
-
-func (p *peeked) Read(b []byte) (int, error) {
-	if len(p.unread) == 0 {
-		return p.Conn.Read(b)
-	}
-	n := copy(b, p.unread)
-	if p.unread = p.unread[n:]; len(p.unread) == 0 {
-		p.unread = nil
-	}
-	return n, nil
 }
 
 // A conn is what a front end reads from and writes to, inside TLS if there is any. The link below keeps the
 // deadlines.
 type conn struct {
-	peeked
-	link *link
+	net.Conn
+	unread []byte // what has been read already: Read begins with it
+	link   *link
 }
 
-// detect reads until decide knows the protocol from what has come.
-func (c *conn) detect(decide func([]byte) (protocol, bool)) (protocol, error) {
-	idle := c.link.server.idleTimeout
-	c.link.readFor(idle)
-	line := make([]byte, 0, 512)
+func (c *conn) Read(p []byte) (int, error) {
+	if len(c.unread) == 0 {
+		return c.Conn.Read(p)
+	}
+	n := copy(p, c.unread)
+	if c.unread = c.unread[n:]; len(c.unread) == 0 {
+		c.unread = nil
+	}
+	return n, nil
+}
+
+// detect reads until the protocol is known. Read returns that again.
+func (c *conn) detect() (protocol, error) {
+	buf := make([]byte, 0, 512)
 	for {
-		n, err := c.Conn.Read(line[len(line):cap(line)])
-		if len(line) == 0 && n > 0 {
-			c.link.readFor(firstLineTimeout)
-		}
-		line = line[:len(line)+n]
-		c.unread = line
-		if proto, ok := decide(line); ok {
-			if idle == 0 && proto == protoHTTP {
-				idle = httpIdleTimeout
+		n, err := c.Conn.Read(buf[len(buf):cap(buf)])
+		buf = buf[:len(buf)+n]
+		c.unread = buf
+		proto, ok := protocolOf(buf)
+		switch {
+		case ok:
+			if proto == protoHTTP {
+				c.link.idle = cmp.Or(c.link.idle, httpIdleTimeout)
 			}
-			c.link.readFor(0)
-			c.link.idle = idle
+			c.link.hurry(0)
 			return proto, nil
-		}
-		if err != nil {
+		case err != nil:
 			return 0, err
-		}
-		if len(line) == cap(line) {
-			line = append(make([]byte, 0, 4*cap(line)), line...)
+		case len(buf) == n:
+			c.link.hurry(firstLineTimeout)
+		case len(buf) == cap(buf):
+			buf = slices.Grow(buf, 3*cap(buf))
 		}
 	}
 }
@@ -323,8 +294,8 @@ func protocolOf(begin []byte) (proto protocol, ok bool) {
 		return protoRESP, len(begin) > maxFirstLine
 	}
 	line = bytes.TrimSuffix(line, []byte("\r"))
-	n := len(line) - 1
-	http1 := n > 0 && bytes.HasSuffix(line[:n], []byte(" HTTP/1.")) && '0' <= line[n] && line[n] <= '9'
+	n := max(0, len(line)-1)
+	http1 := bytes.HasSuffix(line[:n], []byte(" HTTP/1.")) && '0' <= line[n] && line[n] <= '9'
 	if http1 || string(line) == "PRI * HTTP/2.0" {
 		return protoHTTP, true
 	}
@@ -339,10 +310,13 @@ func afterEmptyLines(b []byte) []byte {
 	return b
 }
 
-// CloseWrite lets net/http end its side first when it hangs up on a client that is still sending.
+// CloseWrite ends the sending side, that of TLS first. net/http does so when it hangs up on a client that is
+// still sending.
 func (c *conn) CloseWrite() error {
-	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
-		return half.CloseWrite()
+	for _, side := range []net.Conn{c.Conn, c.link.Conn} {
+		if half, ok := side.(interface{ CloseWrite() error }); ok {
+			half.CloseWrite()
+		}
 	}
 	return nil
 }
@@ -351,7 +325,6 @@ func (c *conn) CloseWrite() error {
 // would be lost if bytes that nobody has read were there at the end (RFC 9112 §9.6).
 func (c *conn) linger() {
 	c.CloseWrite()
-	c.link.CloseWrite()
 	c.link.hurry(refuseTimeout)
 	io.Copy(io.Discard, c.link)
 	c.Close()
@@ -498,10 +471,10 @@ func (l *link) readOn() bool {
 	l.hurry(0)
 	if n == 0 {
 		l.server.requests.release("", cap(buf))
-	} else {
-		l.ahead = append(l.ahead, buf[:n])
+		return false
 	}
-	return n > 0
+	l.ahead = append(l.ahead, buf[:n])
+	return true
 }
 
 // hold counts a value and more bytes on their way to the client until letGo. See budget.hold.
@@ -514,13 +487,11 @@ func (l *link) hold(value string, more int) (full <-chan struct{}) {
 
 // letGo ends the holds.
 func (l *link) letGo() {
-	for i, h := range l.holds {
+	for _, h := range l.holds {
 		l.server.values.release(h.value, h.more)
-		l.holds[i].value = ""
 	}
-	if len(l.holds) > 0 {
-		l.holds, l.holding = l.holds[:0], false
-	}
+	clear(l.holds)
+	l.holds, l.holding = l.holds[:0], false
 }
 
 // SetWriteDeadline notes what net/http and crypto/tls set: the first clears the deadline after each answer,
@@ -530,20 +501,19 @@ func (l *link) SetWriteDeadline(t time.Time) error {
 	return l.Conn.SetWriteDeadline(t)
 }
 
-// CloseWrite ends the sending side.
-func (l *link) CloseWrite() error {
-	if half, ok := l.Conn.(interface{ CloseWrite() error }); ok {
-		return half.CloseWrite()
-	}
-	return nil
-}
-
 func (l *link) Close() error {
-	if l.server.remove(l) {
-		l.server.log.Debug("closed", "client", l.RemoteAddr().String())
+	s := l.server
+	s.mu.Lock()
+	_, known := s.links[l]
+	if delete(s.links, l); known && l.refused {
+		s.refusing--
+	}
+	s.mu.Unlock()
+	if known {
+		s.log.Debug("closed", "client", l.RemoteAddr().String())
 		l.letGo()
 		for _, buf := range l.ahead {
-			l.server.requests.release("", cap(buf))
+			s.requests.release("", cap(buf))
 		}
 	}
 	return l.Conn.Close()
@@ -576,15 +546,16 @@ func (b *budget) hold(value string, more int) (full <-chan struct{}) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	n, id := len(value)+more, unsafe.StringData(value)
-	if value == "" || b.held[id] == 0 {
-		if b.used+n > b.max && b.used > b.max/2 {
-			if b.freed == nil {
-				b.freed = make(chan struct{})
-			}
-			return b.freed
-		}
-		b.used += n
+	if value != "" && b.held[id] > 0 {
+		n = 0
 	}
+	if n > 0 && b.used+n > b.max && b.used > b.max/2 {
+		if b.freed == nil {
+			b.freed = make(chan struct{})
+		}
+		return b.freed
+	}
+	b.used += n
 	if value != "" {
 		b.held[id]++
 	}
@@ -629,70 +600,49 @@ func (p *password) matches(s []byte) bool {
 	return false
 }
 
-// A certificate is read again when its files change. It looks at them once a second at most.
+// A certificate is read again with a handshake, once a second at most, as its files may change. It is safe for
+// concurrent use.
 type certificate struct {
 	certFile, keyFile string
 	log               *slog.Logger
-
-	current atomic.Pointer[tls.Certificate]
-	looking atomic.Bool // one handshake at a time looks at the files; the others take the current one
-
-	// The handshake that looks owns the following.
-	looked time.Time // when the files were looked at last
-	read   [2]os.FileInfo
-	failed time.Time // the last attempt to read them, if it failed
+	current           atomic.Pointer[tls.Certificate]
+	problem           atomic.Value // the last failure's text; the same is logged once
+	looked            atomic.Int64 // when the files were read last, in Unix time
 }
 
-func newCertificate(certFile, keyFile string, log *slog.Logger) (*certificate, error) {
+// newCertificate returns the certificate that the flags --OF-cert and --OF-key name, or nil if they are unset.
+func newCertificate(of, certFile, keyFile string, log *slog.Logger) (*certificate, error) {
+	if certFile == "" && keyFile == "" {
+		return nil, nil
+	}
 	c := &certificate{certFile: certFile, keyFile: keyFile, log: log}
-	c.changed() // before load: a change in between is seen next time
-	return c, c.load()
+	first, err := tls.LoadX509KeyPair(certFile, keyFile)
+	if certFile == "" || keyFile == "" {
+		err = errors.New("both must be given, or neither")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("--%s-cert %q, --%s-key %q: %w", of, certFile, of, keyFile, err)
+	}
+	c.current.Store(&first)
+	return c, nil
 }
 
 // get returns the certificate for a handshake.
 func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	if c.looking.CompareAndSwap(false, true) {
-		c.renew()
-		c.looking.Store(false)
+	old, now := c.current.Load(), time.Now().Unix()
+	if c.looked.Swap(now) == now {
+		return old, nil
+	}
+	cert, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
+	if err != nil {
+		if c.problem.Swap(err.Error()) != err.Error() {
+			c.log.Warn("the certificate was not renewed; the old one goes on", "error", err)
+		}
+		return old, nil
+	}
+	c.problem.Store("")
+	if !slices.EqualFunc(cert.Certificate, old.Certificate, bytes.Equal) && c.current.CompareAndSwap(old, &cert) {
+		c.log.Info("the certificate was renewed", "expires", cert.Leaf.NotAfter)
 	}
 	return c.current.Load(), nil
-}
-
-// renew reads the files if they have changed, and again a minute after that failed: one of the two may not
-// have been replaced yet.
-func (c *certificate) renew() {
-	if time.Since(c.looked) < time.Second {
-		return
-	}
-	c.looked = time.Now()
-	if changed := c.changed(); !changed && (c.failed.IsZero() || time.Since(c.failed) < time.Minute) {
-		return
-	}
-	c.failed = time.Time{}
-	if err := c.load(); err != nil {
-		c.failed = time.Now()
-		c.log.Warn("the certificate was not renewed; the old one goes on", "error", err)
-		return
-	}
-	c.log.Info("the certificate was renewed", "expires", c.current.Load().Leaf.NotAfter)
-}
-
-// changed reports whether the files are others than when it was called last.
-func (c *certificate) changed() (changed bool) {
-	for i, name := range []string{c.certFile, c.keyFile} {
-		now, err := os.Stat(name)
-		was := c.read[i]
-		if err == nil && (was == nil || !os.SameFile(was, now) || was.ModTime() != now.ModTime() || was.Size() != now.Size()) {
-			c.read[i], changed = now, true
-		}
-	}
-	return changed
-}
-
-func (c *certificate) load() error {
-	cert, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
-	if err == nil {
-		c.current.Store(&cert)
-	}
-	return err
 }
