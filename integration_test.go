@@ -6565,6 +6565,131 @@ func TestIntegrationSignals(t *testing.T) {
 	})
 }
 
+// Short header lines, many of them, cost neither memory nor the time of others.
+func TestIntegrationManyShortHeaderLines(t *testing.T) {
+	flags := playRedis(t, func(int, []string) string { return bulk("value") })
+	_, proxy, _ := startProgram(t, nil, append(flags, "--cache-bytes", "16MB", "--password", "pw")...)
+	other := dial(t, proxy).send(request("AUTH", "pw")).expect("+OK\r\n")
+	other.send(request("GET", "k")).expect(bulk("value"))
+	send := []byte("GET /k HTTP/1.1\r\nHost: h\r\n")
+	for i := 0; len(send) < 118<<10; i++ {
+		send = fmt.Appendf(send, "%s:\r\n", strconv.FormatInt(int64(i), 36))
+	}
+	var clients sync.WaitGroup
+	for range 200 {
+		c := dial(t, proxy)
+		clients.Go(func() { // it may be closed meanwhile
+			c.SetDeadline(time.Now().Add(10 * time.Second))
+			c.Write(send)
+			c.Write([]byte("\r\n"))
+			c.ReadString('\n')
+		})
+	}
+	over, most := make(chan struct{}), time.Duration(0)
+	go func() { // ends with the clients
+		clients.Wait()
+		close(over)
+	}()
+	for ended := false; !ended; {
+		select {
+		case <-over:
+			ended = true
+		case <-time.After(20 * time.Millisecond):
+			began := time.Now()
+			other.send(request("GET", "k")).expect(bulk("value"))
+			most = max(most, time.Since(began))
+		}
+	}
+	if t.Logf("a hit took %v at most", most); most > 2*time.Second {
+		t.Errorf("a hit took %v meanwhile; want 2 s at most", most)
+	}
+	checkPeak(t, other, 16<<20)
+}
+
+// A client that stops taking has the time-out, from the last byte that it took.
+func TestIntegrationClientThatStopsTakingIsClosedInTime(t *testing.T) {
+	t.Parallel()
+	const timeout = 2 * time.Second
+	val := bulk(strings.Repeat("v", 12<<20))
+	flags := playRedis(t, func(int, []string) string { return val })
+	for name, send := range map[string]string{"RESP": request("GET", "k"), "HTTP": plainRequest("k")} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := runProxy(t, flags, func(cfg *config) { cfg.clients.writeTimeout = timeout })
+			exchange(t, p.addr, request("GET", "k"))
+			c := dialNarrow(t, p.addr, 32<<10).send(send)
+			time.Sleep(timeout / 3)
+			io.CopyN(io.Discard, c, 256<<10)
+			last := time.Now()
+			eventually(t, "the client is closed", func() bool { return p.stat(t, "connected_clients") == "1" })
+			if took := time.Since(last); took < timeout-100*time.Millisecond || took > timeout*7/4 {
+				t.Errorf("closed %v after its last byte; want %v, and a quarter more", took, timeout)
+			}
+		})
+	}
+}
+
+// Streams of HTTP/2 of which each waits for longer than the time-out, while the connection takes bytes all the
+// time, are served.
+func TestIntegrationManySlowHTTP2StreamsAreServed(t *testing.T) {
+	t.Parallel()
+	const timeout, streams, grants = time.Second, 20, 50
+	flags := playRedis(t, func(int, []string) string { return bulk(strings.Repeat("v", 1<<20)) })
+	p := runProxy(t, flags, func(cfg *config) { cfg.clients.writeTimeout = timeout })
+	exchange(t, p.addr, request("GET", "k"))
+	c := dial(t, p.addr).send(h2Begin)
+	for i := range streams {
+		c.send(h2Get(2*i+1, "/k"))
+	}
+	for i := range grants { // each stream gets something every 1.5 s
+		c.send(h2Update(2*(i%streams)+1, 1000))
+		time.Sleep(75 * time.Millisecond)
+	}
+	c.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+	got, _ := io.ReadAll(c.Reader)
+	data, reset := 0, 0
+	for b := got; len(b) >= 9; {
+		n := int(b[0])<<16 | int(b[1])<<8 | int(b[2])
+		switch b[3] {
+		case 0:
+			data += n
+		case 3, 7: // RST_STREAM, GOAWAY
+			reset++
+		}
+		b = b[min(len(b), 9+n):]
+	}
+	if reset > 0 || data != grants*1000 {
+		t.Errorf("got %d bytes and %d streams reset; want %d and none", data, reset, grants*1000)
+	}
+}
+
+// What a client sends stays out of the log, also where HTTP/2 cannot read it.
+func TestIntegrationLogsShowNoKeys(t *testing.T) {
+	cert, key := makeCertificate(t, t.TempDir(), "proxy")
+	for name, more := range map[string][]string{"TCP": nil, "TLS": {"--tls-cert", cert, "--tls-key", key}} {
+		t.Run(name, func(t *testing.T) {
+			_, proxy, log := startProgram(t, nil, append([]string{"--log-level", "debug"}, more...)...)
+			for range 2 { // the second is logged after all of the first
+				c := dial(t, proxy)
+				if more != nil {
+					c = dialTLS(t, proxy, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
+				} else {
+					c.send("PRI * HTTP/2.0\r\n\r\n")
+				}
+				c.send(plainRequest("secretkey"))
+				c.SetDeadline(time.Now().Add(5 * time.Second))
+				io.Copy(io.Discard, c)
+				eventually(t, "the end in the log", func() bool {
+					return strings.Contains(log.String(), "msg=closed client="+c.LocalAddr().String())
+				})
+			}
+			if strings.Contains(log.String(), "secret") {
+				t.Errorf("the log shows what a client sent:\n%s", log)
+			}
+		})
+	}
+}
+
 // The program
 
 func TestIntegrationCommandLine(t *testing.T) {
