@@ -353,7 +353,8 @@ func TestConfigRefusesRedisURLWithoutTellingIt(t *testing.T) {
 }
 
 func TestConfigNamesUnreadVariables(t *testing.T) {
-	cfg, err := parseConfig(nil, []string{"RP_PORT=1", "RP_CACHESIZE=2", "HOME=/", "XRP_A=1", "RPA=1", "RP_=", "RP_VERSION"})
+	cfg, err := parseConfig(nil, []string{"RP_PORT=1", "RP_CACHESIZE=2", "HOME=/", "XRP_A=1", "RPA=1", "RP_=",
+		"RP_VERSION"})
 	compare(t, "unread", fmt.Sprint(cfg.unread, err), "[RP_CACHESIZE RP_ RP_VERSION] <nil>")
 }
 
