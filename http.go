@@ -457,11 +457,12 @@ func parse(b []byte) (r quickRequest, size int) {
 		return r, 0
 	}
 	for rest, first := b, true; ; first = false {
-		line, after, whole := bytes.Cut(rest, []byte("\r\n"))
+		line, after, whole := bytes.Cut(rest, []byte("\n"))
+		line, crlf := bytes.CutSuffix(line, []byte("\r"))
 		switch rest = after; {
-		case !whole && bytes.IndexByte(line, '\n') < 0:
+		case !whole:
 			return r, 0
-		case !whole || first && !r.begin(line) || len(line) > 0 && (!printable(line) || !first && !r.field(line)):
+		case !crlf || first && !r.begin(line) || !first && len(line) > 0 && !r.field(line):
 			return r, -1
 		case first || len(line) > 0:
 		case r.hosts > 1 || r.hosts == 0 && !r.old || r.old && !r.keepAlive:
@@ -472,9 +473,9 @@ func parse(b []byte) (r quickRequest, size int) {
 	}
 }
 
-// printable reports whether a line has no control characters but tabs.
-func printable(line []byte) bool {
-	for _, c := range line {
+// printable reports whether b has no control characters but tabs.
+func printable(b []byte) bool {
+	for _, c := range b {
 		if c < ' ' && c != '\t' || c == 0x7f {
 			return false
 		}
@@ -493,7 +494,7 @@ func (r *quickRequest) begin(line []byte) (ordinary bool) {
 		r.key, ok = []byte(key), ok && err == nil
 	}
 	return ok && (r.head || string(method) == "GET") && (r.old || string(version) == "HTTP/1.1") &&
-		bytes.IndexByte(path, '\t') < 0
+		printable(path) && bytes.IndexByte(path, '\t') < 0
 }
 
 // field parses a line of the header.
@@ -501,14 +502,18 @@ func (r *quickRequest) field(line []byte) (ordinary bool) {
 	name, val, ok := bytes.Cut(line, []byte(":"))
 	var lower [len("if-unmodified-since") + 1]byte // a longer name is none of those below
 	for i, c := range name {
-		ok = ok && token[c] > 0
+		if token[c] == 0 {
+			return false
+		}
 		lower[min(i, len(lower)-1)] = token[c]
 	}
-	val = bytes.Trim(val, " \t")
+	if val = bytes.Trim(val, " \t"); !ok || !printable(val) {
+		return false
+	}
 	switch string(lower[:min(len(name), len(lower))]) {
 	case "host":
 		r.hosts++
-		return ok && len(bytes.TrimLeft(val, letters+"-._:[]")) == 0
+		return len(bytes.TrimLeft(val, letters+"-._:[]")) == 0
 	case "connection":
 		r.keepAlive = true
 		return string(val) == "keep-alive" || string(val) == "Keep-Alive"
