@@ -1969,6 +1969,24 @@ func TestCacheKeepsWhatIsNewerThanAnAbsence(t *testing.T) {
 	}
 }
 
+// The first value is typical, later ones move that, and what is not about a key that was asked for does not.
+func TestCacheLearnsHowLargeValuesAre(t *testing.T) {
+	d := newFlightDeck(cacheSettings{ttl: time.Hour})
+	size := func(n int) int64 { return int64(len("k") + len(newValue("k", make([]byte, n), 0).data)) }
+	land := func(n int, err error) {
+		d.ask("k")
+		d.land(newValue("k", make([]byte, n), d.now()), err)
+		d.forget(nil)
+	}
+	land(0, errUnavailable)
+	d.finish(&flight{key: "ready", dirty: true}, newAbsent("ready", 0), errAbsent)
+	compare(t, "before the first", d.typical.Load(), 0)
+	land(1600, nil)
+	compare(t, "after the first", d.typical.Load(), size(1600))
+	land(3200, nil)
+	compare(t, "after a larger one", d.typical.Load(), size(1600)+(size(3200)-size(1600))/16)
+}
+
 // A slowCache does what the cache promises in the plainest way: a list, the most recently used in front.
 type slowCache struct {
 	maxKeys  int
