@@ -573,7 +573,7 @@ type command struct {
 	form  string // of a subcommand's arguments, for HELP
 }
 
-// A handler answers a command: it returns the reply, or nil if it has added that.
+// A handler answers a command: it returns the reply, or none if it has written that.
 type handler func(c *client, args [][]byte) string
 
 func constant(reply string) handler { return func(*client, [][]byte) string { return reply } }
@@ -869,12 +869,13 @@ func (c *client) hello(args [][]byte) string {
 		}
 	}
 	if c.in.strict {
-		return failure("NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO AUTH <user> " +
-			"<pass> option can be used to authenticate the client and select the RESP protocol version at the same time")
+		return failure("NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO AUTH " +
+			"<user> <pass> option can be used to authenticate the client and select the RESP protocol version at the " +
+			"same time")
 	}
 	c.proto = proto
-	return c.pairs(7, bulks("server", "redis", "version", redisVersion, "proto")+head(':', proto)+bulks("id")+head(':', int(c.id))+
-		bulks("mode", "standalone", "role", "master", "modules")+head('*', 0))
+	return c.pairs(7, bulks("server", "redis", "version", redisVersion, "proto")+head(':', proto)+
+		bulks("id")+head(':', int(c.id))+bulks("mode", "standalone", "role", "master", "modules")+head('*', 0))
 }
 
 // login authenticates the client. There is one user, the default one; without a password for it, any is right.
@@ -1018,10 +1019,10 @@ func onOff(_ *client, args [][]byte) string {
 
 // describe answers CLIENT INFO.
 func (c *client) describe([][]byte) string {
-	return c.verbatim(fmt.Sprintf("id=%d addr=%s laddr=%s fd=0 name=%s age=%d idle=0 flags=N db=0 sub=0 psub=0 ssub=0 multi=-1 "+
-		"qbuf=0 qbuf-free=0 argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=0 tot-mem=0 events=r cmd=client user=default "+
-		"redir=-1 resp=%d lib-name=%s lib-ver=%s\n", c.id, c.conn.RemoteAddr(), c.conn.LocalAddr(), c.name,
-		time.Since(c.since)/time.Second, c.proto, c.library[0], c.library[1]))
+	return c.verbatim(fmt.Sprintf("id=%d addr=%s laddr=%s fd=0 name=%s age=%d idle=0 flags=N db=0 sub=0 psub=0 ssub=0 "+
+		"multi=-1 qbuf=0 qbuf-free=0 argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=0 tot-mem=0 events=r "+
+		"cmd=client user=default redir=-1 resp=%d lib-name=%s lib-ver=%s\n",
+		c.id, c.conn.RemoteAddr(), c.conn.LocalAddr(), c.name, time.Since(c.since)/time.Second, c.proto, c.library[0], c.library[1]))
 }
 
 // list answers CLIENT LIST: a client is told of nobody but itself, and once.
@@ -1031,7 +1032,8 @@ func (c *client) list(args [][]byte) string {
 	case listed:
 	case option == "type" && len(args) == 4:
 		kind := word(args[3])
-		if listed = kind == "normal"; !listed && !slices.Contains([]string{"master", "replica", "slave", "pubsub"}, kind) {
+		listed = kind == "normal"
+		if !listed && !slices.Contains([]string{"master", "replica", "slave", "pubsub"}, kind) {
 			return failure("ERR Unknown client type '%s'", cString(args[3], maxInline))
 		}
 	case option == "id" && len(args) > 3:
