@@ -31,7 +31,7 @@ import (
 )
 
 const (
-	// A batch has at most maxBatch GETs, of batchBytes of values by the size that values had lately.
+	// A batch has at most maxBatch GETs, and brings at most batchBytes by the size that values had lately.
 	maxBatch   = 1 << 12
 	batchBytes = 1 << 20
 	// maxQueue bounds the flights that wait for a connection, and maxQueueBytes their keys. More of them
@@ -49,14 +49,12 @@ const (
 	anyReply = "-+:$****"
 	// slots is into how many parts a cluster divides the keys. Each has an owner.
 	slots = 1 << 14
-	// Servers are asked who owns what at hints and at ticks, at most once in learnPause, and each has askTimeout.
-	// Where a batch has failed in the last clusterTick, twice learnPause is the tick.
+	// Servers are asked who owns what at hints and ticks, at most once in learnPause. The tick of a cluster is
+	// twice that while batches fail, and for a clusterTick more. Each server has askTimeout to answer.
 	learnPause   = 250 * time.Millisecond
 	sentinelTick = time.Second
 	clusterTick  = 10 * time.Second
 	askTimeout   = 500 * time.Millisecond
-	// maxHops bounds how often a flight goes elsewhere because a connection broke.
-	maxHops = 10
 	// retryPause is the longest pause before a flight is tried again, and the first of a tracker.
 	retryPause = 50 * time.Millisecond
 	// pingEvery is how long a tracking connection may be silent before it is tried.
@@ -104,15 +102,15 @@ type pool struct {
 	learnt  context.Context // done when that was tried once
 	known   context.CancelFunc
 	failed  atomic.Int64 // when a batch last did, on the cache's clock
-	unknown atomic.Value // a string: why the last that did not know who owns the keys did not
+	unknown atomic.Value // why a server did not say who owns the keys, a string
 
-	flights, batches, errors, redirects, refreshes, invalidations atomic.Int64 // what figures calls so
+	flights, batches, errors, redirects, refreshes, invalidations atomic.Int64 // see figures
 
 	// mu guards the following, and fields of nodes. The cache's lock may not be taken under it.
 	mu         sync.Mutex
 	latency    histogram        // of batches
 	nodes      map[string]*node // by address
-	owners     []*node          // of each slot; who may be asked for it, where that is not known
+	owners     []*node          // of each slot, or whoever may know
 	queued     int              // flights, over all queues
 	queueBytes int              // of their keys
 }
@@ -448,6 +446,7 @@ func due(last *atomic.Int64, now, pause time.Duration) bool {
 	return (before == 0 || now-time.Duration(before) > pause) && last.CompareAndSwap(before, int64(now))
 }
 
+// dial makes a connection, after the first attempt to learn who owns the keys.
 func (n *node) dial() (*upstream, error) {
 	p := n.pool
 	<-p.learnt.Done()
@@ -472,8 +471,8 @@ func (n *node) test(c redis.Conn, idleSince time.Time) error {
 	return nil
 }
 
-// startLocked starts a worker for the queue, unless one is on its way to it. If all connections are in use, the
-// workers that have one look at the queue before they end.
+// startLocked starts a worker for the queue, unless one is on its way to it. If too many are busy, the first
+// that ends does.
 func (n *node) startLocked() {
 	if len(n.queue) > 0 && !n.coming && n.busy < n.pool.limit {
 		n.coming = true
@@ -532,14 +531,12 @@ func (n *node) take() []*flight {
 	return wanted
 }
 
-// broken ends the flights of a connection that broke, or could not be made, since it began.
-//
-// Those that a request waits for are tried once more on another connection: this one may have died while it
-// was idle, and GET does no harm twice. The same goes where it could not be made, but another was made
-// meanwhile, or where another node is to be asked by now.
+// broken ends the flights of a connection that broke, or could not be made, since it began. Those that a
+// request waits for are tried again where another node is to be asked by now, and once at the same: the
+// connection may have died while it was idle, or another was made meanwhile, and GET does no harm twice.
 func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) {
 	p := n.pool
-	now, none := p.cache.now(), len(fs) == 0
+	now := p.cache.now()
 	worked := time.Duration(n.answered.Load()) > began // what failed says nothing about the time after it
 	p.failed.Store(int64(now))
 	if made {
@@ -550,8 +547,7 @@ func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) {
 	p.mu.Lock()
 	for _, f := range wanted {
 		f.asking = ""
-		elsewhere := p.routeLocked(f) != n && f.hops < maxHops
-		if (made || worked) && !f.tried || elsewhere {
+		if (made || worked) && !f.tried || p.routeLocked(f) != n {
 			f.tried, f.hops = f.tried || made || worked, f.hops+1
 			again = append(again, f)
 		} else {
@@ -562,7 +558,7 @@ func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) {
 	p.hint("")
 	p.enqueue(again)
 	p.errors.Add(int64(len(ended)))
-	if (none || len(ended) > 0) && n.ctx.Err() == nil && !n.down() && !worked && due(&n.warned, now, time.Second) {
+	if (len(fs) == 0 || len(ended) > 0) && n.ctx.Err() == nil && !n.down() && !worked && due(&n.warned, now, time.Second) {
 		n.log.Warn("Redis cannot be read; hits go on", "error", err)
 	}
 	for _, f := range ended {
