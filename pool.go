@@ -55,6 +55,8 @@ const (
 	sentinelTick = time.Second
 	clusterTick  = 10 * time.Second
 	askTimeout   = 500 * time.Millisecond
+	// maxHops bounds how often a flight goes elsewhere when a connection breaks.
+	maxHops = 10
 	// retryPause is the longest pause before a flight is tried again, and the first of a tracker.
 	retryPause = 50 * time.Millisecond
 	// pingEvery is how long a tracking connection may be silent before it is tried.
@@ -547,7 +549,7 @@ func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) {
 	p.mu.Lock()
 	for _, f := range wanted {
 		f.asking = ""
-		if (made || worked) && !f.tried || p.routeLocked(f) != n {
+		if (made || worked) && !f.tried || p.routeLocked(f) != n && f.hops < maxHops {
 			f.tried, f.hops = f.tried || made || worked, f.hops+1
 			again = append(again, f)
 		} else {
