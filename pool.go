@@ -55,7 +55,7 @@ const (
 	sentinelTick = time.Second
 	clusterTick  = 10 * time.Second
 	askTimeout   = 500 * time.Millisecond
-	// maxHops bounds how often a flight goes elsewhere because a connection broke.
+	// maxHops bounds how often a flight goes elsewhere when a connection breaks.
 	maxHops = 10
 	// retryPause is the longest pause before a flight is tried again, and the first of a tracker.
 	retryPause = 50 * time.Millisecond
