@@ -560,7 +560,8 @@ func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) {
 	p.hint("")
 	p.enqueue(again)
 	p.errors.Add(int64(len(ended)))
-	if (len(fs) == 0 || len(ended) > 0) && n.ctx.Err() == nil && !n.down() && !worked && due(&n.warned, now, time.Second) {
+	news := (len(fs) == 0 || len(ended) > 0) && n.ctx.Err() == nil && !n.down() && !worked
+	if news && due(&n.warned, now, time.Second) {
 		n.log.Warn("Redis cannot be read; hits go on", "error", err)
 	}
 	for _, f := range ended {

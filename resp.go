@@ -1022,7 +1022,8 @@ func (c *client) describe([][]byte) string {
 	return c.verbatim(fmt.Sprintf("id=%d addr=%s laddr=%s fd=0 name=%s age=%d idle=0 flags=N db=0 sub=0 psub=0 ssub=0 "+
 		"multi=-1 qbuf=0 qbuf-free=0 argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=0 tot-mem=0 events=r "+
 		"cmd=client user=default redir=-1 resp=%d lib-name=%s lib-ver=%s\n",
-		c.id, c.conn.RemoteAddr(), c.conn.LocalAddr(), c.name, time.Since(c.since)/time.Second, c.proto, c.library[0], c.library[1]))
+		c.id, c.conn.RemoteAddr(), c.conn.LocalAddr(), c.name, time.Since(c.since)/time.Second, c.proto,
+		c.library[0], c.library[1]))
 }
 
 // list answers CLIENT LIST: a client is told of nobody but itself, and once.
