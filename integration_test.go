@@ -387,9 +387,9 @@ type rawClient struct {
 
 func (c *rawClient) Read(p []byte) (int, error) { return c.Reader.Read(p) }
 
-func dial(t testing.TB, addr string) *rawClient {
+// newRawClient returns a client for what a dial has returned.
+func newRawClient(t testing.TB, c net.Conn, err error) *rawClient {
 	t.Helper()
-	c, err := net.Dial("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -398,15 +398,16 @@ func dial(t testing.TB, addr string) *rawClient {
 	return &rawClient{t, c, bufio.NewReader(c)}
 }
 
+func dial(t testing.TB, addr string) *rawClient {
+	t.Helper()
+	c, err := net.Dial("tcp", addr)
+	return newRawClient(t, c, err)
+}
+
 func dialTLS(t testing.TB, addr string, config *tls.Config) *rawClient {
 	t.Helper()
 	c, err := tls.Dial("tcp", addr, config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(60 * time.Second))
-	return &rawClient{t, c, bufio.NewReader(c)}
+	return newRawClient(t, c, err)
 }
 
 // dialNarrow connects with a receive buffer of so many bytes.
@@ -419,12 +420,7 @@ func dialNarrow(t testing.TB, addr string, bytes int) *rawClient {
 		return err
 	}}
 	c, err := d.Dial("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(60 * time.Second))
-	return &rawClient{t, c, bufio.NewReader(c)}
+	return newRawClient(t, c, err)
 }
 
 func (c *rawClient) send(s string) *rawClient {

@@ -306,8 +306,8 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	resp := &resp{cache: c, password: pw, db: cfg.pool.redis.db, figures: func() []figure { return figures() }}
 	s := newServer(l, cfg.clients, log, [...]frontEnd{protoHTTP: web, protoRESP: resp})
 	figures = func() []figure {
-		return slices.Concat(cfg.figures(l.Addr(), c.started, pw, &web.tally, &resp.tally), s.figures(), c.figures(),
-			p.figures(), web.tally.figures("http"), resp.tally.figures("resp"))
+		return slices.Concat(cfg.figures(l.Addr(), c.started, pw), keyFigures(&web.tally, &resp.tally), s.figures(),
+			c.figures(), p.figures(), web.tally.figures("http"), resp.tally.figures("resp"))
 	}
 	log.Info("serving", "version", version, "address", l.Addr().String(), "protocols", "http resp",
 		"tls", cfg.clients.tls != nil, "password", pw.needed, "redis", cfg.pool.redis.hosts,
@@ -334,9 +334,9 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	log.Info("stopped", "uptime", c.now().Round(time.Millisecond).String())
 }
 
-// figures reports the configuration, in labels, the process, in Redis' and Prometheus' names where they have
-// one, and how keys were answered over all protocols.
-func (c *config) figures(addr net.Addr, started time.Time, pw *password, tallies ...*tally) []figure {
+// figures reports the configuration, in labels, and the process, in Redis' and Prometheus' names where they
+// have one.
+func (c *config) figures(addr net.Addr, started time.Time, pw *password) []figure {
 	build := fmt.Sprintf("build_info{version=%q,go_version=%q}", version, runtime.Version())
 	info := fmt.Sprintf("info{address=%q,redis=%q,cache_timeout=%q,stale_timeout=%q,absent_timeout=%q,"+
 		"refresh_before=%q,redis_ttl=\"%t\",tls=\"%t\",password=\"%t\"}", addr, c.pool.redis.hosts, c.cache.ttl,
@@ -356,14 +356,6 @@ func (c *config) figures(addr net.Addr, started time.Time, pw *password, tallies
 	var usage syscall.Rusage
 	syscall.Getrusage(syscall.RUSAGE_SELF, &usage)
 	cpu := time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
-	var n [len(outcomes)]int64
-	all := int64(0)
-	for o := range outcomes {
-		for _, t := range tallies {
-			n[o] += t[o].Load()
-		}
-		all += n[o]
-	}
 	return []figure{
 		{"", "", build, "What the program was built from, in labels; always 1.", 1},
 		{"", "", info, "How the proxy is configured, in labels; always 1.", 1},
@@ -386,6 +378,20 @@ func (c *config) figures(addr net.Addr, started time.Time, pw *password, tallies
 		{"Replication", "connected_slaves", "", "", 0},
 		{"", "", "go_goroutines", "Goroutines.", runtime.NumGoroutine()},
 		{"", "", "go_gc_cycles_total", "Garbage collections.", mem.NumGC},
+	}
+}
+
+// keyFigures reports how keys were answered over all protocols.
+func keyFigures(tallies ...*tally) []figure {
+	var n [len(outcomes)]int64
+	all := int64(0)
+	for o := range outcomes {
+		for _, t := range tallies {
+			n[o] += t[o].Load()
+		}
+		all += n[o]
+	}
+	return []figure{
 		{"Stats", "total_commands_processed", "", "", all},
 		{"Stats", "keyspace_hits", "", "", n[hit]},
 		{"Stats", "keyspace_misses", "", "", all - n[hit]},

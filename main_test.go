@@ -76,8 +76,8 @@ func newParts(t testing.TB, flags ...string) *parts {
 	pw := newPassword(cfg.password)
 	p.web = newWeb(0, p.cache, pw, cfg.clients.values, log)
 	p.resp = &resp{cache: p.cache, password: pw, db: cfg.pool.redis.db, figures: func() []figure {
-		return slices.Concat(cfg.figures(new(net.TCPAddr), p.cache.started, pw, &p.web.tally, &p.resp.tally),
-			p.cache.figures(), p.pool.figures())
+		return slices.Concat(cfg.figures(new(net.TCPAddr), p.cache.started, pw),
+			keyFigures(&p.web.tally, &p.resp.tally), p.cache.figures(), p.pool.figures())
 	}}
 	return p
 }
