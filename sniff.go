@@ -46,6 +46,9 @@ const (
 	drainTime = 100 * time.Millisecond
 	// stallTime is after how long a client counts as one that takes nothing of its replies for now.
 	stallTime = 250 * time.Millisecond
+	// sendBuffer bounds what the system holds of answers to a client, about twice as many bytes. It would hold
+	// megabytes, and those of many clients leave the processor's cache before they are taken.
+	sendBuffer = 256 << 10
 	// flushAt is how many bytes of answers are gathered before they are written.
 	flushAt = 16 << 10
 )
@@ -115,6 +118,9 @@ func (s *server) run() {
 			time.Sleep(pause)
 		default:
 			pause = 0
+			if c, ok := nc.(interface{ SetWriteBuffer(int) error }); ok {
+				c.SetWriteBuffer(sendBuffer)
+			}
 			s.add(&link{Conn: nc, server: s, idle: s.idleTimeout})
 		}
 	}
