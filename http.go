@@ -350,7 +350,7 @@ func (w *web) answer(c *conn, b []byte) (rest []byte, ordinary bool, err error) 
 		n := min(len(body), max(0, flushAt-len(out)))
 		if out = append(out, body[:n]...); n < len(body) { // the rest of a large body is not copied
 			if _, err = c.Write(out); err == nil {
-				_, err = c.Write(bytesOf(body[n:]))
+				_, err = c.WriteString(body[n:])
 			}
 			out = out[:0]
 		}

@@ -19,6 +19,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 )
 
 // A connection reads into readBuffer, into pipelineBuffer while it sends more than that, and into wideBuffer
@@ -493,16 +494,18 @@ func (c *client) end(err error) {
 	c.err = cmp.Or(c.err, err)
 }
 
-// write adds s to the replies. However long it is, no more than a part of it is copied at a time.
-func write[S string | []byte](c *client, s S) {
-	for len(c.out)+len(s) > flushAt {
-		n := max(flushAt-len(c.out), 0)
-		c.out, s = append(c.out, s[:n]...), s[n:]
-		if c.flush(); c.err != nil {
-			return
-		}
+// write adds s to the replies. What is long is written and not copied.
+func write(c *client, s string) {
+	n := min(len(s), max(flushAt-len(c.out), 0))
+	if c.out, s = append(c.out, s[:n]...), s[n:]; s == "" {
+		return
 	}
-	c.out = append(c.out, s...)
+	switch c.flush(); {
+	case len(s) <= flushAt:
+		c.out = append(c.out, s...)
+	case c.err == nil:
+		_, c.err = c.conn.WriteString(s)
+	}
 }
 
 // Replies are strings; an empty one is none.
@@ -560,7 +563,7 @@ func (c *client) pairs(n int, all string) string {
 // echo adds what the client sent, without a copy of the whole.
 func (c *client) echo(b []byte) string {
 	write(c, head('$', len(b)))
-	write(c, b)
+	write(c, unsafe.String(unsafe.SliceData(b), len(b)))
 	return "\r\n"
 }
 

@@ -263,6 +263,11 @@ func (c *conn) Read(p []byte) (int, error) {
 	return n, nil
 }
 
+// WriteString writes s without a copy.
+func (c *conn) WriteString(s string) (int, error) {
+	return c.Write(unsafe.Slice(unsafe.StringData(s), len(s)))
+}
+
 // detect reads until the protocol is known. Read returns that again.
 func (c *conn) detect() (protocol, error) {
 	buf := make([]byte, 0, 512)
