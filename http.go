@@ -695,95 +695,77 @@ func digestOf(element string) string {
 	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
 }
 
-// adminPage polls /metrics every two seconds and keeps five minutes of it. It names only the figures of the
-// four charts and of the state; every other figure gets a row by its name and type.
+// adminPage polls /metrics every two seconds and keeps five minutes of it. It names the four figures that come
+// first; every other one gets a row by its name.
 const adminPage = `<!doctype html><html lang="en"><meta charset="utf-8"><title>redis_proxy</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>
-:root { color-scheme: light dark; --one: light-dark(#1f66d1, #6fabff); --two: light-dark(#b9540a, #f0a05a) }
-body { font: 14px/1.4 system-ui, sans-serif; max-width: 90rem; margin: auto; padding: 1rem } small { opacity: .7 }
-h1, figure { margin: 0 } a, b, path { color: var(--one) } b + b, path + path, output, .down { color: var(--two) }
-header, p, figcaption { display: flex; flex-wrap: wrap; gap: .3rem .8rem; align-items: baseline } p { gap: .4rem }
-main figure, p span { border: 1px solid #8885; border-radius: .5rem; padding: .2rem .6rem } b { white-space: nowrap }
-main, section { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--wide)), 1fr)) }
-main { --wide: 28rem; gap: .6rem } section { --wide: 21rem; gap: 0 2rem; margin: 1rem 0; overflow-wrap: anywhere }
-section figcaption { display: contents } section b { order: 1; text-align: right } svg { width: 100%; height: 7rem }
-section figure { display: grid; grid-template-columns: 1fr 5rem 7rem; gap: .7rem; border-bottom: 1px solid #8883 }
-figcaption span { flex: 1 } section small, b:empty { display: none } section svg { height: 1.6rem }
-path { fill: none; stroke: currentcolor; stroke-width: 1.5; stroke-linecap: round; vector-effect: non-scaling-stroke }
-</style><header><h1>redis_proxy</h1><span></span><output></output></header><p></p><main></main><section></section>
-<footer>Rates, means and p99 are over two seconds. <a href=metrics>metrics</a> <a href=readyz>readyz</a> <a
-href=debug/pprof/>profiles</a></footer><template><figure><figcaption><span></span><b></b><b></b></figcaption><svg
-viewBox="0 0 300 100" preserveAspectRatio=none><path/><path/></svg><small></small></figure></template><script>
-const $ = query => document.querySelector(query), samples = [], help = {}, type = {}, info = {}, charts = [
-	{ title: 'Requests', of: { '': 'all_total', 'hits ': 'hits_total' } }, { title: 'Hits', of: { '': 'hit_ratio' } },
-	{ title: 'Latency of Redis', of: { 'p99 ': 'upstream_seconds p99', 'mean ': 'upstream_seconds mean' } },
-	{ title: 'Memory', of: { 'process ': 'process_resident_memory_bytes', 'cache ': 'cache_bytes' } }]
+:root { color-scheme: light dark; --accent: light-dark(#1f66d1, #6fabff); --alarm: light-dark(#b3261e, #ff8a80) }
+body { font: 14px/1.5 system-ui, sans-serif; max-width: 80rem; margin: auto; padding: 1rem }
+h1, p, ul { margin: 0 0 .7rem; padding: 0 } a, polyline { color: var(--accent) } output { color: var(--alarm) }
+ul { display: flex; flex-wrap: wrap; gap: 0 2rem; list-style: none; overflow-wrap: anywhere } small { opacity: .7 }
+li { flex: 1 1 21rem; display: grid; grid-template-columns: 1fr 5rem 7rem; gap: .7rem; border-bottom: 1px solid #8883 }
+b { font-variant-numeric: tabular-nums; text-align: right } svg { width: 100%; height: 1.6rem }
+polyline { fill: none; stroke: currentcolor; stroke-width: 1.5; vector-effect: non-scaling-stroke }
+.first { gap: .7rem } .first li { flex-basis: 16rem; gap: 0; padding: .4rem .7rem; border: 1px solid #8885 }
+.first b { grid-column: 2 / 4; font-size: 1.3rem } .first svg { grid-column: 1 / 4; height: 5rem }
+</style><h1>redis_proxy</h1><p></p><output></output><ul class="first"></ul><ul></ul><small>Five minutes, from 0 up;
+rates and p99 are over two seconds. <a href="metrics">metrics</a> <a href="readyz">readyz</a>
+<a href="debug/pprof/">profiles</a></small><template><li><span></span><b></b><svg viewBox="0 0 100 100"
+preserveAspectRatio="none" aria-hidden="true"><polyline /></svg></li></template><script>
+const $ = query => document.querySelector(query), samples = [], help = {}, rows = {}, scales = [
+	[/^Hits|cpu/, [[.01, '%']]], [/_total|requests/i, [[1, '/s']]],
+	[/bytes|memory/i, [[2 ** 30, ' GB'], [2 ** 20, ' MB'], [2 ** 10, ' KB'], [1, ' B']]],
+	[/seconds|p99/, [[86400, ' days'], [3600, ' h'], [60, ' min'], [1, ' s'], [1e-3, ' ms']]], [/./, [[1, '']]]]
 let failed = '' // when the first of the latest polls without an answer was
 function format(v, key) {
-	const to = (v, unit) => (v < 99.95 ? +v.toPrecision(3) : Math.round(v)).toLocaleString('en') + unit
-	const by = (v, steps, units) => { let i = 0; while (v >= steps[i]) v /= steps[i++]; return to(v, ' ' + units[i]) }
-	if (!Number.isFinite(v) || /tracking$/.test(key)) return ['off', 'down', 'live'][v] || '–'
-	if (/_time_seconds/.test(key)) return format(Date.now() / 1e3 - v, '_seconds') + ' ago'
-	if (/_ratio|_seconds_total/.test(key)) return to(v * 100, '%')
-	if (/_bytes/.test(key)) return by(v, [1024, 1024, 1024, 1024], ['B', 'KB', 'MB', 'GB', 'TB'])
-	if (/_total| count/.test(key) || !/_seconds/.test(key)) return to(v, /_total| count/.test(key) ? '/s' : '')
-	return v && v < 1 ? by(v * 1e6, [1e3], ['µs', 'ms']) : by(v, [60, 60, 24], ['s', 'min', 'h', 'days'])
+	const [, scale] = scales.find(([names]) => names.test(key))
+	const [size, unit] = scale.find(([size]) => v >= size) || scale.at(-1)
+	const n = v / size, digits = { maximumSignificantDigits: n < 999.5 ? 3 : 9 }
+	if (key == 'tracking') return ['off', 'down', 'live'][v]
+	return n >= 0 ? n.toLocaleString('en', digits) + unit : '–'
 }
 function read(text) { // returns a sample: gauges, and how much counters and histograms rise a second
-	const last = samples.at(-1), raw = {}, now = {}, buckets = [[0, 0]], t = Date.now()
-	const rise = id => raw[id] >= last?.raw[id] ? (raw[id] - last.raw[id]) * 1e3 / (t - last.t) : NaN
+	const t = Date.now(), raw = {}, info = {}, figures = {}, last = samples.at(-1), buckets = []
+	const sum = ids => Object.keys(figures).filter(id => ids.test(id)).reduce((n, id) => n + figures[id], 0)
 	for (const line of text.replaceAll('redis_proxy_', '').split('\n')) {
-		const [, kind, of, words] = /^# (HELP|TYPE) (\S+) (.*)/.exec(line) || []
-		const [, name, labels = '', value] = /^(\w+)({.*})? (\S+)/.exec(line) || [], id = name + labels
-		const [, family, part] = /(.*)_(bucket|sum|count)$/.exec(name) || []
-		raw[id] = +value
-		if (kind) (kind == 'HELP' ? help : type)[of] = words
+		const [, of, words] = /^# HELP (\S+) (.*)/.exec(line) || []
+		const [, id, name, part, labels, value] = /^((\w+?)(_bucket|_sum|_count)?({.*})?) (\S+)$/.exec(line) || []
+		const rise = Math.max(0, (value - last?.raw[id]) / (t - last?.t) * 1e3)
+		raw[id] = value
+		if (of) help[of] = words
 		else if (/info$/.test(name)) for (const [, label, v] of labels.matchAll(/(\w+)="(.*?)"/g)) info[label] = v
-		else if (type[name]) now[id] = type[name] == 'counter' ? rise(id) : raw[id]
-		else if (part == 'bucket') buckets.push([/le="(.*?)"/.exec(labels)[1], rise(id)])
-		else if (part == 'count') { // the last line of a histogram
-			const rate = rise(id), i = buckets.findIndex(b => b[1] > 0 && b[1] >= .99 * rate), key = family + labels
-			const [low, less] = buckets[i - 1] || [], [high, more] = buckets.splice(1)[i - 1] || []
-			now[key + ' p99'] = high == '+Inf' ? +low : +low + (high - low) * (.99 * rate - less) / (more - less)
-			Object.assign(now, { [key + ' mean']: rise(family + '_sum' + labels) / rate, [key + ' count']: rate })
-		}
-		if (name == 'requests_total') now.all_total = (now.all_total || 0) + rise(id)
-		if (/^requests_total.*"hit"/.test(id)) now.hits_total = (now.hits_total || 0) + rise(id)
+		else if (part == '_bucket') buckets.push([parseFloat(labels.slice(5)) || buckets.at(-1)[0], rise])
+		else if (part == '_count') // the last line of a histogram
+			figures[name + ' p99'] = buckets.splice(0).find(([, n]) => n > 0 && n >= .99 * rise)?.[0]
+		else if (/_total$/.test(name)) figures[id] = rise
+		else if (name && !part) figures[id] = /time_s/.test(name) ? t / 1e3 - value : +value
 	}
-	return { t, raw, now: Object.assign(now, { hit_ratio: now.hits_total / now.all_total }) }
+	const all = sum(/^requests_total/), hits = sum(/^requests_total.*"(absent_)?hit"/)
+	const first = { Requests: all, Hits: hits / all, 'p99 of Redis': figures['upstream_seconds p99'] }
+	return { t, raw, info, figures: { ...first, Memory: figures.process_resident_memory_bytes, ...figures } }
 }
-function show({ t, now }) {
-	const start = Math.min(samples[0].t, t - 3e4), ago = format((t - start) / 1e3, '_seconds')
-	const { address, redis, ...facts } = info, words = key => format(now[key], key)
-	for (const key in now) if (key + '_max' in now || /tracking|nodes|uptime/.test(key))
-		facts[key] = words(key) + (key + '_max' in now ? ' of ' + words(key + '_max') : '')
-	$('p').replaceChildren(...Object.entries(facts).map(([name, text]) => Object.assign(document.createElement('span'),
-		{ textContent: name.replace(/_seconds$|_bytes$/, '').replaceAll('_', ' ') + ': ' + text, className: text })))
-	$('header span').textContent = address + ' in front of Redis at ' + redis
-	$('output').textContent = failed && 'no answer since ' + failed
-	for (const c of charts) {
-		const keys = Object.values(c.of)
-		const f = c.f ??= $(c.at || 'main').appendChild($('template').content.firstChild.cloneNode(true))
-		const top = keys[0] == 'hit_ratio' ? 1 : Math.max(...samples.flatMap(s => keys.map(key => s.now[key] || 0)))
-		const x = s => 300 * (s.t - start) / (t - start), y = v => 98 - 96 * v / (top || 1)
-		keys.forEach((key, i) => {
-			const points = samples.map(s => s.now[key] >= 0 ? 'L' + x(s) + ' ' + y(s.now[key]) + 'h0' : 'G').join('')
-			f.querySelectorAll('path')[i].setAttribute('d', points.replace(/(^|G)L/g, 'M').replaceAll('G', ''))
-			f.querySelectorAll('b')[i].textContent = Object.keys(c.of)[i] + words(key)
-		})
-		f.querySelector('span').textContent = c.title
-		f.querySelector('small').textContent = '0 to ' + format(top, keys[0]) + ' in ' + ago
-		f.title = keys.map(key => help[/\w+/.exec(key)] || '').join('\n').trim()
-	}
+function show({ t, figures, info: { address, redis, ...facts } }) {
+	for (const key of ['tracking', 'upstream_nodes']) facts[key] = format(figures[key], key)
+	const pairs = Object.entries(facts).map(([name, text]) => name.replaceAll('_', ' ') + ': ' + text)
+	$('p').textContent = [address + ' in front of Redis at ' + redis, ...pairs].join(' · ')
+	Object.keys(figures).forEach((key, i) => {
+		const list = $(i < 4 ? '.first' : 'ul + ul'), drawn = samples.filter(s => s.figures[key] >= 0)
+		const row = rows[key] ??= list.appendChild($('template').content.firstChild.cloneNode(true))
+		const top = key == 'Hits' ? 1 : Math.max(...drawn.map(s => s.figures[key])) || 1
+		const points = drawn.map(s => [100 - (t - s.t) / 3e3, 98 - 96 * s.figures[key] / top])
+		row.title = help[/\w+/.exec(key)] || ''
+		row.querySelector('span').textContent = key.replace(/[{,]\w+="/g, ' ').replace(/["}]/g, '')
+		row.querySelector('b').textContent = format(figures[key], key)
+		row.querySelector('polyline').setAttribute('points', points.join(' '))
+	})
 }
 (async function poll() {
-	const s = read(await fetch('metrics', { signal: AbortSignal.timeout(5000) }).then(r => r.text()).catch(() => ''))
-	failed = 'all_total' in s.now ? '' : failed || new Date().toLocaleTimeString()
-	samples.push(s)
-	while (samples[0].t < s.t - 3e5) samples.shift()
-	for (const key in s.now) if (!charts.some(c => Object.values(c.of).includes(key)))
-		charts.push({ at: 'section', title: key.replace(/[{,]\w+="/g, ' ').replace(/["}]/g, ''), of: { '': key } })
-	show(s)
+	const answer = await fetch('metrics', { signal: AbortSignal.timeout(5000) }).catch(() => 0)
+	const text = answer.ok ? await answer.text().catch(() => '') : ''
+	failed = text ? '' : failed || new Date().toLocaleTimeString()
+	$('output').textContent = failed && 'no answer since ' + failed
+	if (text) show(samples[samples.push(read(text)) - 1])
+	while (samples[0]?.t < Date.now() - 3e5) samples.shift()
 	setTimeout(poll, 2000)
 })()
 </script>`
