@@ -702,14 +702,16 @@ const adminPage = `<!doctype html><html lang="en"><meta charset="utf-8"><title>r
 :root { color-scheme: light dark; --accent: light-dark(#1f66d1, #6fabff); --alarm: light-dark(#b3261e, #ff8a80) }
 body { font: 14px/1.5 system-ui, sans-serif; max-width: 80rem; margin: auto; padding: 1rem }
 h1, p, ul { margin: 0 0 .7rem; padding: 0 } a, polyline { color: var(--accent) } output { color: var(--alarm) }
-ul { display: flex; flex-wrap: wrap; gap: 0 2rem; list-style: none; overflow-wrap: anywhere } small { opacity: .7 }
-li { flex: 1 1 21rem; display: grid; grid-template-columns: 1fr 5rem 7rem; gap: .7rem; border-bottom: 1px solid #8883 }
+ul { --wide: 22rem; display: grid; gap: 0 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--wide)),
+	1fr)); list-style: none; overflow-wrap: anywhere } small { opacity: .7 }
+li { display: grid; grid-template-columns: 1fr 4.5rem 5rem; gap: .7rem; border-bottom: 1px solid #8883 }
 b { font-variant-numeric: tabular-nums; text-align: right } svg { width: 100%; height: 1.6rem }
 polyline { fill: none; stroke: currentcolor; stroke-width: 1.5; vector-effect: non-scaling-stroke }
-.first { gap: .7rem } .first li { flex-basis: 16rem; gap: 0; padding: .4rem .7rem; border: 1px solid #8885 }
-.first b { grid-column: 2 / 4; font-size: 1.3rem } .first svg { grid-column: 1 / 4; height: 5rem }
-</style><h1>redis_proxy</h1><p></p><output></output><ul class="first"></ul><ul></ul><small>Five minutes, from 0 up;
-rates and p99 are over two seconds. <a href="metrics">metrics</a> <a href="readyz">readyz</a>
+.first { --wide: 9.5rem; gap: .7rem } .first b { font-size: 1.6rem; line-height: 1.2; text-align: left }
+.first li { display: block; padding: .5rem .8rem; border: 1px solid #8885; border-radius: .5rem }
+.first :is(span, b, svg) { display: block } .first svg { height: 4rem; margin-top: .4rem }
+</style><h1>redis_proxy</h1><p></p><output></output><ul class="first"></ul><ul></ul><small>Up to five minutes, from 0
+up; rates and p99 are over two seconds. <a href="metrics">metrics</a> <a href="readyz">readyz</a>
 <a href="debug/pprof/">profiles</a></small><template><li><span></span><b></b><svg viewBox="0 0 100 100"
 preserveAspectRatio="none" aria-hidden="true"><polyline /></svg></li></template><script>
 const $ = query => document.querySelector(query), samples = [], help = {}, rows = {}, scales = [
@@ -738,13 +740,14 @@ function read(text) { // returns a sample: gauges, and how much counters and his
 		else if (part == '_count') // the last line of a histogram
 			figures[name + ' p99'] = buckets.splice(0).find(([, n]) => n > 0 && n >= .99 * rise)?.[0]
 		else if (/_total$/.test(name)) figures[id] = rise
-		else if (name && !part) figures[id] = /time_s/.test(name) ? t / 1e3 - value : +value
+		else if (name && !part) figures[id] = /start_time/.test(name) ? t / 1e3 - value : +value
 	}
 	const all = sum(/^requests_total/), hits = sum(/^requests_total.*"(absent_)?hit"/)
 	const first = { Requests: all, Hits: hits / all, 'p99 of Redis': figures['upstream_seconds p99'] }
 	return { t, raw, info, figures: { ...first, Memory: figures.process_resident_memory_bytes, ...figures } }
 }
 function show({ t, figures, info: { address, redis, ...facts } }) {
+	const span = Math.max(3e4, t - samples[0].t)
 	for (const key of ['tracking', 'upstream_nodes']) facts[key] = format(figures[key], key)
 	const pairs = Object.entries(facts).map(([name, text]) => name.replaceAll('_', ' ') + ': ' + text)
 	$('p').textContent = [address + ' in front of Redis at ' + redis, ...pairs].join(' · ')
@@ -752,7 +755,7 @@ function show({ t, figures, info: { address, redis, ...facts } }) {
 		const list = $(i < 4 ? '.first' : 'ul + ul'), drawn = samples.filter(s => s.figures[key] >= 0)
 		const row = rows[key] ??= list.appendChild($('template').content.firstChild.cloneNode(true))
 		const top = key == 'Hits' ? 1 : Math.max(...drawn.map(s => s.figures[key])) || 1
-		const points = drawn.map(s => [100 - (t - s.t) / 3e3, 98 - 96 * s.figures[key] / top])
+		const points = drawn.map(s => [100 - 100 * (t - s.t) / span, 98 - 96 * s.figures[key] / top])
 		row.title = help[/\w+/.exec(key)] || ''
 		row.querySelector('span').textContent = key.replace(/[{,]\w+="/g, ' ').replace(/["}]/g, '')
 		row.querySelector('b').textContent = format(figures[key], key)
