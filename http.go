@@ -5,6 +5,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -16,6 +17,7 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	_ "net/http/pprof"
@@ -32,43 +34,40 @@ import (
 )
 
 const (
-	bodyTimeout    = time.Second // how long the rest of a body is read after the answer
-	quickBuffer    = 2 << 10     // what a connection has to read ordinary requests into
-	longBuffer     = 8 << 10     // the same, from its first longer request on; longer ones still are net/http's
-	maxHeaderBytes = 80 << 10    // of a request; net/http takes 4 KB more
-	lineCost       = 128         // what net/http makes of a line of it, beside its bytes
-	maxStreams     = 100         // of an HTTP/2 connection
-	maxRanges      = 16          // in a Range field
-	maxAdmin       = 64          // connections to the admin listener
+	bodyTimeout     = time.Second // how long the rest of a body is read after the answer
+	quickBuffer     = 2 << 10     // what a connection has to read ordinary requests into
+	longBuffer      = 8 << 10     // the same, from its first longer request on; longer ones still are net/http's
+	maxAnswerHeader = 1 << 10     // is more than that of any answer
+	maxHeaderBytes  = 80 << 10    // of a request; net/http takes 4 KB more
+	lineCost        = 128         // what net/http makes of a line of it, beside its bytes
+	maxStreams      = 100         // of an HTTP/2 connection
+	maxFrame        = 16 << 10    // of HTTP/2, the least; net/http has room for one from its first byte on
+	maxRanges       = 16          // in a Range field
+	maxAdmin        = 64          // connections to the admin listener
 )
 
 // A web is the HTTP front end.
 type web struct {
+	serverSettings
 	cache    *cache
 	password *password
-	values   *budget     // on their way to clients
 	server   http.Server // for the connections that the web does not answer itself
 	draining atomic.Bool
 	date     atomic.Pointer[dateField]
 	tally    tally
 }
 
-func newWeb(idle time.Duration, c *cache, pw *password, values *budget, logger *slog.Logger) *web {
-	w := &web{cache: c, password: pw, values: values}
+func newWeb(s serverSettings, c *cache, pw *password, logger *slog.Logger) *web {
+	w := &web{serverSettings: s, cache: c, password: pw}
 	w.server = http.Server{
 		Handler:                      w,
 		DisableGeneralOptionsHandler: true,
 		ReadHeaderTimeout:            firstLineTimeout,
-		IdleTimeout:                  cmp.Or(idle, httpIdleTimeout),
+		IdleTimeout:                  cmp.Or(s.idleTimeout, httpIdleTimeout),
 		MaxHeaderBytes:               maxHeaderBytes,
-		ConnState: func(c net.Conn, state http.ConnState) {
-			if f, ok := c.(*framed); ok {
-				f.active.Store(state == http.StateActive)
-			}
-		},
-		ErrorLog:  log.New(complaints{logger}, "", 0),
-		Protocols: new(http.Protocols),
-		HTTP2:     &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
+		ErrorLog:                     log.New(complaints{logger}, "", 0),
+		Protocols:                    new(http.Protocols),
+		HTTP2:                        &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReadFrameSize: maxFrame},
 	}
 	w.server.Protocols.SetHTTP1(true)
 	w.server.Protocols.SetUnencryptedHTTP2(true)
@@ -77,11 +76,29 @@ func newWeb(idle time.Duration, c *cache, pw *password, values *budget, logger *
 
 // serve answers requests until the connection ends, or leaves it to net/http.
 func (w *web) serve(c *conn) {
-	if unread, fresh := w.quick(c); len(unread) > 0 {
-		w.handOver(c, unread, fresh)
+	if bytes.HasPrefix(c.unread, []byte("PRI")) {
+		w.serveHTTP2(c)
+	} else if rest := w.quick(c); len(rest) > 0 {
+		c.unread = slices.Concat(rest, c.unread)
+		w.handOver(c, &handed{conn: c})
 	} else {
 		c.Close()
 	}
+}
+
+const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+// serveHTTP2 leaves a connection to net/http once the preface has come (RFC 9113 §3.4).
+func (w *web) serveHTTP2(c *conn) {
+	begin := make([]byte, len(preface))
+	c.link.hurry(firstLineTimeout)
+	if io.ReadFull(c, begin); string(begin) != preface {
+		c.Close()
+		return
+	}
+	c.unread = slices.Concat(begin, c.unread)
+	c.link.release()
+	w.handOver(c, c)
 }
 
 // refuse answers a connection that is one too many.
@@ -135,21 +152,22 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 
 // write answers a request as quick does, and with parts of a value and by other conditions.
 func (w *web) write(rw http.ResponseWriter, r *http.Request, a *answer, now time.Duration) {
+	out := netWriter{rw, w.writeTimeout, r.ProtoMajor == 2}
 	head, body := w.appendAnswer(nil, new(quickRequest), a, now)
 	for line := range strings.Lines(string(head)) {
 		if name, val, ok := strings.Cut(line, ": "); ok { // not the status line
-			rw.Header().Add(name, strings.TrimSpace(val))
+			out.Header().Add(name, strings.TrimSpace(val))
 		}
 	}
 	if a.err != nil {
 		status, _, _ := httpError(a.err)
-		rw.WriteHeader(status)
-		io.WriteString(rw, body)
+		out.WriteHeader(status)
+		io.WriteString(out, body)
 		return
 	}
-	rw.Header().Del("Content-Length") // it may be that of a part
+	out.Header().Del("Content-Length") // it may be that of a part
 	correct(r, a.header)
-	http.ServeContent(contentWriter{rw}, r, "", time.Time{}, strings.NewReader(body))
+	http.ServeContent(out, r, "", time.Time{}, strings.NewReader(body))
 }
 
 // correct changes a request where http.ServeContent reads it otherwise than RFC 9110: several lines are one
@@ -175,11 +193,24 @@ var (
 	emptySuffix = regexp.MustCompile(`((?:^|,)[ \t]*)-0+\b`)
 )
 
-// A contentWriter gives the errors that http.ServeContent writes (412, 416) the header of all errors.
-type contentWriter struct{ http.ResponseWriter }
+// A netWriter writes answers through net/http.
+type netWriter struct {
+	http.ResponseWriter
+	timeout time.Duration // for the client to take what is written at once
+	stream  bool          // of HTTP/2: over HTTP/1 the connection has the time-out
+}
 
-func (w contentWriter) WriteHeader(status int) {
-	if status >= http.StatusBadRequest {
+// Write sets a stream's time-out anew. http.ServeContent writes 32 KB at most at once.
+func (w netWriter) Write(p []byte) (int, error) {
+	if w.stream {
+		http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(w.timeout))
+	}
+	return w.ResponseWriter.Write(p)
+}
+
+// WriteHeader gives the errors that http.ServeContent writes the header of all errors.
+func (w netWriter) WriteHeader(status int) {
+	if status == http.StatusPreconditionFailed || status == http.StatusRequestedRangeNotSatisfiable {
 		w.Header().Set("Cache-Control", "no-store")
 	}
 	w.ResponseWriter.WriteHeader(status)
@@ -303,68 +334,57 @@ func bytesOf(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)
 
 // quick answers requests until one is not ordinary (quickRequest), without net/http, which costs more than all the
 // rest of a hit. It returns what it has read and not answered, for net/http to go on with, or nothing.
-func (w *web) quick(c *conn) (unread []byte, fresh bool) {
-	fresh = true // nothing has been answered
-	for buf, kept := make([]byte, quickBuffer), 0; ; kept = copy(buf, unread) {
-		n, err := c.Read(buf[kept:]) // an error that comes with bytes comes again
+func (w *web) quick(c *conn) (rest []byte) {
+	for buf := make([]byte, quickBuffer); ; {
+		n, err := c.Read(buf[len(rest):]) // an error that comes with bytes comes again
 		if n == 0 && err != io.EOF {
-			return nil, fresh
+			return nil
 		}
-		begin := afterEmptyLines(buf[:kept+n])
-		rest, ordinary, err := w.answer(c, begin)
-		answered := len(rest) < len(begin)
-		fresh = fresh && !answered
-		ordinary = ordinary && n > 0 && len(rest) < longBuffer // half a request at the end is not
-		switch unread = rest; {
-		case err != nil:
-			return nil, fresh
-		case !ordinary && (len(rest) >= 4 || fresh): // net/http waits for 4 bytes of the next
-			return rest, fresh
-		case n == 0:
-			return nil, fresh
-		case len(rest) == len(buf):
+		left, ordinary, err := w.answer(c, afterEmptyLines(buf[:len(rest)+n]))
+		ordinary = ordinary && n > 0 && len(left) < longBuffer // half a request at the end is not
+		switch {
+		case err != nil || n == 0 && len(left) < 4:
+			return nil
+		case !ordinary && len(left) >= 4: // net/http waits for 4 bytes of a request
+			return left
+		case len(left) == len(buf):
 			buf = make([]byte, longBuffer)
 		}
-		if kept == 0 || answered {
-			c.link.hurry(time.Duration(min(len(rest), 1)) * firstLineTimeout)
+		if len(left) <= n { // it has begun just now
+			c.link.hurry(time.Duration(min(len(left), 1)) * firstLineTimeout)
 		}
+		rest = buf[:copy(buf, left)]
 	}
 }
 
 // answer answers the ordinary requests that b begins with. It returns what is left, and whether that may become
 // another.
 func (w *web) answer(c *conn, b []byte) (rest []byte, ordinary bool, err error) {
-	page := pages.Get().(*[]byte)
-	defer pages.Put(page)
-	out, r, size := (*page)[:0], quickRequest{}, 0
+	out := writers.Get().(*bufio.Writer)
+	defer writers.Put(out)
+	out.Reset(c)
+	r, size := quickRequest{}, 0
 	for rest = b; err == nil; rest = afterEmptyLines(rest[size:]) {
 		if r, size = parse(rest); size <= 0 || w.draining.Load() {
 			break
 		}
-		a, body, now := answer{err: errDenied}, "", time.Duration(0)
+		a, now := answer{err: errDenied}, time.Duration(0)
 		if w.authorised(r.authorization) {
 			a, now = w.get(r.key, flushAt)
 		}
-		out, body = w.appendAnswer(out, &r, &a, now)
-		c.link.holding = len(a.data) > flushAt
-		n := min(len(body), max(0, flushAt-len(out)))
-		if out = append(out, body[:n]...); n < len(body) { // the rest of a large body is not copied
-			if _, err = c.Write(out); err == nil {
-				_, err = c.WriteString(body[n:])
-			}
-			out = out[:0]
+		if out.Available() < maxAnswerHeader {
+			out.Flush()
 		}
+		head, body := w.appendAnswer(out.AvailableBuffer(), &r, &a, now)
+		c.link.holding = len(a.data) > flushAt
+		out.Write(head)
+		_, err = out.WriteString(body) // which does not copy the rest of a large one
 		w.letGo(&a, flushAt)
 	}
-	if len(out) > 0 && err == nil {
-		_, err = c.Write(out)
-	}
-	*page = out
-	return rest, size == 0, err
+	return rest, size == 0, out.Flush()
 }
 
-// pages are buffers for answers.
-var pages = sync.Pool{New: func() any { b := make([]byte, 0, flushAt+1<<10); return &b }}
+var writers = sync.Pool{New: func() any { return bufio.NewWriterSize(nil, flushAt) }}
 
 // appendAnswer adds the header of an answer, and returns its body, which a holds.
 func (w *web) appendAnswer(b []byte, r *quickRequest, a *answer, now time.Duration) (out []byte, body string) {
@@ -374,12 +394,7 @@ func (w *web) appendAnswer(b []byte, r *quickRequest, a *answer, now time.Durati
 	} else if own, body = w.header(a), a.content(); lists(r.tags, own) {
 		status, own, body = http.StatusNotModified, own[:tagField], ""
 	}
-	b = append(b, "HTTP/1.1 "...)
-	if r.old {
-		b[len(b)-2] = '0'
-		fields += "Connection: keep-alive\r\n"
-	}
-	b = append(strconv.AppendInt(b, int64(status), 10), ' ')
+	b = append(strconv.AppendInt(append(b, "HTTP/1.1 "...), int64(status), 10), ' ')
 	b = append(append(b, http.StatusText(status)...), "\r\nX-Content-Type-Options: nosniff\r\n"...)
 	b = w.appendCaching(append(append(b, fields...), own...), a, now)
 	if a.err != nil {
@@ -413,23 +428,19 @@ func (w *web) appendCaching(b []byte, a *answer, now time.Duration) []byte {
 	if kept {
 		b = appendField(b, "Age: ", int((now-a.fetched)/time.Second))
 		b = appendField(b, "Cache-Control: max-age=", int((a.expires-a.fetched)/time.Second))
-	} else {
-		b = append(b, "Cache-Control: no-store\r\n"...)
-	}
-	ttl := int((a.expires - now) / time.Second)
-	switch {
-	case kept && a.source == fromCache:
-		return appendField(b, "Cache-Status: redis_proxy; hit; ttl=", ttl)
-	case a.source == fromStale:
-		return appendField(b, "Cache-Status: redis_proxy; fwd=stale; ttl=", ttl)
-	case a.flight == nil: // the cache was not asked
+	} else if b = append(b, "Cache-Control: no-store\r\n"...); a.flight == nil { // the cache was not asked
 		return b
 	}
-	why := "miss"
+	how := "fwd=miss"
 	if a.expired {
-		why = "stale"
+		how = "fwd=stale"
+	} else if a.flight == nil {
+		how = "hit"
 	}
-	b = append(append(b, "Cache-Status: redis_proxy; fwd="...), why...)
+	b = append(append(b, "Cache-Status: redis_proxy; "...), how...)
+	if a.flight == nil {
+		return appendField(b, "; ttl=", int((a.expires-now)/time.Second))
+	}
 	if kept && a.flight.stored {
 		b = append(b, "; stored"...)
 	}
@@ -439,36 +450,30 @@ func (w *web) appendCaching(b []byte, a *answer, now time.Duration) []byte {
 	return append(b, "\r\n"...)
 }
 
-// A quickRequest is an ordinary request: GET or HEAD, well-formed to the byte, with one Host, no body, and no
-// field that asks for what net/http alone knows. Fields that mean nothing here are skipped. Its parts lie in
-// the buffer that it was read into.
+// A quickRequest is an ordinary request: GET or HEAD over HTTP/1.1, well-formed to the byte, with one Host, no
+// body, names of letters, digits and hyphens, and no field that asks for what net/http alone knows. Fields that
+// mean nothing here are skipped. Its parts lie in the buffer that it was read into.
 type quickRequest struct {
-	head, old     bool // old: HTTP/1.0, which must ask to be kept alive
-	keepAlive     bool
-	hosts         int
+	head, host    bool
 	key           []byte
 	authorization []byte // nil: none
 	tags          []byte // of If-None-Match; nil: none
 }
 
+const hostBytes = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._:[]"
+
 // parse returns the request that b begins with, and its size: 0 if it is not whole, -1 if it is not ordinary.
 func parse(b []byte) (r quickRequest, size int) {
-	if len(b) < len(preface) && preface[:len(b)] == string(b) {
-		return r, 0
-	}
 	for rest, first := b, true; ; first = false {
 		line, after, whole := bytes.Cut(rest, []byte("\n"))
 		line, crlf := bytes.CutSuffix(line, []byte("\r"))
 		switch rest = after; {
 		case !whole:
 			return r, 0
-		case !crlf || first && !r.begin(line) || !first && len(line) > 0 && !r.field(line):
-			return r, -1
-		case first || len(line) > 0:
-		case r.hosts > 1 || r.hosts == 0 && !r.old || r.old && !r.keepAlive:
-			return r, -1
-		default:
+		case crlf && len(line) == 0 && r.host:
 			return r, len(b) - len(rest)
+		case !crlf || first && !r.begin(line) || !first && !r.field(line):
+			return r, -1
 		}
 	}
 }
@@ -487,13 +492,13 @@ func printable(b []byte) bool {
 func (r *quickRequest) begin(line []byte) (ordinary bool) {
 	method, target, _ := bytes.Cut(line, []byte(" "))
 	target, version, _ := bytes.Cut(target, []byte(" "))
-	r.head, r.old = string(method) == "HEAD", string(version) == "HTTP/1.0"
+	r.head = string(method) == "HEAD"
 	path, ok := bytes.CutPrefix(target, []byte("/"))
 	if r.key, _, _ = bytes.Cut(path, []byte("?")); bytes.IndexByte(r.key, '%') >= 0 {
 		key, err := url.PathUnescape(string(r.key))
 		r.key, ok = []byte(key), ok && err == nil
 	}
-	return ok && (r.head || string(method) == "GET") && (r.old || string(version) == "HTTP/1.1") &&
+	return ok && (r.head || string(method) == "GET") && string(version) == "HTTP/1.1" &&
 		printable(path) && bytes.IndexByte(path, '\t') < 0
 }
 
@@ -502,20 +507,20 @@ func (r *quickRequest) field(line []byte) (ordinary bool) {
 	name, val, ok := bytes.Cut(line, []byte(":"))
 	var lower [len("if-unmodified-since") + 1]byte // a longer name is none of those below
 	for i, c := range name {
-		if token[c] == 0 {
+		l := c | ' ' // a digit and a hyphen stay what they are
+		if (l < 'a' || l > 'z') && (c < '0' || c > '9') && c != '-' {
 			return false
 		}
-		lower[min(i, len(lower)-1)] = token[c]
+		lower[min(i, len(lower)-1)] = l
 	}
 	if val = bytes.Trim(val, " \t"); !ok || !printable(val) {
 		return false
 	}
 	switch string(lower[:min(len(name), len(lower))]) {
 	case "host":
-		r.hosts++
-		return len(bytes.TrimLeft(val, letters+"-._:[]")) == 0
+		ok = !r.host && len(bytes.TrimLeft(val, hostBytes)) == 0
+		r.host = true
 	case "connection":
-		r.keepAlive = true
 		return string(val) == "keep-alive" || string(val) == "Keep-Alive"
 	case "authorization":
 		ok = r.authorization == nil && len(val) > 0
@@ -530,28 +535,10 @@ func (r *quickRequest) field(line []byte) (ordinary bool) {
 	return ok
 }
 
-const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
-
-// token maps the bytes that names consist of (RFC 9110 §5.6.2) to their lower case, and the others to 0. Only
-// ASCII has cases there.
-var token = func() (t [256]byte) {
-	for _, c := range []byte(letters + "!#$%&'*+-.^_`|~") {
-		if t[c] = c; 'A' <= c && c <= 'Z' {
-			t[c] = c | ' '
-		}
-	}
-	return t
-}()
-
-// handOver gives net/http a connection, with bytes that have been read; fresh: they are the first.
-func (w *web) handOver(c *conn, unread []byte, fresh bool) {
-	c.unread, c.link.idle = slices.Concat(unread, c.unread), 0
-	var rest net.Conn = &handed{conn: c}
-	if fresh && bytes.HasPrefix(unread, []byte(preface)) {
-		c.link.release()
-		rest = newFramed(c, 2*w.cache.timeout)
-	}
-	l := &handedOver{conn: rest}
+// handOver gives net/http a connection, as what it is to read and write.
+func (w *web) handOver(c *conn, as net.Conn) {
+	c.link.idle = 0
+	l := &handedOver{conn: as}
 	if w.server.Serve(l); l.conn != nil { // it is shut down
 		c.Close()
 	}
@@ -570,12 +557,10 @@ func (l *handedOver) Accept() (c net.Conn, err error) {
 func (l *handedOver) Close() error   { return nil }
 func (l *handedOver) Addr() net.Addr { return nil }
 
-// A handed connection is net/http's, for HTTP/1. Between requests that waits for 4 bytes as long as for none, and
-// it counts no header against the budget of requests.
+// A handed connection is net/http's, for HTTP/1. That counts no header against the budget of requests.
 type handed struct {
 	*conn
-	waits atomic.Bool
-	held  atomic.Int64 // of the budget, since net/http set the last deadline: it does before a header and after
+	held atomic.Int64 // of the budget, since net/http set the last deadline: it does before a header and after
 }
 
 // ConnectionState keeps net/http from looking for HTTP/2 in the middle of a connection.
@@ -583,15 +568,11 @@ func (h *handed) ConnectionState() (none tls.ConnectionState) { return }
 
 func (h *handed) SetReadDeadline(t time.Time) error {
 	h.link.server.requests.release("", int(h.held.Swap(0)))
-	h.waits.Store(time.Until(t) > firstLineTimeout)
 	return h.conn.SetReadDeadline(t)
 }
 
 func (h *handed) Read(p []byte) (int, error) {
 	n, err := h.conn.Read(p)
-	if n > 0 && h.waits.Swap(false) {
-		h.conn.SetReadDeadline(time.Now().Add(firstLineTimeout))
-	}
 	cost := n + lineCost*bytes.Count(p[:n], []byte("\n"))
 	if h.link.server.requests.hold("", cost) != nil {
 		return 0, errors.New("too much of all clients' requests is unanswered")
@@ -601,94 +582,18 @@ func (h *handed) Read(p []byte) (int, error) {
 }
 
 func (h *handed) Close() error {
-	h.link.server.requests.release("", int(h.held.Swap(0)))
+	h.SetReadDeadline(time.Now())
 	return h.conn.Close()
 }
 
-const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-
-// A framed connection is net/http's, for HTTP/2. That waits for the rest of a frame or a header block as long
-// as for a request, and for ever for a client that takes nothing of its answers.
-type framed struct {
-	*conn
-	in, out frames
-	block   bool          // a header block goes on in the next frame
-	begun   bool          // it, or a frame, has a time to be complete
-	redis   time.Duration // how long a request may wait for Redis
-	active  atomic.Bool   // there are streams
-	stuck   *time.Timer   // closes the connection if it is active
-}
-
-// newFramed gives a client the write time-out to take something of any of its answers.
-func newFramed(c *conn, redis time.Duration) *framed {
-	f := &framed{conn: c, in: frames{left: len(preface)}, redis: redis}
-	f.stuck = time.AfterFunc(c.link.server.writeTimeout, func() {
-		if f.active.Load() {
-			f.Close()
-		}
-	})
-	return f
-}
-
-func (f *framed) Read(p []byte) (int, error) {
-	n, err := f.conn.Read(p)
-	f.in.follow(p[:n], func(kind, flags byte) {
-		if kind == 1 || kind == 9 { // HEADERS, CONTINUATION
-			f.block = flags&4 == 0 // END_HEADERS
-			f.stuck.Reset(f.link.server.writeTimeout + f.redis)
-		}
-	})
-	if begun := f.in.got+f.in.left > 0 || f.block; begun != f.begun {
-		f.begun = begun
-		f.link.hurry(map[bool]time.Duration{true: firstLineTimeout}[begun])
-	}
-	return n, err
-}
-
-func (f *framed) Write(p []byte) (int, error) {
-	n, err := f.conn.Write(p)
-	f.out.follow(p[:n], func(kind, _ byte) {
-		if kind <= 1 { // DATA, HEADERS
-			f.stuck.Reset(f.link.server.writeTimeout)
-		}
-	})
-	return n, err
-}
-
-func (f *framed) Close() error {
-	f.stuck.Stop()
-	return f.conn.Close()
-}
-
-// frames follows the frames that are read or written (RFC 9113 §4.1).
-type frames struct {
-	head      [9]byte
-	got, left int // how much of head has come; how much of what follows has not
-}
-
-// follow takes bytes, and calls frame with type and flags of each whose header is complete with them.
-func (f *frames) follow(p []byte, frame func(kind, flags byte)) {
-	for len(p) > 0 {
-		n := min(f.left, len(p))
-		f.left, p = f.left-n, p[n:]
-		n = copy(f.head[f.got:], p)
-		if f.got, p = (f.got+n)%len(f.head), p[n:]; n > 0 && f.got == 0 {
-			f.left = int(f.head[0])<<16 | int(f.head[1])<<8 | int(f.head[2])
-			frame(f.head[3], f.head[4])
-		}
-	}
-}
-
-// complaints takes what net/http has to say. What is not a panic is about a client.
+// complaints takes what net/http has to say, of which only panics are news: the rest is about clients.
 type complaints struct{ log *slog.Logger }
 
 func (c complaints) Write(p []byte) (int, error) {
 	text, _, _ := strings.Cut(string(p), `"`) // what it quotes is the client's, a key perhaps
-	say := c.log.Debug
 	if strings.Contains(text, "panic") {
-		say = c.log.Error
+		c.log.Error(strings.TrimSpace(text))
 	}
-	say(strings.TrimSpace(text))
 	return len(p), nil
 }
 
@@ -704,7 +609,7 @@ func newAdmin(figures func() []figure, ready func() bool, forget func([][]byte),
 		}
 	}
 	serve := func(rw http.ResponseWriter, r *http.Request) {
-		path, read := r.URL.Path, r.Method == http.MethodGet || r.Method == http.MethodHead
+		path := r.URL.Path
 		key, isKey := strings.CutPrefix(path, "/cache/")
 		keys := [][]byte{[]byte(key)}
 		if key == "" {
@@ -714,21 +619,17 @@ func newAdmin(figures func() []figure, ready func() bool, forget func([][]byte),
 		case isKey && r.Method == http.MethodDelete:
 			forget(keys)
 			rw.WriteHeader(http.StatusNoContent)
-		case path == "/healthz":
-			io.WriteString(rw, "alive\n")
-		case path == "/readyz" && ready():
-			io.WriteString(rw, "ready\n")
-		case path == "/readyz":
+		case path == "/readyz" && !ready():
 			http.Error(rw, "Redis cannot be read", http.StatusServiceUnavailable)
+		case path == "/healthz" || path == "/readyz":
+			io.WriteString(rw, "ok\n")
 		case path == "/metrics":
 			rw.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 			writeMetrics(rw, figures())
-		case path == "/" && read:
+		case path == "/":
 			rw.Header().Set("Content-Security-Policy", pagePolicy)
 			rw.Header().Set("Content-Type", "text/html; charset=utf-8")
 			io.WriteString(rw, adminPage)
-		case path == "/":
-			http.Error(rw, "only GET and HEAD are allowed", http.StatusMethodNotAllowed)
 		case strings.HasPrefix(path, "/debug/pprof/") && path != "/debug/pprof/cmdline": // that would show secrets
 			http.DefaultServeMux.ServeHTTP(rw, r) // where package pprof puts its handlers
 		default:
@@ -749,39 +650,37 @@ func writeMetrics(out io.Writer, figures []figure) {
 		if !strings.HasPrefix(f.metric, "process_") { // a name that every exporter has
 			f.metric = "redis_proxy_" + f.metric
 		}
-		h, isHistogram := f.value.(histogram)
-		if name, _, _ := strings.Cut(f.metric, "{"); name != last {
-			kind := "gauge"
-			if isHistogram {
-				kind = "histogram"
-			} else if strings.HasSuffix(name, "_total") {
-				kind = "counter"
-			}
+		name, _, _ := strings.Cut(f.metric, "{")
+		kind, lines := "gauge", fmt.Sprintf("%s %d\n", f.metric, f.value) // %d: a state has a name, too
+		switch v := f.value.(type) {
+		case histogram:
+			kind, lines = "histogram", bucketLines(name, v)
+		case float64:
+			lines = fmt.Sprintln(f.metric, v)
+		}
+		if strings.HasSuffix(name, "_total") {
+			kind = "counter"
+		}
+		if name != last {
 			fmt.Fprintf(out, "# HELP %s %s\n# TYPE %s %s\n", name, f.help, name, kind)
-			last = name
 		}
-		if isHistogram {
-			writeHistogram(out, f.metric, h)
-		} else if v, isFloat := f.value.(float64); isFloat {
-			fmt.Fprintln(out, f.metric, v)
-		} else {
-			fmt.Fprintf(out, "%s %d\n", f.metric, f.value) // %d: a state has a name, too
-		}
+		last = name
+		io.WriteString(out, lines)
 	}
 }
 
-// writeHistogram writes the lines of a histogram, whose buckets are cumulative.
-func writeHistogram(out io.Writer, name string, h histogram) {
+// bucketLines returns the lines of a histogram, whose buckets are cumulative.
+func bucketLines(name string, h histogram) (lines string) {
 	count := int64(0)
 	for i, n := range h.counts {
 		count += n
-		bound := "+Inf"
+		bound := math.Inf(1)
 		if i < len(h.bounds) {
-			bound = fmt.Sprint(h.bounds[i].Seconds())
+			bound = h.bounds[i].Seconds()
 		}
-		fmt.Fprintf(out, "%s_bucket{le=%q} %d\n", name, bound, count)
+		lines += fmt.Sprintf("%s_bucket{le=\"%v\"} %d\n", name, bound, count)
 	}
-	fmt.Fprintf(out, "%s_sum %g\n%s_count %d\n", name, h.sum.Seconds(), name, count)
+	return lines + fmt.Sprintf("%s_sum %g\n%s_count %d\n", name, h.sum.Seconds(), name, count)
 }
 
 // pagePolicy allows what the page itself consists of, by digest, and requests to the host that it came from.
@@ -796,95 +695,80 @@ func digestOf(element string) string {
 	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
 }
 
-// adminPage polls /metrics every two seconds and keeps five minutes of it. It names only the figures of the
-// four charts and of the state; every other figure gets a row by its name and type.
+// adminPage polls /metrics every two seconds and keeps five minutes of it. It names the four figures that come
+// first; every other one gets a row by its name.
 const adminPage = `<!doctype html><html lang="en"><meta charset="utf-8"><title>redis_proxy</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>
-:root { color-scheme: light dark; --one: light-dark(#1f66d1, #6fabff); --two: light-dark(#b9540a, #f0a05a) }
-body { font: 14px/1.4 system-ui, sans-serif; max-width: 90rem; margin: auto; padding: 1rem } small { opacity: .7 }
-h1, figure { margin: 0 } a, b, path { color: var(--one) } b + b, path + path, output, .down { color: var(--two) }
-header, p, figcaption { display: flex; flex-wrap: wrap; gap: .3rem .8rem; align-items: baseline } p { gap: .4rem }
-main figure, p span { border: 1px solid #8885; border-radius: .5rem; padding: .2rem .6rem } b { white-space: nowrap }
-main, section { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--wide)), 1fr)) }
-main { --wide: 28rem; gap: .6rem } section { --wide: 21rem; gap: 0 2rem; margin: 1rem 0; overflow-wrap: anywhere }
-section figcaption { display: contents } section b { order: 1; text-align: right } svg { width: 100%; height: 7rem }
-section figure { display: grid; grid-template-columns: 1fr 5rem 7rem; gap: .7rem; border-bottom: 1px solid #8883 }
-figcaption span { flex: 1 } section small, b:empty { display: none } section svg { height: 1.6rem }
-path { fill: none; stroke: currentcolor; stroke-width: 1.5; stroke-linecap: round; vector-effect: non-scaling-stroke }
-</style><header><h1>redis_proxy</h1><span></span><output></output></header><p></p><main></main><section></section>
-<footer>Rates, means and p99 are over two seconds. <a href=metrics>metrics</a> <a href=readyz>readyz</a> <a
-href=debug/pprof/>profiles</a></footer><template><figure><figcaption><span></span><b></b><b></b></figcaption><svg
-viewBox="0 0 300 100" preserveAspectRatio=none><path/><path/></svg><small></small></figure></template><script>
-const $ = query => document.querySelector(query), samples = [], help = {}, type = {}, info = {}, charts = [
-	{ title: 'Requests', of: { '': 'all_total', 'hits ': 'hits_total' } }, { title: 'Hits', of: { '': 'hit_ratio' } },
-	{ title: 'Latency of Redis', of: { 'p99 ': 'upstream_seconds p99', 'mean ': 'upstream_seconds mean' } },
-	{ title: 'Memory', of: { 'process ': 'process_resident_memory_bytes', 'cache ': 'cache_bytes' } }]
+:root { color-scheme: light dark; --accent: light-dark(#1f66d1, #6fabff); --alarm: light-dark(#b3261e, #ff8a80) }
+body { font: 14px/1.5 system-ui, sans-serif; max-width: 80rem; margin: auto; padding: 1rem }
+h1, p, ul { margin: 0 0 .7rem; padding: 0 } a, polyline { color: var(--accent) } output { color: var(--alarm) }
+ul { --wide: 22rem; display: grid; gap: 0 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--wide)),
+	1fr)); list-style: none; overflow-wrap: anywhere } small { opacity: .7 }
+li { display: grid; grid-template-columns: 1fr 4.5rem 5rem; gap: .7rem; border-bottom: 1px solid #8883 }
+b { font-variant-numeric: tabular-nums; text-align: right } svg { width: 100%; height: 1.6rem }
+polyline { fill: none; stroke: currentcolor; stroke-width: 1.5; vector-effect: non-scaling-stroke }
+.first { --wide: 9.5rem; gap: .7rem } .first b { font-size: 1.6rem; line-height: 1.2; text-align: left }
+.first li { display: block; padding: .5rem .8rem; border: 1px solid #8885; border-radius: .5rem }
+.first :is(span, b, svg) { display: block } .first svg { height: 4rem; margin-top: .4rem }
+</style><h1>redis_proxy</h1><p></p><output></output><ul class="first"></ul><ul></ul><small>Up to five minutes, from 0
+up; rates and p99 are over two seconds. <a href="metrics">metrics</a> <a href="readyz">readyz</a>
+<a href="debug/pprof/">profiles</a></small><template><li><span></span><b></b><svg viewBox="0 0 100 100"
+preserveAspectRatio="none" aria-hidden="true"><polyline /></svg></li></template><script>
+const $ = query => document.querySelector(query), samples = [], help = {}, rows = {}, scales = [
+	[/^Hits|cpu/, [[.01, '%']]], [/_total|requests/i, [[1, '/s']]],
+	[/bytes|memory/i, [[2 ** 30, ' GB'], [2 ** 20, ' MB'], [2 ** 10, ' KB'], [1, ' B']]],
+	[/seconds|p99/, [[86400, ' days'], [3600, ' h'], [60, ' min'], [1, ' s'], [1e-3, ' ms']]], [/./, [[1, '']]]]
 let failed = '' // when the first of the latest polls without an answer was
 function format(v, key) {
-	const to = (v, unit) => (v < 99.95 ? +v.toPrecision(3) : Math.round(v)).toLocaleString('en') + unit
-	const by = (v, steps, units) => { let i = 0; while (v >= steps[i]) v /= steps[i++]; return to(v, ' ' + units[i]) }
-	if (!Number.isFinite(v) || /tracking$/.test(key)) return ['off', 'down', 'live'][v] || '–'
-	if (/_time_seconds/.test(key)) return format(Date.now() / 1e3 - v, '_seconds') + ' ago'
-	if (/_ratio|_seconds_total/.test(key)) return to(v * 100, '%')
-	if (/_bytes/.test(key)) return by(v, [1024, 1024, 1024, 1024], ['B', 'KB', 'MB', 'GB', 'TB'])
-	if (/_total| count/.test(key) || !/_seconds/.test(key)) return to(v, /_total| count/.test(key) ? '/s' : '')
-	return v && v < 1 ? by(v * 1e6, [1e3], ['µs', 'ms']) : by(v, [60, 60, 24], ['s', 'min', 'h', 'days'])
+	const [, scale] = scales.find(([names]) => names.test(key))
+	const [size, unit] = scale.find(([size]) => v >= size) || scale.at(-1)
+	const n = v / size, digits = { maximumSignificantDigits: n < 999.5 ? 3 : 9 }
+	if (key == 'tracking') return ['off', 'down', 'live'][v]
+	return n >= 0 ? n.toLocaleString('en', digits) + unit : '–'
 }
 function read(text) { // returns a sample: gauges, and how much counters and histograms rise a second
-	const last = samples.at(-1), raw = {}, now = {}, buckets = [[0, 0]], t = Date.now()
-	const rise = id => raw[id] >= last?.raw[id] ? (raw[id] - last.raw[id]) * 1e3 / (t - last.t) : NaN
+	const t = Date.now(), raw = {}, info = {}, figures = {}, last = samples.at(-1), buckets = []
+	const sum = ids => Object.keys(figures).filter(id => ids.test(id)).reduce((n, id) => n + figures[id], 0)
 	for (const line of text.replaceAll('redis_proxy_', '').split('\n')) {
-		const [, kind, of, words] = /^# (HELP|TYPE) (\S+) (.*)/.exec(line) || []
-		const [, name, labels = '', value] = /^(\w+)({.*})? (\S+)/.exec(line) || [], id = name + labels
-		const [, family, part] = /(.*)_(bucket|sum|count)$/.exec(name) || []
-		raw[id] = +value
-		if (kind) (kind == 'HELP' ? help : type)[of] = words
+		const [, of, words] = /^# HELP (\S+) (.*)/.exec(line) || []
+		const [, id, name, part, labels, value] = /^((\w+?)(_bucket|_sum|_count)?({.*})?) (\S+)$/.exec(line) || []
+		const rise = Math.max(0, (value - last?.raw[id]) / (t - last?.t) * 1e3)
+		raw[id] = value
+		if (of) help[of] = words
 		else if (/info$/.test(name)) for (const [, label, v] of labels.matchAll(/(\w+)="(.*?)"/g)) info[label] = v
-		else if (type[name]) now[id] = type[name] == 'counter' ? rise(id) : raw[id]
-		else if (part == 'bucket') buckets.push([/le="(.*?)"/.exec(labels)[1], rise(id)])
-		else if (part == 'count') { // the last line of a histogram
-			const rate = rise(id), i = buckets.findIndex(b => b[1] > 0 && b[1] >= .99 * rate), key = family + labels
-			const [low, less] = buckets[i - 1] || [], [high, more] = buckets.splice(1)[i - 1] || []
-			now[key + ' p99'] = high == '+Inf' ? +low : +low + (high - low) * (.99 * rate - less) / (more - less)
-			Object.assign(now, { [key + ' mean']: rise(family + '_sum' + labels) / rate, [key + ' count']: rate })
-		}
-		if (name == 'requests_total') now.all_total = (now.all_total || 0) + rise(id)
-		if (/^requests_total.*"hit"/.test(id)) now.hits_total = (now.hits_total || 0) + rise(id)
+		else if (part == '_bucket') buckets.push([parseFloat(labels.slice(5)) || buckets.at(-1)[0], rise])
+		else if (part == '_count') // the last line of a histogram
+			figures[name + ' p99'] = buckets.splice(0).find(([, n]) => n > 0 && n >= .99 * rise)?.[0]
+		else if (/_total$/.test(name)) figures[id] = rise
+		else if (name && !part) figures[id] = /start_time/.test(name) ? t / 1e3 - value : +value
 	}
-	return { t, raw, now: Object.assign(now, { hit_ratio: now.hits_total / now.all_total }) }
+	const all = sum(/^requests_total/), hits = sum(/^requests_total.*"(absent_)?hit"/)
+	const first = { Requests: all, Hits: hits / all, 'p99 of Redis': figures['upstream_seconds p99'] }
+	return { t, raw, info, figures: { ...first, Memory: figures.process_resident_memory_bytes, ...figures } }
 }
-function show({ t, now }) {
-	const start = Math.min(samples[0].t, t - 3e4), ago = format((t - start) / 1e3, '_seconds')
-	const { address, redis, ...facts } = info, words = key => format(now[key], key)
-	for (const key in now) if (key + '_max' in now || /tracking|nodes|uptime/.test(key))
-		facts[key] = words(key) + (key + '_max' in now ? ' of ' + words(key + '_max') : '')
-	$('p').replaceChildren(...Object.entries(facts).map(([name, text]) => Object.assign(document.createElement('span'),
-		{ textContent: name.replace(/_seconds$|_bytes$/, '').replaceAll('_', ' ') + ': ' + text, className: text })))
-	$('header span').textContent = address + ' in front of Redis at ' + redis
-	$('output').textContent = failed && 'no answer since ' + failed
-	for (const c of charts) {
-		const keys = Object.values(c.of)
-		const f = c.f ??= $(c.at || 'main').appendChild($('template').content.firstChild.cloneNode(true))
-		const top = keys[0] == 'hit_ratio' ? 1 : Math.max(...samples.flatMap(s => keys.map(key => s.now[key] || 0)))
-		const x = s => 300 * (s.t - start) / (t - start), y = v => 98 - 96 * v / (top || 1)
-		keys.forEach((key, i) => {
-			const points = samples.map(s => s.now[key] >= 0 ? 'L' + x(s) + ' ' + y(s.now[key]) + 'h0' : 'G').join('')
-			f.querySelectorAll('path')[i].setAttribute('d', points.replace(/(^|G)L/g, 'M').replaceAll('G', ''))
-			f.querySelectorAll('b')[i].textContent = Object.keys(c.of)[i] + words(key)
-		})
-		f.querySelector('span').textContent = c.title
-		f.querySelector('small').textContent = '0 to ' + format(top, keys[0]) + ' in ' + ago
-		f.title = keys.map(key => help[/\w+/.exec(key)] || '').join('\n').trim()
-	}
+function show({ t, figures, info: { address, redis, ...facts } }) {
+	const span = Math.max(3e4, t - samples[0].t)
+	for (const key of ['tracking', 'upstream_nodes']) facts[key] = format(figures[key], key)
+	const pairs = Object.entries(facts).map(([name, text]) => name.replaceAll('_', ' ') + ': ' + text)
+	$('p').textContent = [address + ' in front of Redis at ' + redis, ...pairs].join(' · ')
+	Object.keys(figures).forEach((key, i) => {
+		const list = $(i < 4 ? '.first' : 'ul + ul'), drawn = samples.filter(s => s.figures[key] >= 0)
+		const row = rows[key] ??= list.appendChild($('template').content.firstChild.cloneNode(true))
+		const top = key == 'Hits' ? 1 : Math.max(...drawn.map(s => s.figures[key])) || 1
+		const points = drawn.map(s => [100 - 100 * (t - s.t) / span, 98 - 96 * s.figures[key] / top])
+		row.title = help[/\w+/.exec(key)] || ''
+		row.querySelector('span').textContent = key.replace(/[{,]\w+="/g, ' ').replace(/["}]/g, '')
+		row.querySelector('b').textContent = format(figures[key], key)
+		row.querySelector('polyline').setAttribute('points', points.join(' '))
+	})
 }
 (async function poll() {
-	const s = read(await fetch('metrics', { signal: AbortSignal.timeout(5000) }).then(r => r.text()).catch(() => ''))
-	failed = 'all_total' in s.now ? '' : failed || new Date().toLocaleTimeString()
-	samples.push(s)
-	while (samples[0].t < s.t - 3e5) samples.shift()
-	for (const key in s.now) if (!charts.some(c => Object.values(c.of).includes(key)))
-		charts.push({ at: 'section', title: key.replace(/[{,]\w+="/g, ' ').replace(/["}]/g, ''), of: { '': key } })
-	show(s)
+	const answer = await fetch('metrics', { signal: AbortSignal.timeout(5000) }).catch(() => 0)
+	const text = answer.ok ? await answer.text().catch(() => '') : ''
+	failed = text ? '' : failed || new Date().toLocaleTimeString()
+	$('output').textContent = failed && 'no answer since ' + failed
+	if (text) show(samples[samples.push(read(text)) - 1])
+	while (samples[0]?.t < Date.now() - 3e5) samples.shift()
 	setTimeout(poll, 2000)
 })()
 </script>`

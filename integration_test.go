@@ -916,7 +916,7 @@ func TestIntegrationSlowReaderIsServed(t *testing.T) {
 // Streams of HTTP/2 that the client takes slowly, a little of each at a time, are served to the end.
 func TestIntegrationSlowHTTP2StreamsAreServed(t *testing.T) {
 	t.Parallel()
-	const streams, grants, grant = 4, 5, 16 << 10
+	const streams, grants, grant = 4, 5, 32 << 10
 	flags := playRedis(t, func(int, []string) string { return bulk(strings.Repeat("x", grants*grant)) })
 	c := dial(t, runProxy(t, flags, func(cfg *config) { cfg.clients.writeTimeout = time.Second }).addr)
 	open, more := h2Begin, h2Update(0, streams*grant)
@@ -926,7 +926,7 @@ func TestIntegrationSlowHTTP2StreamsAreServed(t *testing.T) {
 	}
 	c.send(open)
 	go func() { // ends with its last write
-		for range grants { // of 32 KB, two would be too late
+		for range grants {
 			io.WriteString(c.Conn, more)
 			time.Sleep(700 * time.Millisecond)
 		}
@@ -6629,37 +6629,37 @@ func TestIntegrationClientThatStopsTakingIsClosedInTime(t *testing.T) {
 	}
 }
 
-// Streams of HTTP/2 of which each waits for longer than the time-out, while the connection takes bytes all the
-// time, are served.
-func TestIntegrationManySlowHTTP2StreamsAreServed(t *testing.T) {
+// A stream of HTTP/2 that takes nothing for the write time-out is reset, and the others of its connection go on.
+func TestIntegrationStuckHTTP2StreamIsReset(t *testing.T) {
 	t.Parallel()
-	const timeout, streams, grants = time.Second, 20, 50
+	const timeout, grants = time.Second, 30
 	flags := playRedis(t, func(int, []string) string { return bulk(strings.Repeat("v", 1<<20)) })
 	p := runProxy(t, flags, func(cfg *config) { cfg.clients.writeTimeout = timeout })
 	exchange(t, p.addr, request("GET", "k"))
-	c := dial(t, p.addr).send(h2Begin)
-	for i := range streams {
-		c.send(h2Get(2*i+1, "/k"))
-	}
-	for i := range grants { // each stream gets something every 1.5 s
-		c.send(h2Update(2*(i%streams)+1, 1000))
-		time.Sleep(75 * time.Millisecond)
-	}
-	c.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
-	got, _ := io.ReadAll(c.Reader)
-	data, reset := 0, 0
-	for b := got; len(b) >= 9; {
-		n := int(b[0])<<16 | int(b[1])<<8 | int(b[2])
-		switch b[3] {
-		case 0:
-			data += n
-		case 3, 7: // RST_STREAM, GOAWAY
-			reset++
+	c := dial(t, p.addr).send(h2Begin + h2Update(0, 1<<20) + h2Get(1, "/k") + h2Get(3, "/k"))
+	go func() { // ends with its last write
+		for range grants {
+			io.WriteString(c.Conn, h2Update(3, 32<<10))
+			time.Sleep(timeout / 10)
 		}
-		b = b[min(len(b), 9+n):]
+	}()
+	got, reset := 0, []int(nil)
+	for got < grants*32<<10 {
+		var head [9]byte
+		if _, err := io.ReadFull(c.Reader, head[:]); err != nil {
+			t.Fatalf("after %d bytes: %v; want data", got, err)
+		}
+		n, stream := int(head[0])<<16|int(head[1])<<8|int(head[2]), int(head[8])
+		io.CopyN(io.Discard, c.Reader, int64(n))
+		switch head[3] {
+		case 0: // DATA
+			got += n
+		case 3: // RST_STREAM
+			reset = append(reset, stream)
+		}
 	}
-	if reset > 0 || data != grants*1000 {
-		t.Errorf("got %d bytes and %d streams reset; want %d and none", data, reset, grants*1000)
+	if !slices.Equal(reset, []int{1}) {
+		t.Errorf("reset were %v; want the first stream", reset)
 	}
 }
 
@@ -7148,9 +7148,6 @@ func TestIntegrationAdminPage(t *testing.T) {
 				t.Errorf("%s: got %d; want %d", path, resp.StatusCode, want)
 			}
 		}
-		if resp, _ := httpDo(t, "POST", admin.String()+"/"); resp.StatusCode != http.StatusMethodNotAllowed {
-			t.Errorf("POST: got %d; want 405", resp.StatusCode)
-		}
 	})
 
 	t.Run("browser", func(t *testing.T) {
@@ -7179,16 +7176,15 @@ func TestIntegrationAdminPage(t *testing.T) {
 		_, metrics := httpDo(t, "GET", admin.String()+"/metrics")
 		types := regexp.MustCompile(`(?m)^# TYPE (?:redis_proxy_)?(\w+) (?:counter|gauge|histogram)$`)
 		for _, m := range types.FindAllStringSubmatch(metrics, -1) {
-			if !strings.HasSuffix(m[1], "info") && m[1] != "cache_bytes" && m[1] != "process_resident_memory_bytes" &&
-				!strings.Contains(dom, "<span>"+m[1]) {
+			if !strings.HasSuffix(m[1], "info") && !strings.Contains(dom, "<span>"+m[1]) {
 				t.Errorf("the page does not show %s", m[1])
 			}
 		}
-		line := regexp.MustCompile(`<path d="M[0-9.]+ [0-9.]+h0(L[0-9.]+ [0-9.]+h0)+"`)
-		for _, title := range []string{"Requests", "Hits", "Latency of Redis", "Memory", "requests_total resp absent",
+		line := regexp.MustCompile(`<polyline points="[0-9.]+,[0-9.]+( [0-9.]+,[0-9.]+)+"`)
+		for _, title := range []string{"Requests", "Hits", "p99 of Redis", "Memory", "requests_total resp absent",
 			"new_bytes"} {
 			_, chart, _ := strings.Cut(dom, "<span>"+title+"</span>")
-			chart, _, _ = strings.Cut(chart, "</figure>")
+			chart, _, _ = strings.Cut(chart, "</li>")
 			if !line.MatchString(chart) {
 				t.Errorf("no line is drawn for %s: %s", title, chart)
 			}

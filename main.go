@@ -302,7 +302,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	room := int(max(16<<20, min(cfg.cache.maxBytes, 1<<60)/4))
 	cfg.clients.requests, cfg.clients.values = newBudget(room), newBudget(room)
 	var figures func() []figure
-	web := newWeb(cfg.clients.idleTimeout, c, pw, cfg.clients.values, log)
+	web := newWeb(cfg.clients, c, pw, log)
 	resp := &resp{cache: c, password: pw, db: cfg.pool.redis.db, figures: func() []figure { return figures() }}
 	s := newServer(l, cfg.clients, log, [...]frontEnd{protoHTTP: web, protoRESP: resp})
 	figures = func() []figure {

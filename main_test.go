@@ -74,7 +74,7 @@ func newParts(t testing.TB, flags ...string) *parts {
 	cfg.clients.requests, cfg.clients.values = newBudget(2*maxRequest), newBudget(2*maxRequest)
 	p.cfg = cfg
 	pw := newPassword(cfg.password)
-	p.web = newWeb(0, p.cache, pw, cfg.clients.values, log)
+	p.web = newWeb(cfg.clients, p.cache, pw, log)
 	p.resp = &resp{cache: p.cache, password: pw, db: cfg.pool.redis.db, figures: func() []figure {
 		return slices.Concat(cfg.figures(new(net.TCPAddr), p.cache.started, pw),
 			keyFigures(&p.web.tally, &p.resp.tally), p.cache.figures(), p.pool.figures())
@@ -798,15 +798,17 @@ func TestHTTPHalfARequest(t *testing.T) {
 		{"of the second, dripping", ordinary + "G", "ET /" + strings.Repeat("k", 60), 10 * time.Second},
 		{"nothing of the second", ordinary, "", 2 * time.Minute},
 		{"nothing but an empty line of the second", ordinary + "\r\n", "", 2 * time.Minute},
-		{"of net/http's second", handed, "GE", 12 * time.Second},
-		// 10 s from the fourth byte on
+		// net/http counts from the fourth byte on, and counts less as nothing.
+		{"of net/http's second", handed, "GE", 2 * time.Minute},
 		{"of net/http's second, dripping", handed, "GET /" + strings.Repeat("k", 60), 18 * time.Second},
 		{"nothing of net/http's second", handed, "", 2 * time.Minute},
-		{"a frame of HTTP/2", preface + settings + "\x00\x00", "", 10 * time.Second},
-		{"a header block of HTTP/2", preface + settings + headers, "", 10 * time.Second},
+		{"of the preface of HTTP/2", preface[:20], "", 10 * time.Second},
+		// HTTP/2 has an idle time without a stream, and a second for GOAWAY.
+		{"a frame of HTTP/2", preface + settings + headers[:9], "", 2*time.Minute + time.Second},
+		{"a header block of HTTP/2", preface + settings + headers, "", 2*time.Minute + time.Second},
 		{"a header block, in more and more frames", preface + settings + headers,
-			strings.Repeat("\x00\x00\x00\x09\x00\x00\x00\x00\x01", 9), 10 * time.Second},
-		{"no frame of HTTP/2", preface + settings, "", 2*time.Minute + time.Second}, // and one for GOAWAY
+			strings.Repeat("\x00\x00\x00\x09\x00\x00\x00\x00\x01", 9), 2*time.Minute + time.Second},
+		{"no frame of HTTP/2", preface + settings, "", 2*time.Minute + time.Second},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -815,8 +817,14 @@ func TestHTTPHalfARequest(t *testing.T) {
 				client, nc := net.Pipe()
 				c := newConn(nc, serverSettings{idleTimeout: 2 * time.Minute, writeTimeout: time.Minute})
 				c.link.idle = 2 * time.Minute
-				go p.web.serve(c) // ends with the connection
-				go func() {       // ends with the connection
+				go func() { // ends with the connection
+					if _, err := c.detect(); err != nil {
+						c.Close()
+						return
+					}
+					p.web.serve(c)
+				}()
+				go func() { // ends with the connection
 					io.WriteString(client, tt.send)
 					for i := 0; i < len(tt.drips); i++ {
 						time.Sleep(2 * time.Second)
@@ -2786,7 +2794,7 @@ func FuzzQuickAnswersAsNetHTTP(f *testing.F) {
 // byNetHTTP is a web without its quick way.
 type byNetHTTP struct{ *web }
 
-func (w byNetHTTP) serve(c *conn) { w.handOver(c, nil, false) }
+func (w byNetHTTP) serve(c *conn) { w.handOver(c, &handed{conn: c}) }
 
 // sortHeaders splits what came back into header blocks with sorted lines, and what is between them.
 func sortHeaders(s string) (parts []string) {
