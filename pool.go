@@ -317,17 +317,20 @@ func (p *pool) watch() {
 }
 
 // learn asks one server after the other who owns which keys, until one knows: sentinels, the one that knew
-// last first; or the node at hint, the owners that are not down, and the nodes that the URL names.
+// last first; or the node at hint, and the owners and the nodes that the URL names, those that are down last.
 func (p *pool) learn(hint string) {
 	addrs := p.servers
 	if p.redis.master == "" {
 		addrs = append([]string{hint}, addrs...)
 		p.mu.Lock()
 		for addr, n := range p.nodes {
-			if n.owns > 0 && !n.down() {
+			if n.owns > 0 {
 				addrs = slices.Insert(addrs, 1, addr)
 			}
 		}
+		isDown := func(addr string) bool { return p.nodes[addr] != nil && p.nodes[addr].down() }
+		up := slices.DeleteFunc(slices.Clone(addrs[1:]), isDown)
+		addrs = slices.Concat(addrs[:1], up, addrs[1:])
 		p.mu.Unlock()
 	}
 	for i, addr := range addrs {
@@ -622,10 +625,16 @@ func (n *node) answers() {
 	}
 }
 
-// refuses counts an error reply that is not about a key, and logs one a minute.
+// refuses counts an error reply that is not about a key, and logs one a minute. A node that loads its data is
+// down, and another may own the keys by now.
 func (n *node) refuses(reply redis.Error) {
+	now := n.pool.cache.now()
 	n.pool.errors.Add(1)
-	if due(&n.refused, n.pool.cache.now(), time.Minute) {
+	if strings.HasPrefix(string(reply), "LOADING ") {
+		n.warned.Store(int64(now))
+		n.pool.hint("")
+	}
+	if due(&n.refused, now, time.Minute) {
 		n.log.Warn("Redis refuses", "error", reply)
 	}
 }
