@@ -123,7 +123,7 @@ func (w *web) shutdown(ctx context.Context) {
 // ServeHTTP answers GET and HEAD for the key that is everything after the path's first slash. There is
 // no ServeMux in front, as that would clean the path.
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
-	a, now := answer{}, time.Duration(0)
+	a := answer{}
 	body := r.ContentLength != 0 && r.ProtoMajor == 1 // it means nothing here
 	if body || w.draining.Load() {
 		rw.Header().Set("Connection", "close")
@@ -144,10 +144,10 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	case !ok && (path != "" || r.URL.Host == ""): // in absolute form there may be no path (RFC 9110 §4.2.3)
 		a.err = errPath
 	default:
-		a, now = w.get([]byte(path), 0) // a client may take its time with any value
-		defer w.letGo(&a, 0)
+		a = w.values.get(w.cache, &w.tally, []byte(path), 0) // a client may take its time with any value
+		defer w.values.release(a.data, 0)
 	}
-	w.write(rw, r, &a, now)
+	w.write(rw, r, &a, w.cache.now())
 }
 
 // write answers a request as quick does, and with parts of a value and by other conditions.
@@ -214,34 +214,6 @@ func (w netWriter) WriteHeader(status int) {
 		w.Header().Set("Cache-Control", "no-store")
 	}
 	w.ResponseWriter.WriteHeader(status)
-}
-
-// get asks for one key. A value of more than most bytes is held until letGo. If there is no room for it, get
-// lets go of it, waits for room as long as it would for Redis, and asks again.
-func (w *web) get(key []byte, most int) (a answer, now time.Duration) {
-	keys, answers, began := [1][]byte{key}, [1]answer{}, w.cache.now()
-	for {
-		w.cache.get(&w.tally, w.cache.now(), keys[:], answers[:])
-		if now = w.cache.now(); len(answers[0].data) <= most {
-			return answers[0], now
-		}
-		full := w.values.hold(answers[0].data, 0)
-		if full == nil {
-			return answers[0], now
-		}
-		answers[0] = answer{err: errCrowded}
-		select {
-		case <-full:
-		case <-time.After(began + w.cache.timeout - now):
-			return answers[0], now
-		}
-	}
-}
-
-func (w *web) letGo(a *answer, most int) {
-	if len(a.data) > most {
-		w.values.release(a.data, 0)
-	}
 }
 
 // authorised reports whether an Authorization field has the password, in one of the two ways of RFC 7617
@@ -368,18 +340,17 @@ func (w *web) answer(c *conn, b []byte) (rest []byte, ordinary bool, err error) 
 		if r, size = parse(rest); size <= 0 || w.draining.Load() {
 			break
 		}
-		a, now := answer{err: errDenied}, time.Duration(0)
+		a := answer{err: errDenied}
 		if w.authorised(r.authorization) {
-			a, now = w.get(r.key, flushAt)
+			a = c.link.get(w.cache, &w.tally, r.key)
 		}
 		if out.Available() < maxAnswerHeader {
 			out.Flush()
 		}
-		head, body := w.appendAnswer(out.AvailableBuffer(), &r, &a, now)
-		c.link.holding = len(a.data) > flushAt
+		head, body := w.appendAnswer(out.AvailableBuffer(), &r, &a, w.cache.now())
 		out.Write(head)
 		_, err = out.WriteString(body) // which does not copy the rest of a large one
-		w.letGo(&a, flushAt)
+		c.link.letGo()
 	}
 	return rest, size == 0, out.Flush()
 }

@@ -226,10 +226,9 @@ func (c *cache) now() time.Duration { return time.Since(c.started) }
 // the first is waited for. It may stop early, to bound the memory of values that the client has not
 // read yet. It returns how many keys it answered, from the first on, at least one. It does not keep the
 // keys. len(answers) must be len(keys).
-func (c *cache) get(t *tally, since time.Duration, keys [][]byte, answers []answer) int {
+func (c *cache) get(since time.Duration, keys [][]byte, answers []answer) int {
 	n := c.decide(since, keys, answers)
 	c.wait(since, keys, answers[:n])
-	t.add(answers[:n])
 	return n
 }
 

@@ -13,6 +13,7 @@ import (
 	"io"
 	"maps"
 	"math"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,22 +23,20 @@ import (
 	"unsafe"
 )
 
-// A connection reads into readBuffer, into pipelineBuffer while it sends more than that, and into wideBuffer
-// while its requests wait for Redis, so that they wait together. A request that does not fit gets as much as it
-// needs. What is over pipelineBuffer counts against the budget of requests.
+// A connection reads into readBuffer, into up to pipelineBuffer while it sends more than that, and into more while a
+// request does not fit. What is over freeBuffer counts against the budget of requests.
 const (
 	readBuffer     = 2 << 10
-	pipelineBuffer = 16 << 10
-	wideBuffer     = 256 << 10
-	maxRequest     = 64 << 20         // of a request: all its arguments and their framing
-	argSize        = 40               // what an argument costs beside its bytes
-	requestTime    = 10 * time.Second // for a request; each MB of it has a second more
-	maxInline      = 64 << 10         // of a line: an inline request, a count or a length (PROTO_INLINE_MAX_SIZE)
-	maxAhead       = 1 << 14          // keys that a client asks for before it waits
-	answerSize     = 96               // what an answer costs that has no value
-	maxWord        = 64               // longer than any word that means something
-	maxName        = 4 << 10          // of what a client says about itself; Redis has no such bound
-	redisVersion   = "7.0.15"         // the Redis whose answers these are
+	freeBuffer     = 16 << 10
+	pipelineBuffer = 64 << 10
+	maxRequest     = 64 << 20 // of a request: all its arguments and their framing
+	argSize        = 40       // what an argument costs beside its bytes
+	maxInline      = 64 << 10 // of a line: an inline request, a count or a length (PROTO_INLINE_MAX_SIZE)
+	maxAhead       = 1 << 14  // keys that a client asks for before it waits
+	answerSize     = 96       // what an answer costs that has no value
+	maxWord        = 64       // longer than any word that means something
+	maxName        = 4 << 10  // of what a client says about itself; Redis has no such bound
+	redisVersion   = "7.0.15" // the Redis whose answers these are
 )
 
 // A protocolError is answered, and then hung up on.
@@ -58,54 +57,44 @@ type reader struct {
 	start  int          // of the current request
 	next   int          // where parsing goes on
 	end    int
-	last   int      // how much was read since a read last left room in buf
 	args   [][]byte // of the current request; each is a part of buf, and its capacity reaches to the end of buf
 	strict bool     // the client has not authenticated: it may send only short requests
-	wide   bool     // the client's requests wait for Redis
 	err    error    // nothing more is read
 	budget *budget
 	held   int // of the budget
 	queued int // bytes of the transaction that the client has begun
 }
 
-// fill reads once. The current request has so many bytes at least.
-func (r *reader) fill(need int) {
+// fill reads once. A full buffer doubles, and a large one that was not full goes.
+func (r *reader) fill() {
 	if r.err = r.pause(); r.err != nil {
 		return
 	}
-	rest, size, full := r.buf[r.start:r.end], len(r.buf), r.end == len(r.buf)
-	switch {
-	case full && len(rest) == size && size >= pipelineBuffer:
-		size = min(max(need, size+size/2), 2*size+readBuffer)
-	case full && size <= wideBuffer && r.wide:
-		size = min(8*size, wideBuffer)
-	case full && size <= pipelineBuffer:
-		size = pipelineBuffer
-	case len(rest) <= readBuffer/2 && (r.last < readBuffer || size > pipelineBuffer):
+	rest, size := r.buf[r.start:r.end], len(r.buf)
+	switch full := r.end == size; {
+	case len(rest) == size || full && size < pipelineBuffer:
+		size *= 2
+	case !full && size > freeBuffer && len(rest) <= readBuffer/2:
 		size = readBuffer
 	}
-	if !r.grant(size, len(r.args)) {
-		if len(rest) == len(r.buf) {
+	if !r.grant(size) {
+		if size = len(r.buf); len(rest) == size {
 			r.err = errTooMuch
 			return
 		}
-		size = len(r.buf)
 	}
 	if r.start > 0 || size != len(r.buf) {
 		r.move(rest, size)
 	}
-	if !full {
-		r.last = 0
-	}
 	n, err := r.src.Read(r.buf[r.end:])
-	if r.end, r.last = r.end+n, r.last+n; n == 0 {
+	if r.end += n; n == 0 {
 		r.err = err
 	}
 }
 
 // move has the buffer begin with the current request, and be of another size if need be.
 func (r *reader) move(rest []byte, size int) {
-	if size != len(r.buf) || cap(r.args) > len(r.args)+pipelineBuffer/argSize {
+	if size != len(r.buf) || cap(r.args) > len(r.args)+freeBuffer/argSize {
 		r.buf, r.args = make([]byte, size), append([][]byte(nil), r.args...)
 	}
 	copy(r.buf, rest)
@@ -116,16 +105,17 @@ func (r *reader) move(rest []byte, size int) {
 	r.start, r.next, r.end = 0, r.next-r.start, len(rest)
 }
 
-// grant counts a buffer and so many arguments against the budget, and reports whether there is room for them.
-func (r *reader) grant(size, args int) bool {
-	held := max(0, size+args*argSize+r.queued-pipelineBuffer)
-	switch {
-	case held > r.held && r.budget.hold("", held-r.held) != nil:
+// grant counts a buffer, the request's arguments and the transaction against the budget, and reports whether
+// there is room for them.
+func (r *reader) grant(size int) bool {
+	more := max(0, size+len(r.args)*argSize+r.queued-freeBuffer) - r.held
+	if more > 0 && r.budget.hold("", more) != nil {
 		return false
-	case held < r.held:
-		r.budget.release("", r.held-held)
 	}
-	r.held = held
+	if more < 0 {
+		r.budget.release("", -more)
+	}
+	r.held += more
 	return true
 }
 
@@ -135,7 +125,7 @@ func (r *reader) read() [][]byte {
 		r.start, r.args = r.next, r.args[:0]
 		switch {
 		case r.next == r.end:
-			r.fill(0)
+			r.fill()
 		case r.buf[r.next] == '*':
 			r.readArray()
 		default:
@@ -145,7 +135,7 @@ func (r *reader) read() [][]byte {
 			}
 		}
 		if len(r.args) > 0 && r.err == nil {
-			if r.grant(len(r.buf), len(r.args)) {
+			if r.grant(len(r.buf)) {
 				return r.args
 			}
 			r.err = errTooMuch
@@ -174,7 +164,7 @@ func (r *reader) readArray() {
 			r.err = protocolError("unauthenticated bulk length")
 		}
 		for r.err == nil && r.next+n+2 > r.end {
-			r.fill(r.next - r.start + n + 2)
+			r.fill()
 		}
 		if r.err == nil {
 			r.args = append(r.args, r.buf[r.next:r.next+n])
@@ -185,17 +175,13 @@ func (r *reader) readArray() {
 
 // readLength parses a line of a marker and a number; a negative one is -1.
 func (r *reader) readLength(marker byte, what, number string) int {
-	n, rest := 0, r.buf[r.next:r.end]
-	for i := 1; i < len(rest)-1 && i < 10 && rest[0] == marker; i++ { // for most, this is enough, and quick
-		digit := rest[i] - '0'
-		if digit > 9 || n == 0 && i > 1 {
-			if rest[i] == '\r' && i > 1 {
-				r.next += i + 2
-				return n
-			}
-			break
-		}
-		n = 10*n + int(digit)
+	rest, n, i := r.buf[r.next:r.end], 0, 1
+	for ; i < min(len(rest)-1, 10) && rest[i]-'0' <= 9; i++ {
+		n = 10*n + int(rest[i]-'0')
+	}
+	if i > 1 && i < len(rest)-1 && rest[i] == '\r' && rest[0] == marker && (rest[1] != '0' || i == 2) {
+		r.next += i + 2 // for most, this is enough, and quick
+		return n
 	}
 	line := r.readLine('\r', 1, what)
 	if r.err != nil {
@@ -214,7 +200,7 @@ func (r *reader) readLength(marker byte, what, number string) int {
 
 // readLine returns a line without its end. After that comes so much more.
 func (r *reader) readLine(end byte, more int, what string) []byte {
-	for ; r.err == nil; r.fill(0) {
+	for ; r.err == nil; r.fill() {
 		rest := r.buf[r.next:r.end]
 		n := bytes.IndexByte(rest, end)
 		if n >= 0 && bytes.IndexByte(rest[:n], 0) >= 0 {
@@ -240,43 +226,41 @@ func parseInt(b []byte) (n int64, ok bool) {
 
 const blanks = " \t\n\v\f\r"
 
-// splitWords splits an inline request as sdssplitargs does (sds.c).
+// The words of an inline request may be quoted from somewhere to their end, with or without escapes (sdssplitargs in
+// sds.c).
+var (
+	quoted  = regexp.MustCompile(`(?s)^(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\+[^\\])*)')(?:[` + blanks + `]|$)`)
+	escaped = regexp.MustCompile(`(?s)\\(?:x[0-9a-fA-F]{2}|.)`)
+)
+
+// splitWords splits an inline request.
 func splitWords(words [][]byte, line []byte) ([][]byte, error) {
 	for line = bytes.TrimLeft(line, blanks); len(line) > 0; line = bytes.TrimLeft(line, blanks) {
-		word, rest, ok := cutWord(line)
-		if !ok {
-			return nil, protocolError("unbalanced quotes in request")
+		word, rest := line, line[len(line):]
+		if n := bytes.IndexAny(line, " \t\n\r\"'"); n >= 0 {
+			word, rest = line[:n:n], line[n:]
+		}
+		if len(rest) > 0 && (rest[0] == '"' || rest[0] == '\'') {
+			part := quoted.FindSubmatch(rest)
+			if part == nil {
+				return nil, protocolError("unbalanced quotes in request")
+			}
+			word = slices.Concat(word, escaped.ReplaceAllFunc(part[1], unescape),
+				bytes.ReplaceAll(part[2], []byte(`\'`), []byte(`'`)))
+			rest = rest[len(part[0]):]
 		}
 		words, line = append(words, word), rest
 	}
 	return words, nil
 }
 
-// cutWord takes the first word off a line.
-func cutWord(line []byte) (word, rest []byte, ok bool) {
-	quote := byte(0)
-	for ; len(line) > 0; line = line[1:] {
-		switch ch := line[0]; {
-		case quote == 0 && strings.IndexByte(" \n\r\t", ch) >= 0:
-			return word, line, true
-		case quote == 0 && (ch == '"' || ch == '\''):
-			quote = ch
-		case quote != 0 && ch == quote:
-			return word, line[1:], len(line) == 1 || strings.IndexByte(blanks, line[1]) >= 0
-		case quote == '\'' && bytes.HasPrefix(line, []byte(`\'`)):
-			word, line = append(word, '\''), line[1:]
-		case quote == '"' && ch == '\\' && len(line) > 1:
-			seq := string(line[:min(len(`\x00`), len(line))])
-			code, _, tail, err := strconv.UnquoteChar(seq, 0)
-			if err != nil || strings.IndexByte("nrtbax", seq[1]) < 0 {
-				code, tail = rune(seq[1]), seq[2:] // Redis knows no others
-			}
-			word, line = append(word, byte(code)), line[len(seq)-len(tail)-1:]
-		default:
-			word = append(word, ch)
-		}
+// unescape returns what an escape stands for: its own character, if Redis knows no other.
+func unescape(escape []byte) []byte {
+	code, _, _, err := strconv.UnquoteChar(string(escape), 0)
+	if err != nil || bytes.IndexByte([]byte("nrtbax"), escape[1]) < 0 {
+		return escape[1:]
 	}
-	return word, nil, quote == 0
+	return []byte{byte(code)}
 }
 
 // A resp is the RESP front end.
@@ -298,22 +282,21 @@ type client struct {
 	since    time.Time
 	proto    int // 2 or 3
 	name     string
-	library  [2]string    // name and version
-	late     bool         // Redis was too slow for what has been read: the rest does not wait
-	multi    *transaction // nil outside MULTI
-	broken   bool         // a command was refused: EXEC discards the transaction
-	moment   []answer     // to the keys of a transaction, in their order; nil outside EXEC
-	begun    time.Time    // when the request began that is not complete
-	few      int          // how many keys are asked for at once: not many more than there was room for lately
-	free     int          // bytes of answers that are counted nowhere
-	err      error        // ends the connection
-	*buffers              // while there is something to answer
+	library  [2]string  // name and version
+	late     bool       // Redis was too slow for what has been read: the rest does not wait
+	multi    [][][]byte // requests of a transaction that has begun; nil outside MULTI
+	broken   bool       // a command was refused: EXEC discards the transaction
+	moment   []answer   // to the keys of a transaction that are still to be asked for; nil outside EXEC
+	few      int        // how many keys are asked for at once: not many more than there was room for lately
+	sent     bool       // something has been written since MGET began
+	err      error      // ends the connection
+	*buffers            // while there is something to answer
 }
 
 // Buffers are what a client needs only while it is being answered, and borrows for that.
 type buffers struct {
 	keys    [][]byte // asked for by GETs whose replies are not written yet
-	answers []answer // that are not written yet
+	answers []answer // to the keys that were asked for last
 	out     []byte   // replies that are not flushed yet
 }
 
@@ -327,7 +310,7 @@ func (s *resp) serve(nc *conn) {
 	in := reader{src: nc, buf: make([]byte, readBuffer), budget: nc.link.server.requests, strict: s.password.needed}
 	c := &client{resp: s, conn: nc, in: in, id: s.nextID.Add(1), since: time.Now(), proto: 2, few: maxAhead}
 	c.in.pause = c.pause
-	defer func() { c.in.queued = 0; c.in.grant(0, 0); nc.Close() }()
+	defer func() { c.in.budget.release("", c.in.held); nc.Close() }()
 	nc.link.readsOn = true
 	for c.err == nil {
 		c.answer(c.in.read())
@@ -363,103 +346,72 @@ func (c *client) pause() error {
 	if b := c.buffers; b != nil {
 		c.get()
 		c.flush()
-		if c.buffers = nil; cap(b.out) <= 2*flushAt && cap(b.answers) <= 1024 {
+		if c.buffers = nil; cap(b.answers) <= 2048 {
 			spareBuffers.Put(b) // empty
 		}
 	}
-	limit := time.Duration(0)
-	if n := c.in.end - c.in.start; n > 0 {
-		if c.in.start > 0 || !c.conn.link.hurried {
-			c.begun = time.Now()
-		}
-		limit = max(1, time.Until(c.begun.Add(requestTime+time.Duration(n>>20)*time.Second)))
+	switch link := c.conn.link; {
+	case c.in.end == c.in.start:
+		link.hurry(0)
+	case c.in.start > 0 || !link.hurried: // it has just begun
+		link.hurry(firstLineTimeout)
 	}
-	c.conn.link.hurry(limit)
 	return c.err
 }
 
 // get answers the GETs that have been gathered.
 func (c *client) get() {
-	c.look(c.keys, c.writeAnswers)
+	for keys := c.keys; len(keys) > 0 && c.err == nil; {
+		keys = c.ask(keys)
+		c.writeAnswers()
+	}
+	c.letGo()
 	clear(c.keys)
 	c.keys = c.keys[:0]
 }
 
-// look asks for keys, and has take see the answers in lots, together with whether a lot is the last. Those
-// that take does not write, or let go of, stay in c.answers. If take returns an error, that is the reply.
-func (c *client) look(keys [][]byte, take func(lot []answer, last bool) error) error {
-	for len(keys) > 0 && c.err == nil {
-		lot := c.ask(keys)
-		keys = keys[len(lot):]
-		if err := take(lot, len(keys) == 0); err != nil {
-			c.letGo()
-			return err
-		}
+// ask asks for keys, or for the first of them, and returns the others. The answers are in c.answers until the
+// next call, and hold room in the budget of values if they are more than flushAt bytes together. If there is no
+// room, there are fewer of them; one large value waits for it.
+func (c *client) ask(keys [][]byte) (rest [][]byte) {
+	if n := len(keys); c.moment != nil {
+		c.answers, c.moment = c.moment[:n], c.moment[n:]
+		return nil
 	}
-	return nil
-}
-
-// ask adds the answers to keys, or to the first of them, to those that are to be written. It returns what it
-// has added: none if there is no room beside those that are there already.
-func (c *client) ask(keys [][]byte) []answer {
-	before, n := len(c.answers), min(len(keys), c.few)
-	if len(c.moment) >= n {
-		c.answers, c.moment = append(c.answers, c.moment[:n]...), c.moment[n:]
-		return c.answers[before:]
-	}
-	since := c.resp.cache.now()
+	c.letGo()
+	n, link, since := min(len(keys), c.few), c.conn.link, c.resp.cache.now()
 	if c.late {
 		since -= c.resp.cache.timeout
 	}
-	c.answers = slices.Grow(c.answers, n)
-	answers := c.answers[before : before+n]
-	got := c.resp.cache.get(new(tally), since, keys[:n], answers)
-	c.in.wide = answers[got-1].flight != nil
-	n = c.fit(keys, answers[:got])
-	c.resp.tally.add(answers[:n])
-	clear(answers[n:])
-	c.answers = c.answers[:before+n]
+	c.answers = slices.Grow(c.answers, n)[:n]
+	got := c.resp.cache.get(since, keys[:n], c.answers)
+	size, free := 0, 0
+	for i := range got {
+		if size += len(c.answers[i].data) + answerSize; size <= flushAt {
+			free = i + 1
+		}
+	}
+	switch n = got; {
+	case free == got || got > 1 && link.hold("", size) == nil:
+	case free > 0:
+		n = free
+	case link.hold(c.answers[0].data, 0) == nil:
+		n = 1
+	default:
+		clear(c.answers)
+		n, c.answers[0] = 1, link.get(c.resp.cache, new(tally), keys[0])
+	}
 	if c.few = min(2*c.few, maxAhead); n < got {
-		c.few = max(n, 1)
+		c.few = n
 	}
-	return answers[:n]
+	clear(c.answers[n:])
+	c.answers = c.answers[:n]
+	c.resp.tally.add(c.answers)
+	return keys[n:]
 }
 
-// fit counts answers against the budget of values, and returns for how many of them there is room. The first
-// flushAt bytes of those that are not written need none.
-func (c *client) fit(keys [][]byte, answers []answer) int {
-	free, size, link := 0, c.free, c.conn.link
-	for i := range answers {
-		if size += len(answers[i].data) + answerSize; size <= flushAt {
-			free, c.free = i+1, size
-		}
-	}
-	switch {
-	case free == len(answers) || len(answers) > 1 && link.hold("", size) == nil:
-		return len(answers)
-	case free > 0 || link.holding || c.free > 0 && len(answers[0].data) <= flushAt:
-		return free
-	}
-	c.await(keys[:1], answers[:1])
-	return 1
-}
-
-// await waits for room for one large value, as long as for Redis. It does not hold the value meanwhile.
-func (c *client) await(key [][]byte, a []answer) {
-	late := time.After(c.resp.cache.timeout)
-	for full := c.conn.link.hold(a[0].data, 0); full != nil; full = c.conn.link.hold(a[0].data, 0) {
-		a[0] = answer{err: errCrowded}
-		select {
-		case <-late:
-			return
-		case <-full:
-			c.resp.cache.get(new(tally), c.resp.cache.now(), key, a)
-		}
-	}
-}
-
-// writeAnswers adds the answers to the replies, and lets go of them.
-func (c *client) writeAnswers([]answer, bool) error {
+// writeAnswers adds the answers to the replies.
+func (c *client) writeAnswers() {
 	for i := range c.answers {
 		if a := &c.answers[i]; a.err == nil {
 			write(c, a.bulk())
@@ -467,23 +419,20 @@ func (c *client) writeAnswers([]answer, bool) error {
 			write(c, c.refusal(a.err))
 		}
 	}
-	c.letGo()
-	return nil
 }
 
-// letGo lets go of the answers. Those of a transaction hold until its end.
+// letGo lets go of the answers.
 func (c *client) letGo() {
 	clear(c.answers)
-	c.answers, c.free = c.answers[:0], 0
-	if c.moment == nil {
-		c.conn.link.letGo()
-	}
+	c.answers = c.answers[:0]
+	c.conn.link.letGo()
 }
 
 // flush writes the replies, unless the connection has ended.
 func (c *client) flush() {
 	if len(c.out) > 0 && c.err == nil {
 		_, c.err = c.conn.Write(c.out)
+		c.sent = true
 	}
 	c.out = c.out[:0]
 }
@@ -526,12 +475,10 @@ func failure(format string, args ...any) string {
 	return line('-', strings.NewReplacer("\r", " ", "\n", " ").Replace(fmt.Sprintf(format, args...)))
 }
 
-// refusal returns what stands for the error of an answer, if it is one. Redis' own error replies pass as they are.
+// refusal returns what stands for the error of an answer. Redis' own error replies pass as they are.
 func (c *client) refusal(err error) string {
 	c.late = c.late || err == errTimeout
 	switch err {
-	case nil:
-		return ""
 	case errAbsent:
 		return c.null()
 	case errUnavailable, errTimeout, errCrowded:
@@ -654,22 +601,21 @@ func (c *client) execute(args [][]byte) string {
 		return ""
 	}
 	name, cmd, refusal := c.find(args)
-	t := c.multi
-	switch {
-	case refusal != "" && t != nil && name == "exec":
+	switch multi := c.multi != nil; {
+	case refusal != "" && multi && name == "exec":
 		c.discard(nil)
 		return "-EXECABORT Transaction discarded because of: " + strings.TrimPrefix(refusal[1:], "ERR ")
 	case refusal != "":
 		c.broken = true
 		return refusal
-	case t != nil && name == "multi":
+	case multi && name == "multi":
 		return failure("ERR MULTI calls can not be nested")
-	case t == nil && (name == "exec" || name == "discard"):
+	case !multi && (name == "exec" || name == "discard"):
 		return failure("ERR %s without MULTI", strings.ToUpper(name))
-	case t == nil || slices.Contains([]string{"exec", "discard", "quit", "reset"}, name):
-		return cmd.run(c, args)
+	case multi && !slices.Contains([]string{"exec", "discard", "quit", "reset"}, name):
+		return c.queue(args)
 	}
-	return c.queue(cmd, args)
+	return cmd.run(c, args)
 }
 
 // find returns a command that may run and its name, or the error reply.
@@ -714,73 +660,64 @@ func cString(b []byte, limit int) string {
 }
 
 // nameOf returns a command's name. As for C's tolower, only ASCII has cases.
-func nameOf(b []byte) string {
-	return strings.Map(func(r rune) rune {
-		if 'A' <= r && r <= 'Z' {
-			r += 'a' - 'A'
-		}
-		return r
-	}, string(b[:min(len(b), maxWord)]))
-}
+func nameOf(b []byte) string { return lower.Replace(string(b[:min(len(b), maxWord)])) }
+
+var lower = strings.NewReplacer(strings.Split("AaBbCcDdEeFfGgHhIiJjKkLlMmNnOoPpQqRrSsTtUuVvWwXxYyZz", "")...)
 
 // word returns an option, which ends at a zero byte as for strcasecmp.
 func word(b []byte) string { return nameOf([]byte(cString(b, maxWord))) }
 
 // getOne answers a GET of a transaction.
-func (c *client) getOne(args [][]byte) string { return c.refusal(c.look(args[1:], c.writeAnswers)) }
+func (c *client) getOne(args [][]byte) string {
+	c.ask(args[1:])
+	c.writeAnswers()
+	return ""
+}
 
 // mget answers MGET as Redis does: with null for a key that holds another type, and with an error instead of
-// the array. It holds the answers back for that, until they are too large together: an error that comes
-// then is an element.
+// the array. An error that comes after a part of the array has been sent is an element.
 func (c *client) mget(args [][]byte) string {
-	size, begun := 0, false
-	return c.refusal(c.look(args[1:], func(lot []answer, last bool) error {
-		for i := range lot {
-			a := &lot[i]
-			size += len(a.data) + answerSize
-			if errors.Is(a.err, errWrongType) {
+	begin := len(c.out)
+	c.sent = false
+	for keys := args[1:]; len(keys) > 0 && c.err == nil; {
+		first := len(keys) == len(args)-1
+		keys = c.ask(keys)
+		for i := range c.answers {
+			switch a := &c.answers[i]; {
+			case errors.Is(a.err, errWrongType):
 				a.err = errAbsent
-			}
-			if a.err != nil && a.err != errAbsent && !begun {
-				return a.err
+			case a.err != nil && a.err != errAbsent && !c.sent:
+				c.out = c.out[:begin]
+				return c.refusal(a.err)
 			}
 		}
-		if !last && len(lot) > 0 && size < aheadBytes {
-			return nil
-		}
-		if !begun {
+		if first {
 			write(c, head('*', len(args)-1))
 		}
-		begun = true
-		return c.writeAnswers(lot, last)
-	}))
+		c.writeAnswers()
+	}
+	return ""
 }
 
 // exists counts the keys that Redis has, of whatever type.
 func (c *client) exists(args [][]byte) string {
 	n := 0
-	err := c.look(args[1:], func(lot []answer, _ bool) error {
-		for i := range lot {
-			if err := lot[i].err; err == nil || errors.Is(err, errWrongType) {
+	for keys := args[1:]; len(keys) > 0 && c.err == nil; {
+		keys = c.ask(keys)
+		for i := range c.answers {
+			switch err := c.answers[i].err; {
+			case err == nil || errors.Is(err, errWrongType):
 				n++
-			} else if err != errAbsent {
-				return err
+			case err != errAbsent:
+				return c.refusal(err)
 			}
 		}
-		c.letGo()
-		return nil
-	})
-	return cmp.Or(c.refusal(err), head(':', n))
-}
-
-// A transaction is what a client has queued since MULTI.
-type transaction struct {
-	run  []func() string
-	keys [][]byte // of all GET, MGET and EXISTS, in their order
+	}
+	return head(':', n)
 }
 
 func (c *client) begin([][]byte) string {
-	c.multi, c.broken = new(transaction), false
+	c.multi, c.broken = [][][]byte{}, false
 	return statusOK
 }
 
@@ -790,19 +727,15 @@ func (c *client) discard([][]byte) string {
 	return statusOK
 }
 
-// queue adds a copy of a command to the transaction.
-func (c *client) queue(cmd command, args [][]byte) string {
+// queue adds a copy of a request to the transaction.
+func (c *client) queue(args [][]byte) string {
 	own := make([][]byte, len(args))
 	for i, arg := range args {
 		own[i] = bytes.Clone(arg)
 		c.in.queued += len(arg) + 2*argSize
 	}
-	if !c.in.grant(len(c.in.buf), len(args)) {
+	if c.multi = append(c.multi, own); !c.in.grant(len(c.in.buf)) {
 		c.in.err = errTooMuch
-	}
-	c.multi.run = append(c.multi.run, func() string { return cmd.run(c, own) })
-	if cmd.keys {
-		c.multi.keys = append(c.multi.keys, own[1:]...)
 	}
 	return "+QUEUED\r\n"
 }
@@ -810,25 +743,26 @@ func (c *client) queue(cmd command, args [][]byte) string {
 // exec answers all that is queued, from one moment of the cache: first what it lacks is fetched, then all
 // keys are looked up at once. What is too large together for that is answered as it comes.
 func (c *client) exec([][]byte) string {
-	t := c.multi
+	queue, keys := c.multi, [][]byte(nil)
 	if c.discard(nil); c.broken {
 		return failure("EXECABORT Transaction discarded because of previous errors.")
 	}
-	if len(t.keys) > 0 {
-		if answers := c.ask(t.keys); len(answers) == len(t.keys) {
-			c.resp.cache.again(t.keys, answers)
-			c.moment = slices.Clone(answers)
+	for _, args := range queue {
+		if commands[nameOf(args[0])].keys {
+			keys = append(keys, args[1:]...)
 		}
-		c.letGo()
 	}
-	write(c, head('*', len(t.run)))
-	for _, run := range t.run {
+	if len(keys) > 0 && len(c.ask(keys)) == 0 {
+		c.resp.cache.again(keys, c.answers)
+		c.moment, c.answers = c.answers, nil
+	}
+	write(c, head('*', len(queue)))
+	for _, args := range queue {
 		if c.err == nil {
-			write(c, run())
+			write(c, c.execute(args))
 		}
 	}
-	c.moment = nil
-	c.letGo()
+	c.moment, c.answers = nil, nil
 	return ""
 }
 
@@ -940,28 +874,25 @@ func commandList(_ *client, args [][]byte) string {
 // commandInfo answers COMMAND and COMMAND INFO in the form of Redis 7: name, arity, flags, first and last
 // key, step, ACL categories, tips, key specifications, subcommands.
 func commandInfo(c *client, args [][]byte) string {
-	names := slices.Sorted(maps.Keys(commands))
-	if len(args) > 2 {
-		names = nil
-	}
-	for _, arg := range args[min(len(args), 2):] {
-		names = append(names, nameOf(arg))
-	}
-	rows := head('*', len(names))
-	for _, name := range names {
-		cmd, known := commands[name]
-		flags, step := "*0\r\n", 0
-		if cmd.keys {
-			flags, step = "*2\r\n+readonly\r\n+fast\r\n", 1
+	names := args[min(len(args), 2):]
+	if len(names) == 0 {
+		for _, name := range slices.Sorted(maps.Keys(commands)) {
+			names = append(names, []byte(name))
 		}
-		row := head('*', 10) + bulks(name) + head(':', cmd.arity) + flags + head(':', step) +
-			head(':', step*cmp.Compare(cmd.arity, 0)) + head(':', step) + strings.Repeat(head('*', 0), 4)
-		if !known {
-			row = c.null()
-		}
-		rows += row
 	}
-	return rows
+	write(c, head('*', len(names)))
+	for _, arg := range names {
+		row, flags, step := c.null(), "*0\r\n", 0
+		if cmd, known := commands[nameOf(arg)]; known {
+			if cmd.keys {
+				flags, step = "*2\r\n+readonly\r\n+fast\r\n", 1
+			}
+			row = head('*', 10) + bulks(nameOf(arg)) + head(':', cmd.arity) + flags + head(':', step) +
+				head(':', step*cmp.Compare(cmd.arity, 0)) + head(':', step) + strings.Repeat(head('*', 0), 4)
+		}
+		write(c, row)
+	}
+	return ""
 }
 
 // commandKeys answers COMMAND GETKEYS (db.c, getKeysSubcommandImpl).

@@ -353,8 +353,7 @@ type link struct {
 	closing  bool          // crypto/tls has set the write deadline, for its last words
 	readsOn  bool          // no goroutine reads while one writes: Write may read on
 	ahead    [][]byte      // what it has read; its capacity counts against the budget of requests
-	holds    []hold        // of values on their way to the client
-	holding  bool          // there are such
+	held     hold          // of values on their way to the client
 	released bool          // it may be read from after the server's stop; the server's lock guards it
 }
 
@@ -465,7 +464,7 @@ func (l *link) patience() time.Duration {
 	v := l.server.values
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if l.holding && v.freed != nil {
+	if l.held != (hold{}) && v.freed != nil {
 		return min(l.server.writeTimeout, time.Second)
 	}
 	return l.server.writeTimeout
@@ -491,18 +490,26 @@ func (l *link) readOn() bool {
 // hold counts a value and more bytes on their way to the client until letGo. See budget.hold.
 func (l *link) hold(value string, more int) (full <-chan struct{}) {
 	if full = l.server.values.hold(value, more); full == nil {
-		l.holds, l.holding = append(l.holds, hold{value, more}), true
+		l.held = hold{value, more}
 	}
 	return full
 }
 
-// letGo ends the holds.
-func (l *link) letGo() {
-	for _, h := range l.holds {
-		l.server.values.release(h.value, h.more)
+// get asks for one key. A value of more than flushAt bytes is held until letGo. See budget.get.
+func (l *link) get(c *cache, t *tally, key []byte) answer {
+	a := l.server.values.get(c, t, key, flushAt)
+	if len(a.data) > flushAt {
+		l.held = hold{a.data, 0}
 	}
-	clear(l.holds)
-	l.holds, l.holding = l.holds[:0], false
+	return a
+}
+
+// letGo ends the hold, if there is one.
+func (l *link) letGo() {
+	if l.held != (hold{}) {
+		l.server.values.release(l.held.value, l.held.more)
+		l.held = hold{}
+	}
 }
 
 // SetWriteDeadline notes what net/http and crypto/tls set: the first clears the deadline after each answer,
@@ -571,6 +578,29 @@ func (b *budget) hold(value string, more int) (full <-chan struct{}) {
 		b.held[id]++
 	}
 	return nil
+}
+
+// get asks the cache for one key. A value of more than most bytes is held until release. If there is no room for
+// it, get lets go of it, waits for room as long as it would for Redis, and asks again.
+func (b *budget) get(c *cache, t *tally, key []byte, most int) answer {
+	keys, answers, late := [1][]byte{key}, [1]answer{}, c.now()+c.timeout
+	for waits := true; waits; {
+		c.get(c.now(), keys[:], answers[:])
+		full := (<-chan struct{})(nil)
+		if len(answers[0].data) > most {
+			full = b.hold(answers[0].data, 0)
+		}
+		if waits = full != nil; waits {
+			answers[0] = answer{err: errCrowded}
+			select {
+			case <-full:
+			case <-time.After(late - c.now()):
+				waits = false
+			}
+		}
+	}
+	t.add(answers[:])
+	return answers[0]
 }
 
 // release ends a hold.
