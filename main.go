@@ -16,13 +16,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"net"
 	"net/url"
 	"os"
 	"os/signal"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -191,9 +191,6 @@ func listen(network, address string) (net.Listener, error) {
 // check asks a running proxy for a sign of life. An error reply, such as that there are too many clients,
 // is one.
 func check(cfg config) error {
-	if ip := net.ParseIP(cfg.listenAddress); ip != nil && ip.IsUnspecified() {
-		cfg.listenAddress = "localhost"
-	}
 	network, address := cfg.address()
 	c, err := net.DialTimeout(network, address, 2*time.Second)
 	if err != nil {
@@ -341,10 +338,7 @@ func (c *config) figures(addr net.Addr, started time.Time, pw *password) []figur
 	info := fmt.Sprintf("info{address=%q,redis=%q,cache_timeout=%q,stale_timeout=%q,absent_timeout=%q,"+
 		"refresh_before=%q,redis_ttl=\"%t\",tls=\"%t\",password=\"%t\"}", addr, c.pool.redis.hosts, c.cache.ttl,
 		c.cache.stale, c.cache.absent, c.cache.refresh, c.pool.keyTTL, c.clients.tls != nil, c.password != "")
-	port := 0
-	if tcp, ok := addr.(*net.TCPAddr); ok {
-		port = tcp.Port
-	}
+	_, port, _ := net.SplitHostPort(addr.String()) // none of a Unix socket
 	var mem runtime.MemStats
 	runtime.ReadMemStats(&mem)
 	obtained := mem.Sys - mem.HeapReleased
@@ -362,7 +356,7 @@ func (c *config) figures(addr net.Addr, started time.Time, pw *password) []figur
 		{"Server", "redis_version", "", "", redisVersion},
 		{"Server", "redis_mode", "", "", "standalone"},
 		{"Server", "redis_proxy_version", "", "", version},
-		{"Server", "tcp_port", "", "", port},
+		{"Server", "tcp_port", "", "", cmp.Or(port, "0")},
 		{"Server", "os", "", "", runtime.GOOS + " " + runtime.GOARCH},
 		{"Server", "gomaxprocs", "go_max_procs", "Cores that may serve.", runtime.GOMAXPROCS(0)},
 		{"Server", "process_id", "", "", os.Getpid()},
@@ -382,27 +376,21 @@ func (c *config) figures(addr net.Addr, started time.Time, pw *password) []figur
 }
 
 // keyFigures reports how keys were answered over all protocols.
-func keyFigures(tallies ...*tally) []figure {
-	var n [len(outcomes)]int64
-	all := int64(0)
-	for o := range outcomes {
+func keyFigures(tallies ...*tally) (fs []figure) {
+	var all, hits int64
+	for o, name := range [len(outcomes)]string{"hits", "misses", "collapsed", "stale", "absent", "absent_hits", "errors"} {
+		n := int64(0)
 		for _, t := range tallies {
-			n[o] += t[o].Load()
+			n += t[o].Load()
 		}
-		all += n[o]
+		all += n
+		if o == hit {
+			hits = n
+		}
+		fs = append(fs, figure{"Cache", "cache_" + name, "", "", n})
 	}
-	return []figure{
-		{"Stats", "total_commands_processed", "", "", all},
-		{"Stats", "keyspace_hits", "", "", n[hit]},
-		{"Stats", "keyspace_misses", "", "", all - n[hit]},
-		{"Cache", "cache_hits", "", "", n[hit]},
-		{"Cache", "cache_misses", "", "", n[miss]},
-		{"Cache", "cache_collapsed", "", "", n[collapsed]},
-		{"Cache", "cache_stale", "", "", n[stale]},
-		{"Cache", "cache_absent", "", "", n[absent]},
-		{"Cache", "cache_absent_hits", "", "", n[absentHit]},
-		{"Cache", "cache_errors", "", "", n[failed]},
-	}
+	return append(fs, figure{"Stats", "total_commands_processed", "", "", all},
+		figure{"Stats", "keyspace_hits", "", "", hits}, figure{"Stats", "keyspace_misses", "", "", all - hits})
 }
 
 // A config holds the flags' values. The zero value is not useful: parseConfig makes one.
@@ -530,25 +518,21 @@ func (o option) assign(where, val string) (err error) {
 		return nil
 	}
 	must := strings.ReplaceAll(o.must, "\n", " ")
-	if service, ok := strings.CutSuffix(where, "_PORT"); ok && strings.HasPrefix(val, "tcp://") {
-		service = strings.ToLower(strings.ReplaceAll(service, "_", "-"))
-		must += " (a Kubernetes Service named " + service + " sets it)"
-	}
 	if o.name != "redis-url" {
 		where += " " + strconv.Quote(val)
 	}
 	return fmt.Errorf("%s: must be %s", where, must)
 }
 
-// parseConfig reads defaults, then the environment, then the arguments. The error is flag.ErrHelp where help
-// was asked for.
+// parseConfig reads the arguments, then the environment, then the defaults, each for what is not given before.
+// The error is flag.ErrHelp where help was asked for.
 func parseConfig(args, environ []string) (config, error) {
 	cfg := config{clients: serverSettings{writeTimeout: 30 * time.Second, grown: func(int) {}}}
-	badVariable := cfg.readEnvironment(environ, args)
 	var bad error
 	fs := flag.NewFlagSet("redis_proxy", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	for _, o := range cfg.options() {
+		o.assign("", o.def)
 		define := fs.Func
 		if o.rule.must == truth.must {
 			define = fs.BoolFunc
@@ -570,47 +554,44 @@ func parseConfig(args, environ []string) (config, error) {
 		return cfg, errors.New("unexpected argument: only flags are allowed (--help lists them)")
 	case fs.NArg() > 0:
 		return cfg, fmt.Errorf("unexpected argument %q: only flags are allowed (--help lists them)", fs.Arg(0))
-	case badVariable != nil && !cfg.version:
-		return cfg, badVariable
+	case cfg.version:
+		return cfg, nil
 	}
+	given := make(map[string]bool) // by a flag, or a variable
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	err := cfg.readEnvironment(environ, given)
 	if cfg.pool.redis.hosts == "" {
 		cfg.pool.redis.hosts = net.JoinHostPort(cfg.redisHost, strconv.Itoa(cfg.redisPort))
 	}
 	cfg.cache.timeout = cfg.pool.timeout
 	cfg.cache.absent = min(cfg.cache.absent, cfg.cache.ttl)
-	return cfg, nil
+	return cfg, err
 }
 
-// readEnvironment sets all options, to their defaults where a variable is unset or empty. It returns the error
-// of the first bad one.
-func (c *config) readEnvironment(environ, args []string) (bad error) {
-	options := make(map[string]option)
-	for _, o := range c.options() {
-		o.assign("", o.def)
-		options[o.variable()] = o
-	}
-	for name, ours := range platform {
-		if !slices.ContainsFunc(slices.Concat(environ, args), ours.MatchString) {
-			options[name] = options["RP_"+name]
-		}
-	}
+// readEnvironment sets the options that are not given yet from variables that are not empty: ours, else PORT and
+// REDIS_URL, which platforms set. It returns the first error.
+func (c *config) readEnvironment(environ []string, given map[string]bool) (bad error) {
+	vars := make(map[string]string)
 	for _, kv := range environ {
 		name, val, _ := strings.Cut(kv, "=")
-		o, known := options[name]
-		switch {
-		case !known && strings.HasPrefix(name, "RP_"):
-			c.unread = append(c.unread, name)
-		case known && val != "" && bad == nil:
-			bad = o.assign(name, val)
+		vars[name] = val
+	}
+	for _, o := range c.options() {
+		names := []string{o.variable()}
+		if o.name == "port" || o.name == "redis-url" && !given["redis-host"] && !given["redis-port"] {
+			names = append(names, strings.TrimPrefix(names[0], "RP_"))
+		}
+		for _, name := range names {
+			if vars[name] != "" && !given[o.name] {
+				given[o.name], bad = true, cmp.Or(bad, o.assign(name, vars[name]))
+			}
+			delete(vars, name)
 		}
 	}
+	c.unread = slices.DeleteFunc(slices.Sorted(maps.Keys(vars)), func(name string) bool {
+		return !strings.HasPrefix(name, "RP_")
+	})
 	return bad
-}
-
-// platform has the variables of platforms, and which of ours, or flags, take their place.
-var platform = map[string]*regexp.Regexp{
-	"PORT":      regexp.MustCompile(`^RP_PORT=.`),
-	"REDIS_URL": regexp.MustCompile(`^(RP_REDIS_(HOST|PORT|URL)=.|--?redis-(host|port|url)(=|$))`),
 }
 
 // groups are the titles in the help, by the first option below each.

@@ -165,6 +165,16 @@ func TestConfigReads(t *testing.T) {
 		{"--redis-url redis://u:7 --redis-host h --redis-port 1", "", "redis:u:7"},
 		{"--redis-host h", "RP_REDIS_URL=redis://u", "redis:u:6379"},
 		{"--redis-url=", "RP_REDIS_URL=redis://u", "redis:127.0.0.1:6379"},
+		{"", "PORT=1 REDIS_URL=redis://u", "port:1"},
+		{"", "PORT=1 REDIS_URL=redis://u", "redis:u:6379"},
+		{"", "PORT=1 RP_PORT=2", "port:2"},
+		{"", "PORT=1 RP_PORT=", "port:1"},
+		{"--port 3", "PORT=1", "port:3"},
+		{"--port 3", "RP_PORT=x", "port:3"},
+		{"--redis-host h", "REDIS_URL=redis://u", "redis:h:6379"},
+		{"--redis-url=", "REDIS_URL=redis://u", "redis:127.0.0.1:6379"},
+		{"", "RP_REDIS_PORT=7 REDIS_URL=redis://u", "redis:127.0.0.1:7"},
+		{"", "RP_REDIS_URL=redis://h REDIS_URL=redis://u", "redis:h:6379"},
 	} {
 		cfg, err := parseConfig(strings.Fields(tt.args), strings.Fields(tt.env))
 		if err != nil || !strings.Contains(" "+show(cfg), " "+tt.want+" ") {
@@ -199,6 +209,7 @@ func TestConfigRefuses(t *testing.T) {
 		{"--port", "65536", "from 0 to 65535"},
 		{"--port", "-1", "from 0 to 65535"},
 		{"RP_PORT", "8080x", "from 0 to 65535"},
+		{"PORT", "8080x", "from 0 to 65535"},
 		{"--redis-port", "0", "from 1 to 65535"},
 		{"--client-limit", "0", "from 1 to"},
 		{"--cache-size", "0", "from 1 to"},
@@ -236,7 +247,7 @@ func TestConfigRefuses(t *testing.T) {
 		{"--cache-bytes", "1ɐ", "64KB"}, // longer in upper case
 	} {
 		args, env := []string{tt.where + "=" + tt.val}, []string(nil)
-		if strings.HasPrefix(tt.where, "RP_") {
+		if !strings.HasPrefix(tt.where, "--") {
 			args, env = env, args
 		}
 		got := refusal(t, args, env)
@@ -355,7 +366,7 @@ func TestConfigRefusesRedisURLWithoutTellingIt(t *testing.T) {
 func TestConfigNamesUnreadVariables(t *testing.T) {
 	cfg, err := parseConfig(nil, []string{"RP_PORT=1", "RP_CACHESIZE=2", "HOME=/", "XRP_A=1", "RPA=1", "RP_=",
 		"RP_VERSION"})
-	compare(t, "unread", fmt.Sprint(cfg.unread, err), "[RP_CACHESIZE RP_ RP_VERSION] <nil>")
+	compare(t, "unread", fmt.Sprint(cfg.unread, err), "[RP_ RP_CACHESIZE RP_VERSION] <nil>")
 }
 
 func TestHelpListsEveryFlag(t *testing.T) {
