@@ -23,6 +23,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -208,16 +209,13 @@ func check(cfg config) error {
 	return err
 }
 
-// tuneCores has half of the cores serve, and returns which do and why: the others are for the clients, and
-// threads that wait for work cost more than they bring. Where the process has a CPU limit of its own, or
-// GOMAXPROCS is set, Go follows that.
+// tuneCores makes half of the cores serve, and returns which do and why: the others are for the clients, and
+// threads that wait for work cost more than they bring. Where GOMAXPROCS or a CPU limit allows fewer than all, Go
+// follows that.
 func tuneCores() string {
 	all := runtime.GOMAXPROCS(0)
-	switch {
-	case os.Getenv("GOMAXPROCS") != "":
-		return fmt.Sprint(all, " as GOMAXPROCS says")
-	case cgroupLimit("cpu", "cpu.max", "cpu.cfs_quota_us") < math.MaxInt64:
-		return fmt.Sprint(all, " as the CPU limit says")
+	if os.Getenv("GOMAXPROCS") != "" || all < runtime.NumCPU() {
+		return fmt.Sprint(all, " as GOMAXPROCS or the CPU limit says")
 	}
 	runtime.GOMAXPROCS(max(1, all/2))
 	return fmt.Sprintf("%d of %d", runtime.GOMAXPROCS(0), all)
@@ -228,7 +226,7 @@ func tuneCores() string {
 // than that, the cache is made smaller.
 func fitMemory(cfg *config, log *slog.Logger) {
 	const others = 32 << 20 // what is not the cache's
-	allowed := cgroupLimit("memory", "memory.max", "memory.limit_in_bytes") / 10 * 9
+	allowed := memoryLimit() / 10 * 9
 	if fits := max(allowed-others, others/2) / 2; fits < cfg.cache.maxBytes {
 		log.Warn("fewer bytes in the cache, as the container has not enough memory", "cache_bytes", fits,
 			"wanted", cfg.cache.maxBytes, "memory", allowed/9*10)
@@ -244,27 +242,22 @@ func fitMemory(cfg *config, log *slog.Logger) {
 	cfg.clients.grown(0)
 }
 
-// cgroupLimit returns the least number that a file begins with in the control groups of the process, from its
-// own up to the root: in version 2 (cgroups(7)), or of a controller in version 1. None is math.MaxInt64.
-func cgroupLimit(controller, v2, v1 string) int64 {
+// memoryGroup matches the lines of /proc/self/cgroup that name a group with a memory limit: those of version 2, or of
+// the memory controller in version 1 (cgroups(7)).
+var memoryGroup = regexp.MustCompile(`(?m)^\d+:(memory)?:(/.*)$`)
+
+// memoryLimit returns the least limit of the process' control groups, from its own up to the root. None is
+// math.MaxInt64.
+func memoryLimit() int64 {
 	least := int64(math.MaxInt64)
 	groups, _ := os.ReadFile("/proc/self/cgroup")
-	for line := range strings.Lines(string(groups)) {
-		fields := strings.SplitN(strings.TrimSpace(line), ":", 3) // an id, controllers, the path
-		file := v2
-		if slices.Contains(strings.Split(fields[1], ","), controller) {
-			file = v1
-		} else if fields[1] != "" {
-			continue
-		}
-		for group := fields[2]; ; group = filepath.Dir(group) {
-			b, _ := os.ReadFile(filepath.Join("/sys/fs/cgroup", fields[1], group, file))
-			word, _, _ := strings.Cut(strings.TrimSpace(string(b)), " ")
-			if n, err := strconv.ParseInt(word, 10, 64); err == nil && n > 0 {
-				least = min(least, n)
-			}
-			if group == "/" || group == "." {
-				break
+	for _, g := range memoryGroup.FindAllStringSubmatch(string(groups), -1) {
+		for path, below := g[2], ""; path != below; path, below = filepath.Dir(path), path {
+			for _, file := range []string{"memory.max", "memory.limit_in_bytes"} {
+				b, _ := os.ReadFile(filepath.Join("/sys/fs/cgroup", g[1], path, file))
+				if n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64); err == nil {
+					least = min(least, n)
+				}
 			}
 		}
 	}
@@ -273,14 +266,10 @@ func cgroupLimit(controller, v2, v1 string) int64 {
 
 // fitDescriptors allows fewer clients where the process may not open enough files, as each client is one.
 func fitDescriptors(cfg *config, log *slog.Logger) {
-	const others = 32 + maxRefusing + maxAdmin // listeners, logs, clients of the admin listener
 	var limit syscall.Rlimit
 	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
-	upstream := cfg.pool.limit // to each node
-	if cfg.pool.redis.master != "" || strings.Contains(cfg.pool.redis.hosts, ",") {
-		upstream *= 8
-	}
-	possible := max(int(min(limit.Cur, math.MaxInt32))-upstream-others, 1)
+	others := 32 + maxRefusing + maxAdmin + 8*cfg.pool.limit // for listeners and logs too; a cluster has several nodes
+	possible := max(int(min(limit.Cur, math.MaxInt32))-others, 1)
 	if possible < cfg.clients.maxClients {
 		log.Warn("fewer clients, as the process may not open enough files",
 			"max_clients", possible, "wanted", cfg.clients.maxClients, "files", limit.Cur)
@@ -377,18 +366,16 @@ func (c *config) figures(addr net.Addr, started time.Time, pw *password) []figur
 
 // keyFigures reports how keys were answered over all protocols.
 func keyFigures(tallies ...*tally) (fs []figure) {
-	var all, hits int64
-	for o, name := range [len(outcomes)]string{"hits", "misses", "collapsed", "stale", "absent", "absent_hits", "errors"} {
+	all := int64(0)
+	for o, name := range [...]string{"hits", "misses", "collapsed", "stale", "absent", "absent_hits", "errors"} {
 		n := int64(0)
 		for _, t := range tallies {
 			n += t[o].Load()
 		}
 		all += n
-		if o == hit {
-			hits = n
-		}
 		fs = append(fs, figure{"Cache", "cache_" + name, "", "", n})
 	}
+	hits := fs[hit].value.(int64)
 	return append(fs, figure{"Stats", "total_commands_processed", "", "", all},
 		figure{"Stats", "keyspace_hits", "", "", hits}, figure{"Stats", "keyspace_misses", "", "", all - hits})
 }
@@ -646,51 +633,55 @@ func parseSize(s string) (int64, error) {
 const redisURLForms = "redis://[[user]:pass@]host[:port][,host[:port]...][/db],\nredis-sentinel://.../master[/db], " +
 	"rediss for TLS,\nor unix:///path[?db=n]"
 
+// redisURL splits a URL where package url does not take all that we do: into unix, or TLS and sentinels; login; hosts;
+// the rest.
+var redisURL = regexp.MustCompile(`(?i)^(?:(unix)|(?:redis|valkey)(s?)([-+]sentinel)?)://([^/?#]*@)?([^/?#]*)(.*)$`)
+
 // parseRedisURL reads the URL of a Redis, of nodes of a cluster, or of sentinels. An empty one is the zero
 // address.
 func parseRedisURL(s string) (a redisAddress, err error) {
-	if s == "" {
+	m := redisURL.FindStringSubmatch(s)
+	switch {
+	case s == "":
 		return a, nil
+	case m == nil:
+		return a, errors.New("malformed")
 	}
-	scheme, rest, _ := strings.Cut(s, "://")
-	end := strings.IndexAny(rest+"/", "/?#")
-	login := strings.LastIndexByte(rest[:end], '@') + 1
-	u, err := url.Parse(scheme + "://" + rest[:login] + "hosts" + rest[end:]) // it does not take every list of them
+	u, err := url.Parse("redis://" + m[4] + "hosts" + m[6])
 	if err != nil {
 		return a, err
 	}
-	query, errQuery := url.ParseQuery(u.RawQuery)
+	query, err := url.ParseQuery(u.RawQuery)
 	take := func(name string) string {
 		defer query.Del(name)
 		return query.Get(name)
 	}
-	base, sentinels := strings.CutSuffix(strings.ReplaceAll(u.Scheme, "+", "-"), "-sentinel")
-	port, db := "6379", strings.TrimPrefix(u.Path, "/")
+	a.user, a.tls, a.master = u.User.Username(), m[2] != "", u.Fragment
+	a.password, _ = u.User.Password()
+	port, db, sentinels := "6379", strings.TrimPrefix(u.Path, "/"), m[3] != ""
 	if sentinels {
-		if port, a.master = "26379", u.Fragment; a.master == "" {
-			a.master, db, _ = strings.Cut(db, "/")
-		}
+		port = "26379"
 		a.sentinelUser, a.sentinelPassword = take("sentinel_username"), take("sentinel_password")
 	}
-	known := slices.Contains([]string{"redis", "rediss", "valkey", "valkeys"}, base)
-	if base == "unix" {
-		a.hosts, db, known = u.Path, take("db"), rest[login:end] == "" && len(u.Path) > 1
-	} else {
-		a.hosts, err = parseRedisHosts(rest[login:end], port)
+	if sentinels && a.master == "" {
+		a.master, db, _ = strings.Cut(db, "/")
 	}
-	a.tls, a.user = base == "rediss" || base == "valkeys", u.User.Username()
-	a.password, _ = u.User.Password()
+	unix := m[1] != ""
+	if a.hosts = parseRedisHosts(m[5], port); unix {
+		a.hosts, db = u.Path, take("db")
+	}
 	a.db, _ = strconv.Atoi(db)
-	if !known || errQuery != nil || len(query) > 0 || db != "" && !between(0, 1<<30).ok(db) ||
-		sentinels == (a.master == "") || !sentinels && u.Fragment != "" ||
-		u.User != nil && a.password == "" || a.sentinelUser != "" && a.sentinelPassword == "" {
+	if err != nil || len(a.hosts) < 2 || unix && m[5] != "" || len(query) > 0 ||
+		db != "" && !between(0, 1<<30).ok(db) || sentinels == (a.master == "") || u.User != nil && a.password == "" ||
+		a.sentinelUser != "" && a.sentinelPassword == "" {
 		err = errors.New("malformed")
 	}
 	return a, err
 }
 
-// parseRedisHosts reads host[:port],... with brackets around IPv6 addresses, and gives each a port.
-func parseRedisHosts(s, port string) (string, error) {
+// parseRedisHosts reads host[:port],... with brackets around IPv6 addresses, and gives each a port. It returns
+// nothing if one is malformed.
+func parseRedisHosts(s, port string) string {
 	hosts := strings.Split(s, ",")
 	for i, host := range hosts {
 		if _, _, err := net.SplitHostPort(host); err != nil {
@@ -698,8 +689,8 @@ func parseRedisHosts(s, port string) (string, error) {
 		}
 		name, port, err := net.SplitHostPort(hosts[i])
 		if err != nil || !isHost(name) || !between(1, 65535).ok(port) {
-			return "", errors.New("malformed host or port")
+			return ""
 		}
 	}
-	return strings.Join(hosts, ","), nil
+	return strings.Join(hosts, ",")
 }

@@ -293,6 +293,8 @@ func TestConfigRedisURL(t *testing.T) {
 		{"redis://h:1,h:2,h", redisAddress{hosts: "h:1,h:2,h:6379"}},
 		{"redis://u:p,@[::1]:1,10.0.0.1,[::2]/0",
 			redisAddress{hosts: "[::1]:1,10.0.0.1:6379,[::2]:6379", user: "u", password: "p,"}},
+		{"unix:///run/redis.sock", redisAddress{hosts: "/run/redis.sock"}},
+		{"unix://u:p@/run/redis.sock?db=2", redisAddress{hosts: "/run/redis.sock", user: "u", password: "p", db: 2}},
 		{"redis-sentinel://h,h:1/name", redisAddress{hosts: "h:26379,h:1", master: "name"}},
 		{"redis+sentinel://:p@h/na%20me/3", redisAddress{hosts: "h:26379", master: "na me", db: 3, password: "p"}},
 		{"rediss-sentinel://h#name", redisAddress{hosts: "h:26379", master: "name", tls: true}},
@@ -343,6 +345,10 @@ func TestConfigRefusesRedisURLWithoutTellingIt(t *testing.T) {
 		"sentinels of another scheme":           "http-sentinel://:s3cret@h/name",
 		"sentinels' user without password":      "redis-sentinel://:s3cret@h/name?sentinel_username=u",
 		"sentinels' password without sentinels": "redis://h?sentinel_password=s3cret",
+		"Unix socket with a host":               "unix://:s3cret@h",
+		"Unix socket with a host and a path":    "unix://:s3cret@h/0",
+		"Unix socket without a path":            "unix://:s3cret@?db=1",
+		"Unix socket with TLS":                  "unixs://:s3cret@/path",
 	} {
 		for where, got := range map[string]string{
 			"--redis-url":  refusal(t, []string{"--redis-url", in}, nil),
