@@ -6,7 +6,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/tls"
@@ -127,10 +126,9 @@ func (c *config) loadCertificates(log *slog.Logger) error {
 // startLog returns a logger that does not wait for out, which may block or fail: lines that do not go out in
 // time are dropped and counted. flush waits a moment for the last ones; what is logged later is lost.
 func startLog(out io.Writer, cfg config) (log *slog.Logger, flush func()) {
-	w, done := &logWriter{lines: make(chan []byte, 256)}, make(chan struct{})
-	go func() { // ends with flush, or with the process where out blocks
-		defer close(done)
-		for line := <-w.lines; line != nil; line = <-w.lines {
+	w := &logWriter{lines: make(chan []byte, 256)}
+	go func() { // ends with the process
+		for line := range w.lines {
 			if n := w.dropped.Swap(0); n > 0 {
 				newLogger(out, cfg).Warn("log lines were dropped", "count", n)
 			}
@@ -138,23 +136,22 @@ func startLog(out io.Writer, cfg config) (log *slog.Logger, flush func()) {
 		}
 	}()
 	return newLogger(w, cfg), func() {
-		go func() { w.lines <- nil }() // ends with the process at the latest
-		select {
-		case <-done:
-		case <-time.After(time.Second):
+		w.Write(nil) // is taken when all before it is written
+		for began := time.Now(); len(w.lines) > 0 && time.Since(began) < time.Second; {
+			time.Sleep(time.Millisecond)
 		}
 	}
 }
 
 // A logWriter passes lines on without waiting.
 type logWriter struct {
-	lines   chan []byte // nil is the end
+	lines   chan []byte
 	dropped atomic.Int64
 }
 
 func (w *logWriter) Write(line []byte) (int, error) {
 	select {
-	case w.lines <- bytes.Clone(line):
+	case w.lines <- slices.Clone(line):
 	default:
 		w.dropped.Add(1)
 	}
@@ -237,7 +234,7 @@ func fitMemory(cfg *config, log *slog.Logger) {
 	}
 	debug.SetGCPercent(400)
 	cfg.clients.grown = func(clients int) {
-		debug.SetMemoryLimit(min(allowed, 2*min(cfg.cache.maxBytes, 1<<60)+others+int64(clients)<<15))
+		debug.SetMemoryLimit(min(allowed, 2*cfg.cache.maxBytes+others+int64(clients)<<15))
 	}
 	cfg.clients.grown(0)
 }
@@ -285,13 +282,12 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	p = newPool(cfg.pool, c, log)
 	defer p.close()
 	pw := newPassword(cfg.password)
-	room := int(max(16<<20, min(cfg.cache.maxBytes, 1<<60)/4))
+	room := int(max(16<<20, cfg.cache.maxBytes/4))
 	cfg.clients.requests, cfg.clients.values = newBudget(room), newBudget(room)
-	var figures func() []figure
 	web := newWeb(cfg.clients.idleTimeout, c, pw, cfg.clients.values, log)
-	resp := &resp{cache: c, password: pw, db: cfg.pool.redis.db, figures: func() []figure { return figures() }}
+	resp := &resp{cache: c, password: pw, db: cfg.pool.redis.db}
 	s := newServer(l, cfg.clients, log, [...]frontEnd{protoHTTP: web, protoRESP: resp})
-	figures = func() []figure {
+	resp.figures = func() []figure {
 		return slices.Concat(cfg.figures(l.Addr(), c.started, pw), keyFigures(&web.tally, &resp.tally), s.figures(),
 			c.figures(), p.figures(), web.tally.figures("http"), resp.tally.figures("resp"))
 	}
@@ -302,7 +298,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 		"cores", cfg.cores)
 	if admin != nil {
 		log.Info("serving metrics, health and profiles", "address", admin.Addr().String())
-		a := newAdmin(figures, p.ready, c.forget, log)
+		a := newAdmin(resp.figures, p.ready, c.forget, log)
 		go a.Serve(admin) // ends with its Close
 		defer a.Close()
 	}
@@ -330,12 +326,10 @@ func (c *config) figures(addr net.Addr, started time.Time, pw *password) []figur
 	_, port, _ := net.SplitHostPort(addr.String()) // none of a Unix socket
 	var mem runtime.MemStats
 	runtime.ReadMemStats(&mem)
-	obtained := mem.Sys - mem.HeapReleased
-	resident := obtained // where there is no /proc
-	if statm, err := os.ReadFile("/proc/self/statm"); err == nil {
-		fmt.Sscan(string(statm), new(uint64), &resident)
-		resident *= uint64(os.Getpagesize())
-	}
+	obtained, pageSize := mem.Sys-mem.HeapReleased, uint64(os.Getpagesize())
+	pages := obtained / pageSize // that are resident, where there is no /proc
+	statm, _ := os.ReadFile("/proc/self/statm")
+	fmt.Sscan(string(statm), new(uint64), &pages)
 	var usage syscall.Rusage
 	syscall.Getrusage(syscall.RUSAGE_SELF, &usage)
 	cpu := time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
@@ -354,7 +348,7 @@ func (c *config) figures(addr net.Addr, started time.Time, pw *password) []figur
 		{"", "", "process_cpu_seconds_total", "CPU time used, by user and system.", cpu.Seconds()},
 		{"Memory", "used_memory", "go_heap_bytes", "Memory of objects.", mem.HeapAlloc},
 		{"Memory", "used_memory_rss", "go_memory_bytes", "Memory obtained from the system.", obtained},
-		{"", "", "process_resident_memory_bytes", "Resident memory.", resident},
+		{"", "", "process_resident_memory_bytes", "Resident memory.", pages * pageSize},
 		{"Persistence", "loading", "", "", 0},
 		{"Stats", "acl_access_denied_auth", "passwords_denied_total", "Wrong passwords of clients.", pw.denied.Load()},
 		{"Replication", "role", "", "", "master"},
@@ -624,7 +618,7 @@ func parseSize(s string) (int64, error) {
 	units := map[string]int{"": 0, "B": 0, "K": 10, "KB": 10, "M": 20, "MB": 20, "G": 30, "GB": 30}
 	shift, ok := units[strings.ToUpper(s[len(digits):])]
 	n, err := strconv.ParseInt(digits, 10, 64)
-	if !ok || n <= 0 || n > math.MaxInt64>>shift {
+	if !ok || n <= 0 || n > 1<<60>>shift {
 		err = strconv.ErrRange
 	}
 	return n << shift, err
