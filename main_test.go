@@ -637,6 +637,8 @@ func TestLinkWrites(t *testing.T) {
 				compare(t, "what was sent meanwhile", string(got), strings.Repeat("pipeline", 10000))
 				compare(t, "reading it", err, nil)
 				c.link.letGo()
+				_, err = c.Write([]byte("last words"))
+				compare(t, "writing again", errors.Is(err, io.ErrClosedPipe), true)
 				compare(t, "bytes held at the end", settings.requests.used+c.link.server.values.used, 0)
 				c.link.server.values.freed = nil
 			})
@@ -663,9 +665,10 @@ func TestLinkSeesWhatIsTaken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := newConn(nc, serverSettings{writeTimeout: 100 * time.Millisecond, requests: newBudget(1), values: newBudget(1)})
 	defer nc.Close()
-	written, _ := c.Write(make([]byte, 64<<20))
+	c := newConn(nc, serverSettings{})
+	nc.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	written, _ := nc.Write(make([]byte, 64<<20))
 	left := c.link.untaken()
 	if left <= 0 || left > written {
 		t.Fatalf("%d bytes are not taken of %d that were written; want some of them", left, written)

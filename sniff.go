@@ -46,6 +46,8 @@ const (
 	drainTime = 100 * time.Millisecond
 	// stallTime is after how long a client counts as one that takes nothing of its replies for now.
 	stallTime = 250 * time.Millisecond
+	// acceptPause comes after an error of Accept.
+	acceptPause = 100 * time.Millisecond
 	// flushAt is how many bytes of answers are gathered before they are written.
 	flushAt = 16 << 10
 )
@@ -104,18 +106,16 @@ func newServer(l net.Listener, s serverSettings, log *slog.Logger, frontEnds [le
 
 // run accepts until stop.
 func (s *server) run() {
-	for pause := time.Duration(0); ; {
+	for {
 		nc, err := s.listener.Accept()
 		switch {
+		case err == nil:
+			s.add(&link{Conn: nc, server: s, idle: s.idleTimeout})
 		case errors.Is(err, net.ErrClosed):
 			return
-		case err != nil: // out of descriptors, most likely: other connections may end
-			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-			s.log.Warn("accepting a connection", "error", err, "pause", pause)
-			time.Sleep(pause)
-		default:
-			pause = 0
-			s.add(&link{Conn: nc, server: s, idle: s.idleTimeout})
+		default: // out of descriptors, most likely: other connections may end
+			s.log.Warn("accepting a connection", "error", err, "pause", acceptPause.String())
+			time.Sleep(acceptPause)
 		}
 	}
 }
@@ -186,15 +186,11 @@ func (s *server) handle(l *link) {
 // protocol finds out what a connection speaks, and takes off TLS.
 func (s *server) protocol(c *conn) (protocol, error) {
 	proto, err := c.detect()
-	if err != nil {
-		return 0, err
+	if err == nil && (c.unread[0] == 0x16) != (s.tls != nil) { // a handshake (RFC 8446 §5.1)
+		err = errors.New("TLS without a certificate here, or no TLS with one")
 	}
-	secure := c.unread[0] == 0x16 // a handshake (RFC 8446 §5.1)
-	if secure != (s.tls != nil) {
-		return 0, errors.New("TLS without a certificate here, or no TLS with one")
-	}
-	if !secure {
-		return proto, nil
+	if err != nil || s.tls == nil {
+		return proto, err
 	}
 	outer := *c
 	inner := tls.Server(&outer, s.tls)
@@ -259,12 +255,12 @@ func (c *conn) Read(p []byte) (int, error) {
 
 // detect reads until the protocol is known. Read returns that again.
 func (c *conn) detect() (protocol, error) {
-	buf := make([]byte, 0, 512)
 	for {
-		n, err := c.Conn.Read(buf[len(buf):cap(buf)])
-		buf = buf[:len(buf)+n]
-		c.unread = buf
-		proto, ok := protocolOf(buf)
+		begun := len(c.unread)
+		c.unread = slices.Grow(c.unread, 512)
+		n, err := c.Conn.Read(c.unread[begun:cap(c.unread)])
+		c.unread = c.unread[:begun+n]
+		proto, ok := protocolOf(c.unread)
 		switch {
 		case ok:
 			if proto == protoHTTP {
@@ -274,10 +270,8 @@ func (c *conn) detect() (protocol, error) {
 			return proto, nil
 		case err != nil:
 			return 0, err
-		case len(buf) == n:
+		case begun == 0:
 			c.link.hurry(firstLineTimeout)
-		case len(buf) == cap(buf):
-			buf = slices.Grow(buf, 3*cap(buf))
 		}
 	}
 }
@@ -286,20 +280,17 @@ func (c *conn) detect() (protocol, error) {
 // lines come before the first line in both protocols (RFC 9112 §2.2), and say nothing.
 func protocolOf(begin []byte) (proto protocol, ok bool) {
 	first := afterEmptyLines(begin[:min(len(begin), maxFirstLine)])
-	if len(first) > 0 && (first[0] == '*' || first[0] == 0x16) || len(begin)-len(first) > maxEmptyLines {
-		return protoRESP, true
-	}
 	line, _, whole := bytes.Cut(first, []byte("\n"))
-	if !whole {
-		return protoRESP, len(begin) > maxFirstLine
-	}
 	line = bytes.TrimSuffix(line, []byte("\r"))
-	n := max(0, len(line)-1)
-	http1 := bytes.HasSuffix(line[:n], []byte(" HTTP/1.")) && '0' <= line[n] && line[n] <= '9'
-	if http1 || string(line) == "PRI * HTTP/2.0" {
+	minor := max(0, len(line)-1)
+	switch {
+	case len(first) > 0 && (first[0] == '*' || first[0] == 0x16) || len(begin)-len(first) > maxEmptyLines:
+		return protoRESP, true
+	case whole && string(line) == "PRI * HTTP/2.0",
+		whole && bytes.HasSuffix(line[:minor], []byte(" HTTP/1.")) && '0' <= line[minor] && line[minor] <= '9':
 		return protoHTTP, true
 	}
-	return protoRESP, true
+	return protoRESP, whole || len(begin) > maxFirstLine
 }
 
 // afterEmptyLines returns b without the empty lines that it begins with.
@@ -339,7 +330,6 @@ type link struct {
 	readBy   time.Time     // the read deadline that is set for that
 	hurried  bool          // the read deadline is that of hurry
 	writeBy  time.Time     // the write deadline that is set
-	closing  bool          // crypto/tls has set the write deadline, for its last words
 	readsOn  bool          // no goroutine reads while one writes: Write may read on
 	ahead    [][]byte      // what it has read; its capacity counts against the budget of requests
 	holds    []hold        // of values on their way to the client
@@ -355,32 +345,29 @@ func (l *link) release() {
 	l.Conn.SetReadDeadline(time.Time{})
 }
 
-// SetReadDeadline sets the read deadline, but never later than the server's stop asks for.
+// SetReadDeadline sets the read deadline, or that of the server's stop once that has begun. A refused connection
+// keeps its deadline.
 func (l *link) SetReadDeadline(t time.Time) error {
+	if l.refused {
+		return nil
+	}
 	err := l.Conn.SetReadDeadline(t)
 	// After, as stop may have set its own in between.
-	if drain := l.server.draining.Load(); drain != nil && !l.released && (t.IsZero() || drain.Before(t)) {
+	if drain := l.server.draining.Load(); drain != nil && !l.released {
 		err = l.Conn.SetReadDeadline(*drain)
 	}
 	return err
 }
 
-// readFor sets the read deadline, 0 for none. A refused connection keeps its deadline.
-func (l *link) readFor(d time.Duration) {
+// hurry gives the client a time to complete what it has begun to send; 0 ends that.
+func (l *link) hurry(d time.Duration) {
 	var until time.Time
 	if d > 0 {
 		until = time.Now().Add(d)
 	}
-	if !l.refused {
-		l.SetReadDeadline(until)
-	}
-}
-
-// hurry gives the client a time to complete what it has begun to send; 0 ends that.
-func (l *link) hurry(d time.Duration) {
 	if d > 0 || l.hurried {
-		l.hurried, l.readBy = d > 0, time.Time{}
-		l.readFor(d)
+		l.hurried, l.readBy = d > 0, until
+		l.SetReadDeadline(until)
 	}
 }
 
@@ -400,7 +387,7 @@ func (l *link) Read(p []byte) (int, error) {
 	if l.idle > 0 && !l.hurried {
 		if now := time.Now(); l.readBy.Sub(now) < l.idle {
 			l.readBy = now.Add(l.idle + l.idle/4)
-			l.readFor(l.idle + l.idle/4)
+			l.SetReadDeadline(l.readBy)
 		}
 	}
 	return l.Conn.Read(p)
@@ -409,23 +396,21 @@ func (l *link) Read(p []byte) (int, error) {
 // Write fails when the client takes no byte for the write time-out, or stallTime longer. It reads on
 // meanwhile: the client may be one that sends all its requests before it takes the first reply.
 func (l *link) Write(p []byte) (written int, err error) {
-	slice := min(l.server.writeTimeout/8, stallTime)
 	taken, most := time.Now(), math.MinInt
 	for now := taken; ; now = time.Now() {
-		if !l.closing && l.writeBy.Sub(now) < slice/2 {
-			l.writeBy = now.Add(slice)
-			if err := l.Conn.SetWriteDeadline(l.writeBy); err != nil {
-				return written, err
-			}
+		if l.writeBy.Sub(now) < stallTime/2 {
+			l.writeBy = now.Add(stallTime)
+			l.Conn.SetWriteDeadline(l.writeBy)
 		}
 		n, err := l.Conn.Write(p[written:])
 		written += n
-		if l.closing || !errors.Is(err, os.ErrDeadlineExceeded) {
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return written, err
 		}
 		if n := written - l.untaken(); n > most {
 			most, taken = n, time.Now()
 		} else if time.Since(taken) >= l.patience() {
+			l.Conn.Close() // or crypto/tls would wait as long with its last words
 			return written, err
 		}
 		for began := time.Now(); l.readsOn && l.readOn() && time.Since(began) < stallTime; {
@@ -494,12 +479,8 @@ func (l *link) letGo() {
 	l.holds, l.holding = l.holds[:0], false
 }
 
-// SetWriteDeadline notes what net/http and crypto/tls set: the first clears the deadline after each answer,
-// the second sets one for its last words.
-func (l *link) SetWriteDeadline(t time.Time) error {
-	l.writeBy, l.closing = t, !t.IsZero()
-	return l.Conn.SetWriteDeadline(t)
-}
+// SetWriteDeadline leaves the write deadline to Write.
+func (l *link) SetWriteDeadline(time.Time) error { return nil }
 
 func (l *link) Close() error {
 	s := l.server
