@@ -10,6 +10,7 @@ import (
 	"cmp"
 	"container/list"
 	"context"
+	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
@@ -558,6 +559,41 @@ func TestDetectDeadlines(t *testing.T) {
 				time.Sleep(2 * time.Hour) // write has ended by then
 			})
 		})
+	}
+}
+
+// A client that agreed on HTTP/2 in the handshake and speaks something else is closed.
+func TestProtocolIsThatAgreedOn(t *testing.T) {
+	cert, err := tls.LoadX509KeyPair(makeCertificate(t, t.TempDir(), "localhost"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	settings := serverSettings{writeTimeout: time.Second,
+		tls: &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"h2", "http/1.1"}}}
+	s := newServer(nil, settings, slog.New(slog.DiscardHandler), [...]frontEnd{echo{}, echo{}})
+	for _, tt := range []struct {
+		agreed, send string
+		served       bool
+	}{
+		{"h2", preface, true},
+		{"h2", "GET / HTTP/1.1\r\n", false},
+		{"h2", "PING\r\n", false},
+		{"h2", "*1\r\n$4\r\nPING\r\n", false},
+		{"http/1.1", "GET / HTTP/1.1\r\n", true},
+		{"http/1.1", preface, true},
+	} {
+		outer, nc := net.Pipe()
+		go s.handle(&link{Conn: nc, server: s}) // ends when outer is closed
+		client := tls.Client(outer, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{tt.agreed}})
+		got := make([]byte, len(tt.send))
+		io.WriteString(client, tt.send)
+		_, err := io.ReadFull(client, got)
+		compare(t, tt.agreed+", "+tt.send+": agreed on", client.ConnectionState().NegotiatedProtocol, tt.agreed)
+		compare(t, tt.agreed+", "+tt.send+": answered", err == nil && string(got) == tt.send, tt.served)
+		if _, err := outer.Write([]byte("x")); !tt.served && !errors.Is(err, io.ErrClosedPipe) {
+			t.Errorf("%s, %q: got %v; want the connection closed", tt.agreed, tt.send, err)
+		}
+		outer.Close()
 	}
 }
 

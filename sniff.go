@@ -125,23 +125,23 @@ func (s *server) add(l *link) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	clients := len(s.links) - s.refusing
-	if l.refused = clients >= s.maxClients; l.refused {
-		s.refused++
-	} else {
-		s.accepted++
-	}
+	l.refused = clients >= s.maxClients
 	switch {
 	case s.draining.Load() != nil || l.refused && s.refusing >= maxRefusing:
+		s.refused++
 		l.Conn.Close()
 		return
 	case l.refused:
+		s.refused++
 		s.refusing++
 		l.Conn.SetReadDeadline(time.Now().Add(refuseTimeout))
-	case clients >= s.expected:
+	default:
+		s.accepted++
+	}
+	if s.links[l] = struct{}{}; clients >= s.expected {
 		s.expected += 1000
 		s.grown(s.expected)
 	}
-	s.links[l] = struct{}{}
 	s.handlers.Go(func() { s.handle(l) }) // ends with the connection, which stop and wait see to
 }
 
@@ -581,14 +581,13 @@ func (p *password) matches(s []byte) bool {
 	return false
 }
 
-// A certificate is read again with a handshake, once a second at most, as its files may change. It is safe for
+// A certificate is read again with a handshake, every two seconds at most, as its files may change. It is safe for
 // concurrent use.
 type certificate struct {
 	certFile, keyFile string
 	log               *slog.Logger
 	current           atomic.Pointer[tls.Certificate]
-	problem           atomic.Value // the last failure's text; the same is logged once
-	looked            atomic.Int64 // when the files were read last, in Unix time
+	looked            atomic.Int64 // when the files were read last, in units of two seconds
 }
 
 // newCertificate returns the certificate that the flags --OF-cert and --OF-key name, or nil if they are unset.
@@ -596,34 +595,25 @@ func newCertificate(of, certFile, keyFile string, log *slog.Logger) (*certificat
 	if certFile == "" && keyFile == "" {
 		return nil, nil
 	}
-	c := &certificate{certFile: certFile, keyFile: keyFile, log: log}
 	first, err := tls.LoadX509KeyPair(certFile, keyFile)
-	if certFile == "" || keyFile == "" {
-		err = errors.New("both must be given, or neither")
-	}
 	if err != nil {
 		return nil, fmt.Errorf("--%s-cert %q, --%s-key %q: %w", of, certFile, of, keyFile, err)
 	}
+	c := &certificate{certFile: certFile, keyFile: keyFile, log: log}
 	c.current.Store(&first)
 	return c, nil
 }
 
 // get returns the certificate for a handshake.
 func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	old, now := c.current.Load(), time.Now().Unix()
-	if c.looked.Swap(now) == now {
-		return old, nil
+	if now := time.Now().Unix() / 2; c.looked.Swap(now) == now {
+		return c.current.Load(), nil
 	}
-	cert, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
+	renewed, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
 	if err != nil {
-		if c.problem.Swap(err.Error()) != err.Error() {
-			c.log.Warn("the certificate was not renewed; the old one goes on", "error", err)
-		}
-		return old, nil
-	}
-	c.problem.Store("")
-	if !slices.EqualFunc(cert.Certificate, old.Certificate, bytes.Equal) && c.current.CompareAndSwap(old, &cert) {
-		c.log.Info("the certificate was renewed", "expires", cert.Leaf.NotAfter)
+		c.log.Warn("the certificate was not renewed; the old one goes on", "error", err)
+	} else if old := c.current.Swap(&renewed); !renewed.Leaf.Equal(old.Leaf) {
+		c.log.Info("the certificate was renewed", "expires", renewed.Leaf.NotAfter)
 	}
 	return c.current.Load(), nil
 }
