@@ -6,7 +6,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/tls"
@@ -16,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"net"
 	"net/url"
@@ -126,10 +126,9 @@ func (c *config) loadCertificates(log *slog.Logger) error {
 // startLog returns a logger that does not wait for out, which may block or fail: lines that do not go out in
 // time are dropped and counted. flush waits a moment for the last ones; what is logged later is lost.
 func startLog(out io.Writer, cfg config) (log *slog.Logger, flush func()) {
-	w, done := &logWriter{lines: make(chan []byte, 256)}, make(chan struct{})
-	go func() { // ends with flush, or with the process where out blocks
-		defer close(done)
-		for line := <-w.lines; line != nil; line = <-w.lines {
+	w := &logWriter{lines: make(chan []byte, 256)}
+	go func() { // ends with the process
+		for line := range w.lines {
 			if n := w.dropped.Swap(0); n > 0 {
 				newLogger(out, cfg).Warn("log lines were dropped", "count", n)
 			}
@@ -137,23 +136,22 @@ func startLog(out io.Writer, cfg config) (log *slog.Logger, flush func()) {
 		}
 	}()
 	return newLogger(w, cfg), func() {
-		go func() { w.lines <- nil }() // ends with the process at the latest
-		select {
-		case <-done:
-		case <-time.After(time.Second):
+		w.Write(nil) // is taken when all before it is written
+		for began := time.Now(); len(w.lines) > 0 && time.Since(began) < time.Second; {
+			time.Sleep(time.Millisecond)
 		}
 	}
 }
 
 // A logWriter passes lines on without waiting.
 type logWriter struct {
-	lines   chan []byte // nil is the end
+	lines   chan []byte
 	dropped atomic.Int64
 }
 
 func (w *logWriter) Write(line []byte) (int, error) {
 	select {
-	case w.lines <- bytes.Clone(line):
+	case w.lines <- slices.Clone(line):
 	default:
 		w.dropped.Add(1)
 	}
@@ -191,9 +189,6 @@ func listen(network, address string) (net.Listener, error) {
 // check asks a running proxy for a sign of life. An error reply, such as that there are too many clients,
 // is one.
 func check(cfg config) error {
-	if ip := net.ParseIP(cfg.listenAddress); ip != nil && ip.IsUnspecified() {
-		cfg.listenAddress = "localhost"
-	}
 	network, address := cfg.address()
 	c, err := net.DialTimeout(network, address, 2*time.Second)
 	if err != nil {
@@ -242,10 +237,14 @@ func fitMemory(cfg *config, log *slog.Logger) {
 	}
 	debug.SetGCPercent(400)
 	cfg.clients.grown = func(clients int) {
-		debug.SetMemoryLimit(min(allowed, 2*min(cfg.cache.maxBytes, 1<<60)+others+int64(clients)<<15))
+		debug.SetMemoryLimit(min(allowed, 2*cfg.cache.maxBytes+others+int64(clients)<<15))
 	}
 	cfg.clients.grown(0)
 }
+
+// memoryGroup matches the lines of /proc/self/cgroup that name a group with a memory limit: those of version 2, or of
+// the memory controller in version 1 (cgroups(7)).
+var memoryGroup = regexp.MustCompile(`(?m)^\d+:(memory)?:(/.*)$`)
 
 // cgroupLimit returns the least number that a file begins with in the control groups of the process, from its
 // own up to the root: in version 2 (cgroups(7)), or of a controller in version 1. None is math.MaxInt64.
@@ -276,14 +275,10 @@ func cgroupLimit(controller, v2, v1 string) int64 {
 
 // fitDescriptors allows fewer clients where the process may not open enough files, as each client is one.
 func fitDescriptors(cfg *config, log *slog.Logger) {
-	const others = 32 + maxRefusing + maxAdmin // listeners, logs, clients of the admin listener
 	var limit syscall.Rlimit
 	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
-	upstream := cfg.pool.limit // to each node
-	if cfg.pool.redis.master != "" || strings.Contains(cfg.pool.redis.hosts, ",") {
-		upstream *= 8
-	}
-	possible := max(int(min(limit.Cur, math.MaxInt32))-upstream-others, 1)
+	others := 32 + maxRefusing + maxAdmin + 8*cfg.pool.limit // for listeners and logs too; a cluster has several nodes
+	possible := max(int(min(limit.Cur, math.MaxInt32))-others, 1)
 	if possible < cfg.clients.maxClients {
 		log.Warn("fewer clients, as the process may not open enough files",
 			"max_clients", possible, "wanted", cfg.clients.maxClients, "files", limit.Cur)
@@ -299,13 +294,12 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	p = newPool(cfg.pool, c, log)
 	defer p.close()
 	pw := newPassword(cfg.password)
-	room := int(max(16<<20, min(cfg.cache.maxBytes, 1<<60)/4))
+	room := int(max(16<<20, cfg.cache.maxBytes/4))
 	cfg.clients.requests, cfg.clients.values = newBudget(room), newBudget(room)
-	var figures func() []figure
 	web := newWeb(cfg.clients, c, pw, log)
-	resp := &resp{cache: c, password: pw, db: cfg.pool.redis.db, figures: func() []figure { return figures() }}
+	resp := &resp{cache: c, password: pw, db: cfg.pool.redis.db}
 	s := newServer(l, cfg.clients, log, [...]frontEnd{protoHTTP: web, protoRESP: resp})
-	figures = func() []figure {
+	resp.figures = func() []figure {
 		return slices.Concat(cfg.figures(l.Addr(), c.started, pw), keyFigures(&web.tally, &resp.tally), s.figures(),
 			c.figures(), p.figures(), web.tally.figures("http"), resp.tally.figures("resp"))
 	}
@@ -316,7 +310,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 		"cores", cfg.cores)
 	if admin != nil {
 		log.Info("serving metrics, health and profiles", "address", admin.Addr().String())
-		a := newAdmin(figures, p.ready, c.forget, log)
+		a := newAdmin(resp.figures, p.ready, c.forget, log)
 		go a.Serve(admin) // ends with its Close
 		defer a.Close()
 	}
@@ -341,18 +335,13 @@ func (c *config) figures(addr net.Addr, started time.Time, pw *password) []figur
 	info := fmt.Sprintf("info{address=%q,redis=%q,cache_timeout=%q,stale_timeout=%q,absent_timeout=%q,"+
 		"refresh_before=%q,redis_ttl=\"%t\",tls=\"%t\",password=\"%t\"}", addr, c.pool.redis.hosts, c.cache.ttl,
 		c.cache.stale, c.cache.absent, c.cache.refresh, c.pool.keyTTL, c.clients.tls != nil, c.password != "")
-	port := 0
-	if tcp, ok := addr.(*net.TCPAddr); ok {
-		port = tcp.Port
-	}
+	_, port, _ := net.SplitHostPort(addr.String()) // none of a Unix socket
 	var mem runtime.MemStats
 	runtime.ReadMemStats(&mem)
-	obtained := mem.Sys - mem.HeapReleased
-	resident := obtained // where there is no /proc
-	if statm, err := os.ReadFile("/proc/self/statm"); err == nil {
-		fmt.Sscan(string(statm), new(uint64), &resident)
-		resident *= uint64(os.Getpagesize())
-	}
+	obtained, pageSize := mem.Sys-mem.HeapReleased, uint64(os.Getpagesize())
+	pages := obtained / pageSize // that are resident, where there is no /proc
+	statm, _ := os.ReadFile("/proc/self/statm")
+	fmt.Sscan(string(statm), new(uint64), &pages)
 	var usage syscall.Rusage
 	syscall.Getrusage(syscall.RUSAGE_SELF, &usage)
 	cpu := time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
@@ -362,7 +351,7 @@ func (c *config) figures(addr net.Addr, started time.Time, pw *password) []figur
 		{"Server", "redis_version", "", "", redisVersion},
 		{"Server", "redis_mode", "", "", "standalone"},
 		{"Server", "redis_proxy_version", "", "", version},
-		{"Server", "tcp_port", "", "", port},
+		{"Server", "tcp_port", "", "", cmp.Or(port, "0")},
 		{"Server", "os", "", "", runtime.GOOS + " " + runtime.GOARCH},
 		{"Server", "gomaxprocs", "go_max_procs", "Cores that may serve.", runtime.GOMAXPROCS(0)},
 		{"Server", "process_id", "", "", os.Getpid()},
@@ -371,7 +360,7 @@ func (c *config) figures(addr net.Addr, started time.Time, pw *password) []figur
 		{"", "", "process_cpu_seconds_total", "CPU time used, by user and system.", cpu.Seconds()},
 		{"Memory", "used_memory", "go_heap_bytes", "Memory of objects.", mem.HeapAlloc},
 		{"Memory", "used_memory_rss", "go_memory_bytes", "Memory obtained from the system.", obtained},
-		{"", "", "process_resident_memory_bytes", "Resident memory.", resident},
+		{"", "", "process_resident_memory_bytes", "Resident memory.", pages * pageSize},
 		{"Persistence", "loading", "", "", 0},
 		{"Stats", "acl_access_denied_auth", "passwords_denied_total", "Wrong passwords of clients.", pw.denied.Load()},
 		{"Replication", "role", "", "", "master"},
@@ -382,27 +371,19 @@ func (c *config) figures(addr net.Addr, started time.Time, pw *password) []figur
 }
 
 // keyFigures reports how keys were answered over all protocols.
-func keyFigures(tallies ...*tally) []figure {
-	var n [len(outcomes)]int64
+func keyFigures(tallies ...*tally) (fs []figure) {
 	all := int64(0)
-	for o := range outcomes {
+	for o, name := range [...]string{"hits", "misses", "collapsed", "stale", "absent", "absent_hits", "errors"} {
+		n := int64(0)
 		for _, t := range tallies {
-			n[o] += t[o].Load()
+			n += t[o].Load()
 		}
-		all += n[o]
+		all += n
+		fs = append(fs, figure{"Cache", "cache_" + name, "", "", n})
 	}
-	return []figure{
-		{"Stats", "total_commands_processed", "", "", all},
-		{"Stats", "keyspace_hits", "", "", n[hit]},
-		{"Stats", "keyspace_misses", "", "", all - n[hit]},
-		{"Cache", "cache_hits", "", "", n[hit]},
-		{"Cache", "cache_misses", "", "", n[miss]},
-		{"Cache", "cache_collapsed", "", "", n[collapsed]},
-		{"Cache", "cache_stale", "", "", n[stale]},
-		{"Cache", "cache_absent", "", "", n[absent]},
-		{"Cache", "cache_absent_hits", "", "", n[absentHit]},
-		{"Cache", "cache_errors", "", "", n[failed]},
-	}
+	hits := fs[hit].value.(int64)
+	return append(fs, figure{"Stats", "total_commands_processed", "", "", all},
+		figure{"Stats", "keyspace_hits", "", "", hits}, figure{"Stats", "keyspace_misses", "", "", all - hits})
 }
 
 // A config holds the flags' values. The zero value is not useful: parseConfig makes one.
@@ -530,25 +511,21 @@ func (o option) assign(where, val string) (err error) {
 		return nil
 	}
 	must := strings.ReplaceAll(o.must, "\n", " ")
-	if service, ok := strings.CutSuffix(where, "_PORT"); ok && strings.HasPrefix(val, "tcp://") {
-		service = strings.ToLower(strings.ReplaceAll(service, "_", "-"))
-		must += " (a Kubernetes Service named " + service + " sets it)"
-	}
 	if o.name != "redis-url" {
 		where += " " + strconv.Quote(val)
 	}
 	return fmt.Errorf("%s: must be %s", where, must)
 }
 
-// parseConfig reads defaults, then the environment, then the arguments. The error is flag.ErrHelp where help
-// was asked for.
+// parseConfig reads the arguments, then the environment, then the defaults, each for what is not given before.
+// The error is flag.ErrHelp where help was asked for.
 func parseConfig(args, environ []string) (config, error) {
 	cfg := config{clients: serverSettings{writeTimeout: 30 * time.Second, grown: func(int) {}}}
-	badVariable := cfg.readEnvironment(environ, args)
 	var bad error
 	fs := flag.NewFlagSet("redis_proxy", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	for _, o := range cfg.options() {
+		o.assign("", o.def)
 		define := fs.Func
 		if o.rule.must == truth.must {
 			define = fs.BoolFunc
@@ -570,47 +547,44 @@ func parseConfig(args, environ []string) (config, error) {
 		return cfg, errors.New("unexpected argument: only flags are allowed (--help lists them)")
 	case fs.NArg() > 0:
 		return cfg, fmt.Errorf("unexpected argument %q: only flags are allowed (--help lists them)", fs.Arg(0))
-	case badVariable != nil && !cfg.version:
-		return cfg, badVariable
+	case cfg.version:
+		return cfg, nil
 	}
+	given := make(map[string]bool) // by a flag, or a variable
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	err := cfg.readEnvironment(environ, given)
 	if cfg.pool.redis.hosts == "" {
 		cfg.pool.redis.hosts = net.JoinHostPort(cfg.redisHost, strconv.Itoa(cfg.redisPort))
 	}
 	cfg.cache.timeout = cfg.pool.timeout
 	cfg.cache.absent = min(cfg.cache.absent, cfg.cache.ttl)
-	return cfg, nil
+	return cfg, err
 }
 
-// readEnvironment sets all options, to their defaults where a variable is unset or empty. It returns the error
-// of the first bad one.
-func (c *config) readEnvironment(environ, args []string) (bad error) {
-	options := make(map[string]option)
-	for _, o := range c.options() {
-		o.assign("", o.def)
-		options[o.variable()] = o
-	}
-	for name, ours := range platform {
-		if !slices.ContainsFunc(slices.Concat(environ, args), ours.MatchString) {
-			options[name] = options["RP_"+name]
-		}
-	}
+// readEnvironment sets the options that are not given yet from variables that are not empty: ours, else PORT and
+// REDIS_URL, which platforms set. It returns the first error.
+func (c *config) readEnvironment(environ []string, given map[string]bool) (bad error) {
+	vars := make(map[string]string)
 	for _, kv := range environ {
 		name, val, _ := strings.Cut(kv, "=")
-		o, known := options[name]
-		switch {
-		case !known && strings.HasPrefix(name, "RP_"):
-			c.unread = append(c.unread, name)
-		case known && val != "" && bad == nil:
-			bad = o.assign(name, val)
+		vars[name] = val
+	}
+	for _, o := range c.options() {
+		names := []string{o.variable()}
+		if o.name == "port" || o.name == "redis-url" && !given["redis-host"] && !given["redis-port"] {
+			names = append(names, strings.TrimPrefix(names[0], "RP_"))
+		}
+		for _, name := range names {
+			if vars[name] != "" && !given[o.name] {
+				given[o.name], bad = true, cmp.Or(bad, o.assign(name, vars[name]))
+			}
+			delete(vars, name)
 		}
 	}
+	c.unread = slices.DeleteFunc(slices.Sorted(maps.Keys(vars)), func(name string) bool {
+		return !strings.HasPrefix(name, "RP_")
+	})
 	return bad
-}
-
-// platform has the variables of platforms, and which of ours, or flags, take their place.
-var platform = map[string]*regexp.Regexp{
-	"PORT":      regexp.MustCompile(`^RP_PORT=.`),
-	"REDIS_URL": regexp.MustCompile(`^(RP_REDIS_(HOST|PORT|URL)=.|--?redis-(host|port|url)(=|$))`),
 }
 
 // groups are the titles in the help, by the first option below each.
@@ -656,7 +630,7 @@ func parseSize(s string) (int64, error) {
 	units := map[string]int{"": 0, "B": 0, "K": 10, "KB": 10, "M": 20, "MB": 20, "G": 30, "GB": 30}
 	shift, ok := units[strings.ToUpper(s[len(digits):])]
 	n, err := strconv.ParseInt(digits, 10, 64)
-	if !ok || n <= 0 || n > math.MaxInt64>>shift {
+	if !ok || n <= 0 || n > 1<<60>>shift {
 		err = strconv.ErrRange
 	}
 	return n << shift, err
@@ -665,51 +639,55 @@ func parseSize(s string) (int64, error) {
 const redisURLForms = "redis://[[user]:pass@]host[:port][,host[:port]...][/db],\nredis-sentinel://.../master[/db], " +
 	"rediss for TLS,\nor unix:///path[?db=n]"
 
+// redisURL splits a URL where package url does not take all that we do: into unix, or TLS and sentinels; login; hosts;
+// the rest.
+var redisURL = regexp.MustCompile(`(?i)^(?:(unix)|(?:redis|valkey)(s?)([-+]sentinel)?)://([^/?#]*@)?([^/?#]*)(.*)$`)
+
 // parseRedisURL reads the URL of a Redis, of nodes of a cluster, or of sentinels. An empty one is the zero
 // address.
 func parseRedisURL(s string) (a redisAddress, err error) {
-	if s == "" {
+	m := redisURL.FindStringSubmatch(s)
+	switch {
+	case s == "":
 		return a, nil
+	case m == nil:
+		return a, errors.New("malformed")
 	}
-	scheme, rest, _ := strings.Cut(s, "://")
-	end := strings.IndexAny(rest+"/", "/?#")
-	login := strings.LastIndexByte(rest[:end], '@') + 1
-	u, err := url.Parse(scheme + "://" + rest[:login] + "hosts" + rest[end:]) // it does not take every list of them
+	u, err := url.Parse("redis://" + m[4] + "hosts" + m[6])
 	if err != nil {
 		return a, err
 	}
-	query, errQuery := url.ParseQuery(u.RawQuery)
+	query, err := url.ParseQuery(u.RawQuery)
 	take := func(name string) string {
 		defer query.Del(name)
 		return query.Get(name)
 	}
-	base, sentinels := strings.CutSuffix(strings.ReplaceAll(u.Scheme, "+", "-"), "-sentinel")
-	port, db := "6379", strings.TrimPrefix(u.Path, "/")
+	a.user, a.tls, a.master = u.User.Username(), m[2] != "", u.Fragment
+	a.password, _ = u.User.Password()
+	port, db, sentinels := "6379", strings.TrimPrefix(u.Path, "/"), m[3] != ""
 	if sentinels {
-		if port, a.master = "26379", u.Fragment; a.master == "" {
-			a.master, db, _ = strings.Cut(db, "/")
-		}
+		port = "26379"
 		a.sentinelUser, a.sentinelPassword = take("sentinel_username"), take("sentinel_password")
 	}
-	known := slices.Contains([]string{"redis", "rediss", "valkey", "valkeys"}, base)
-	if base == "unix" {
-		a.hosts, db, known = u.Path, take("db"), rest[login:end] == "" && len(u.Path) > 1
-	} else {
-		a.hosts, err = parseRedisHosts(rest[login:end], port)
+	if sentinels && a.master == "" {
+		a.master, db, _ = strings.Cut(db, "/")
 	}
-	a.tls, a.user = base == "rediss" || base == "valkeys", u.User.Username()
-	a.password, _ = u.User.Password()
+	unix := m[1] != ""
+	if a.hosts = parseRedisHosts(m[5], port); unix {
+		a.hosts, db = u.Path, take("db")
+	}
 	a.db, _ = strconv.Atoi(db)
-	if !known || errQuery != nil || len(query) > 0 || db != "" && !between(0, 1<<30).ok(db) ||
-		sentinels == (a.master == "") || !sentinels && u.Fragment != "" ||
-		u.User != nil && a.password == "" || a.sentinelUser != "" && a.sentinelPassword == "" {
+	if err != nil || len(a.hosts) < 2 || unix && m[5] != "" || len(query) > 0 ||
+		db != "" && !between(0, 1<<30).ok(db) || sentinels == (a.master == "") || u.User != nil && a.password == "" ||
+		a.sentinelUser != "" && a.sentinelPassword == "" {
 		err = errors.New("malformed")
 	}
 	return a, err
 }
 
-// parseRedisHosts reads host[:port],... with brackets around IPv6 addresses, and gives each a port.
-func parseRedisHosts(s, port string) (string, error) {
+// parseRedisHosts reads host[:port],... with brackets around IPv6 addresses, and gives each a port. It returns
+// nothing if one is malformed.
+func parseRedisHosts(s, port string) string {
 	hosts := strings.Split(s, ",")
 	for i, host := range hosts {
 		if _, _, err := net.SplitHostPort(host); err != nil {
@@ -717,8 +695,8 @@ func parseRedisHosts(s, port string) (string, error) {
 		}
 		name, port, err := net.SplitHostPort(hosts[i])
 		if err != nil || !isHost(name) || !between(1, 65535).ok(port) {
-			return "", errors.New("malformed host or port")
+			return ""
 		}
 	}
-	return strings.Join(hosts, ","), nil
+	return strings.Join(hosts, ",")
 }

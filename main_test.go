@@ -10,6 +10,7 @@ import (
 	"cmp"
 	"container/list"
 	"context"
+	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
@@ -170,6 +171,16 @@ func TestConfigReads(t *testing.T) {
 		{"--redis-url redis://u:7 --redis-host h --redis-port 1", "", "redis:u:7"},
 		{"--redis-host h", "RP_REDIS_URL=redis://u", "redis:u:6379"},
 		{"--redis-url=", "RP_REDIS_URL=redis://u", "redis:127.0.0.1:6379"},
+		{"", "PORT=1 REDIS_URL=redis://u", "port:1"},
+		{"", "PORT=1 REDIS_URL=redis://u", "redis:u:6379"},
+		{"", "PORT=1 RP_PORT=2", "port:2"},
+		{"", "PORT=1 RP_PORT=", "port:1"},
+		{"--port 3", "PORT=1", "port:3"},
+		{"--port 3", "RP_PORT=x", "port:3"},
+		{"--redis-host h", "REDIS_URL=redis://u", "redis:h:6379"},
+		{"--redis-url=", "REDIS_URL=redis://u", "redis:127.0.0.1:6379"},
+		{"", "RP_REDIS_PORT=7 REDIS_URL=redis://u", "redis:127.0.0.1:7"},
+		{"", "RP_REDIS_URL=redis://h REDIS_URL=redis://u", "redis:h:6379"},
 	} {
 		cfg, err := parseConfig(strings.Fields(tt.args), strings.Fields(tt.env))
 		if err != nil || !strings.Contains(" "+show(cfg), " "+tt.want+" ") {
@@ -204,6 +215,7 @@ func TestConfigRefuses(t *testing.T) {
 		{"--port", "65536", "from 0 to 65535"},
 		{"--port", "-1", "from 0 to 65535"},
 		{"RP_PORT", "8080x", "from 0 to 65535"},
+		{"PORT", "8080x", "from 0 to 65535"},
 		{"--redis-port", "0", "from 1 to 65535"},
 		{"--client-limit", "0", "from 1 to"},
 		{"--cache-size", "0", "from 1 to"},
@@ -241,7 +253,7 @@ func TestConfigRefuses(t *testing.T) {
 		{"--cache-bytes", "1ɐ", "64KB"}, // longer in upper case
 	} {
 		args, env := []string{tt.where + "=" + tt.val}, []string(nil)
-		if strings.HasPrefix(tt.where, "RP_") {
+		if !strings.HasPrefix(tt.where, "--") {
 			args, env = env, args
 		}
 		got := refusal(t, args, env)
@@ -287,6 +299,8 @@ func TestConfigRedisURL(t *testing.T) {
 		{"redis://h:1,h:2,h", redisAddress{hosts: "h:1,h:2,h:6379"}},
 		{"redis://u:p,@[::1]:1,10.0.0.1,[::2]/0",
 			redisAddress{hosts: "[::1]:1,10.0.0.1:6379,[::2]:6379", user: "u", password: "p,"}},
+		{"unix:///run/redis.sock", redisAddress{hosts: "/run/redis.sock"}},
+		{"unix://u:p@/run/redis.sock?db=2", redisAddress{hosts: "/run/redis.sock", user: "u", password: "p", db: 2}},
 		{"redis-sentinel://h,h:1/name", redisAddress{hosts: "h:26379,h:1", master: "name"}},
 		{"redis+sentinel://:p@h/na%20me/3", redisAddress{hosts: "h:26379", master: "na me", db: 3, password: "p"}},
 		{"rediss-sentinel://h#name", redisAddress{hosts: "h:26379", master: "name", tls: true}},
@@ -337,6 +351,10 @@ func TestConfigRefusesRedisURLWithoutTellingIt(t *testing.T) {
 		"sentinels of another scheme":           "http-sentinel://:s3cret@h/name",
 		"sentinels' user without password":      "redis-sentinel://:s3cret@h/name?sentinel_username=u",
 		"sentinels' password without sentinels": "redis://h?sentinel_password=s3cret",
+		"Unix socket with a host":               "unix://:s3cret@h",
+		"Unix socket with a host and a path":    "unix://:s3cret@h/0",
+		"Unix socket without a path":            "unix://:s3cret@?db=1",
+		"Unix socket with TLS":                  "unixs://:s3cret@/path",
 	} {
 		for where, got := range map[string]string{
 			"--redis-url":  refusal(t, []string{"--redis-url", in}, nil),
@@ -360,7 +378,7 @@ func TestConfigRefusesRedisURLWithoutTellingIt(t *testing.T) {
 func TestConfigNamesUnreadVariables(t *testing.T) {
 	cfg, err := parseConfig(nil, []string{"RP_PORT=1", "RP_CACHESIZE=2", "HOME=/", "XRP_A=1", "RPA=1", "RP_=",
 		"RP_VERSION"})
-	compare(t, "unread", fmt.Sprint(cfg.unread, err), "[RP_CACHESIZE RP_ RP_VERSION] <nil>")
+	compare(t, "unread", fmt.Sprint(cfg.unread, err), "[RP_ RP_CACHESIZE RP_VERSION] <nil>")
 }
 
 func TestHelpListsEveryFlag(t *testing.T) {
@@ -552,6 +570,41 @@ func TestDetectDeadlines(t *testing.T) {
 	}
 }
 
+// A client that agreed on HTTP/2 in the handshake and speaks something else is closed.
+func TestProtocolIsThatAgreedOn(t *testing.T) {
+	cert, err := tls.LoadX509KeyPair(makeCertificate(t, t.TempDir(), "localhost"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	settings := serverSettings{writeTimeout: time.Second,
+		tls: &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"h2", "http/1.1"}}}
+	s := newServer(nil, settings, slog.New(slog.DiscardHandler), [...]frontEnd{echo{}, echo{}})
+	for _, tt := range []struct {
+		agreed, send string
+		served       bool
+	}{
+		{"h2", preface, true},
+		{"h2", "GET / HTTP/1.1\r\n", false},
+		{"h2", "PING\r\n", false},
+		{"h2", "*1\r\n$4\r\nPING\r\n", false},
+		{"http/1.1", "GET / HTTP/1.1\r\n", true},
+		{"http/1.1", preface, true},
+	} {
+		outer, nc := net.Pipe()
+		go s.handle(&link{Conn: nc, server: s}) // ends when outer is closed
+		client := tls.Client(outer, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{tt.agreed}})
+		got := make([]byte, len(tt.send))
+		io.WriteString(client, tt.send)
+		_, err := io.ReadFull(client, got)
+		compare(t, tt.agreed+", "+tt.send+": agreed on", client.ConnectionState().NegotiatedProtocol, tt.agreed)
+		compare(t, tt.agreed+", "+tt.send+": answered", err == nil && string(got) == tt.send, tt.served)
+		if _, err := outer.Write([]byte("x")); !tt.served && !errors.Is(err, io.ErrClosedPipe) {
+			t.Errorf("%s, %q: got %v; want the connection closed", tt.agreed, tt.send, err)
+		}
+		outer.Close()
+	}
+}
+
 // A value counts once however many hold it, and a budget that is half empty takes any.
 func TestBudget(t *testing.T) {
 	b := newBudget(100)
@@ -628,6 +681,8 @@ func TestLinkWrites(t *testing.T) {
 				compare(t, "what was sent meanwhile", string(got), strings.Repeat("pipeline", 10000))
 				compare(t, "reading it", err, nil)
 				c.link.letGo()
+				_, err = c.Write([]byte("last words"))
+				compare(t, "writing again", errors.Is(err, io.ErrClosedPipe), true)
 				compare(t, "bytes held at the end", settings.requests.used+c.link.server.values.used, 0)
 				c.link.server.values.freed = nil
 			})
@@ -654,9 +709,10 @@ func TestLinkSeesWhatIsTaken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := newConn(nc, serverSettings{writeTimeout: 100 * time.Millisecond, requests: newBudget(1), values: newBudget(1)})
 	defer nc.Close()
-	written, _ := c.Write(make([]byte, 64<<20))
+	c := newConn(nc, serverSettings{})
+	nc.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	written, _ := nc.Write(make([]byte, 64<<20))
 	left := c.link.untaken()
 	if left <= 0 || left > written {
 		t.Fatalf("%d bytes are not taken of %d that were written; want some of them", left, written)

@@ -49,6 +49,8 @@ const (
 	// sendBuffer bounds what the system holds of answers to a client, about twice as many bytes. It would hold
 	// megabytes, and those of many clients leave the processor's cache before they are taken.
 	sendBuffer = 256 << 10
+	// acceptPause comes after an error of Accept.
+	acceptPause = 100 * time.Millisecond
 	// flushAt is how many bytes of answers are gathered before they are written.
 	flushAt = 16 << 10
 )
@@ -107,21 +109,19 @@ func newServer(l net.Listener, s serverSettings, log *slog.Logger, frontEnds [le
 
 // run accepts until stop.
 func (s *server) run() {
-	for pause := time.Duration(0); ; {
+	for {
 		nc, err := s.listener.Accept()
 		switch {
-		case errors.Is(err, net.ErrClosed):
-			return
-		case err != nil: // out of descriptors, most likely: other connections may end
-			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-			s.log.Warn("accepting a connection", "error", err, "pause", pause)
-			time.Sleep(pause)
-		default:
-			pause = 0
+		case err == nil:
 			if c, ok := nc.(interface{ SetWriteBuffer(int) error }); ok {
 				c.SetWriteBuffer(sendBuffer)
 			}
 			s.add(&link{Conn: nc, server: s, idle: s.idleTimeout})
+		case errors.Is(err, net.ErrClosed):
+			return
+		default: // out of descriptors, most likely: other connections may end
+			s.log.Warn("accepting a connection", "error", err, "pause", acceptPause.String())
+			time.Sleep(acceptPause)
 		}
 	}
 }
@@ -131,23 +131,23 @@ func (s *server) add(l *link) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	clients := len(s.links) - s.refusing
-	if l.refused = clients >= s.maxClients; l.refused {
-		s.refused++
-	} else {
-		s.accepted++
-	}
+	l.refused = clients >= s.maxClients
 	switch {
 	case s.draining.Load() != nil || l.refused && s.refusing >= maxRefusing:
+		s.refused++
 		l.Conn.Close()
 		return
 	case l.refused:
+		s.refused++
 		s.refusing++
 		l.Conn.SetReadDeadline(time.Now().Add(refuseTimeout))
-	case clients >= s.expected:
+	default:
+		s.accepted++
+	}
+	if s.links[l] = struct{}{}; clients >= s.expected {
 		s.expected += 1000
 		s.grown(s.expected)
 	}
-	s.links[l] = struct{}{}
 	s.handlers.Go(func() { s.handle(l) }) // ends with the connection, which stop and wait see to
 }
 
@@ -192,15 +192,11 @@ func (s *server) handle(l *link) {
 // protocol finds out what a connection speaks, and takes off TLS.
 func (s *server) protocol(c *conn) (protocol, error) {
 	proto, err := c.detect()
-	if err != nil {
-		return 0, err
+	if err == nil && (c.unread[0] == 0x16) != (s.tls != nil) { // a handshake (RFC 8446 §5.1)
+		err = errors.New("TLS without a certificate here, or no TLS with one")
 	}
-	secure := c.unread[0] == 0x16 // a handshake (RFC 8446 §5.1)
-	if secure != (s.tls != nil) {
-		return 0, errors.New("TLS without a certificate here, or no TLS with one")
-	}
-	if !secure {
-		return proto, nil
+	if err != nil || s.tls == nil {
+		return proto, err
 	}
 	outer := *c
 	inner := tls.Server(&outer, s.tls)
@@ -270,12 +266,12 @@ func (c *conn) WriteString(s string) (int, error) {
 
 // detect reads until the protocol is known. Read returns that again.
 func (c *conn) detect() (protocol, error) {
-	buf := make([]byte, 0, 512)
 	for {
-		n, err := c.Conn.Read(buf[len(buf):cap(buf)])
-		buf = buf[:len(buf)+n]
-		c.unread = buf
-		proto, ok := protocolOf(buf)
+		begun := len(c.unread)
+		c.unread = slices.Grow(c.unread, 512)
+		n, err := c.Conn.Read(c.unread[begun:cap(c.unread)])
+		c.unread = c.unread[:begun+n]
+		proto, ok := protocolOf(c.unread)
 		switch {
 		case ok:
 			if proto == protoHTTP {
@@ -285,10 +281,8 @@ func (c *conn) detect() (protocol, error) {
 			return proto, nil
 		case err != nil:
 			return 0, err
-		case len(buf) == n:
+		case begun == 0:
 			c.link.hurry(firstLineTimeout)
-		case len(buf) == cap(buf):
-			buf = slices.Grow(buf, 3*cap(buf))
 		}
 	}
 }
@@ -297,20 +291,17 @@ func (c *conn) detect() (protocol, error) {
 // lines come before the first line in both protocols (RFC 9112 §2.2), and say nothing.
 func protocolOf(begin []byte) (proto protocol, ok bool) {
 	first := afterEmptyLines(begin[:min(len(begin), maxFirstLine)])
-	if len(first) > 0 && (first[0] == '*' || first[0] == 0x16) || len(begin)-len(first) > maxEmptyLines {
-		return protoRESP, true
-	}
 	line, _, whole := bytes.Cut(first, []byte("\n"))
-	if !whole {
-		return protoRESP, len(begin) > maxFirstLine
-	}
 	line = bytes.TrimSuffix(line, []byte("\r"))
-	n := max(0, len(line)-1)
-	http1 := bytes.HasSuffix(line[:n], []byte(" HTTP/1.")) && '0' <= line[n] && line[n] <= '9'
-	if http1 || string(line) == "PRI * HTTP/2.0" {
+	minor := max(0, len(line)-1)
+	switch {
+	case len(first) > 0 && (first[0] == '*' || first[0] == 0x16) || len(begin)-len(first) > maxEmptyLines:
+		return protoRESP, true
+	case whole && string(line) == "PRI * HTTP/2.0",
+		whole && bytes.HasSuffix(line[:minor], []byte(" HTTP/1.")) && '0' <= line[minor] && line[minor] <= '9':
 		return protoHTTP, true
 	}
-	return protoRESP, true
+	return protoRESP, whole || len(begin) > maxFirstLine
 }
 
 // afterEmptyLines returns b without the empty lines that it begins with.
@@ -350,7 +341,6 @@ type link struct {
 	readBy   time.Time     // the read deadline that is set for that
 	hurried  bool          // the read deadline is that of hurry
 	writeBy  time.Time     // the write deadline that is set
-	closing  bool          // crypto/tls has set the write deadline, for its last words
 	readsOn  bool          // no goroutine reads while one writes: Write may read on
 	ahead    [][]byte      // what it has read; its capacity counts against the budget of requests
 	held     hold          // of values on their way to the client
@@ -365,32 +355,29 @@ func (l *link) release() {
 	l.Conn.SetReadDeadline(time.Time{})
 }
 
-// SetReadDeadline sets the read deadline, but never later than the server's stop asks for.
+// SetReadDeadline sets the read deadline, or that of the server's stop once that has begun. A refused connection
+// keeps its deadline.
 func (l *link) SetReadDeadline(t time.Time) error {
+	if l.refused {
+		return nil
+	}
 	err := l.Conn.SetReadDeadline(t)
 	// After, as stop may have set its own in between.
-	if drain := l.server.draining.Load(); drain != nil && !l.released && (t.IsZero() || drain.Before(t)) {
+	if drain := l.server.draining.Load(); drain != nil && !l.released {
 		err = l.Conn.SetReadDeadline(*drain)
 	}
 	return err
 }
 
-// readFor sets the read deadline, 0 for none. A refused connection keeps its deadline.
-func (l *link) readFor(d time.Duration) {
+// hurry gives the client a time to complete what it has begun to send; 0 ends that.
+func (l *link) hurry(d time.Duration) {
 	var until time.Time
 	if d > 0 {
 		until = time.Now().Add(d)
 	}
-	if !l.refused {
-		l.SetReadDeadline(until)
-	}
-}
-
-// hurry gives the client a time to complete what it has begun to send; 0 ends that.
-func (l *link) hurry(d time.Duration) {
 	if d > 0 || l.hurried {
-		l.hurried, l.readBy = d > 0, time.Time{}
-		l.readFor(d)
+		l.hurried, l.readBy = d > 0, until
+		l.SetReadDeadline(until)
 	}
 }
 
@@ -410,7 +397,7 @@ func (l *link) Read(p []byte) (int, error) {
 	if l.idle > 0 && !l.hurried {
 		if now := time.Now(); l.readBy.Sub(now) < l.idle {
 			l.readBy = now.Add(l.idle + l.idle/4)
-			l.readFor(l.idle + l.idle/4)
+			l.SetReadDeadline(l.readBy)
 		}
 	}
 	return l.Conn.Read(p)
@@ -419,23 +406,21 @@ func (l *link) Read(p []byte) (int, error) {
 // Write fails when the client takes no byte for the write time-out, or stallTime longer. It reads on
 // meanwhile: the client may be one that sends all its requests before it takes the first reply.
 func (l *link) Write(p []byte) (written int, err error) {
-	slice := min(l.server.writeTimeout/8, stallTime)
 	taken, most := time.Now(), math.MinInt
 	for now := taken; ; now = time.Now() {
-		if !l.closing && l.writeBy.Sub(now) < slice/2 {
-			l.writeBy = now.Add(slice)
-			if err := l.Conn.SetWriteDeadline(l.writeBy); err != nil {
-				return written, err
-			}
+		if l.writeBy.Sub(now) < stallTime/2 {
+			l.writeBy = now.Add(stallTime)
+			l.Conn.SetWriteDeadline(l.writeBy)
 		}
 		n, err := l.Conn.Write(p[written:])
 		written += n
-		if l.closing || !errors.Is(err, os.ErrDeadlineExceeded) {
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return written, err
 		}
 		if n := written - l.untaken(); n > most {
 			most, taken = n, time.Now()
 		} else if time.Since(taken) >= l.patience() {
+			l.Conn.Close() // or crypto/tls would wait as long with its last words
 			return written, err
 		}
 		for began := time.Now(); l.readsOn && l.readOn() && time.Since(began) < stallTime; {
@@ -512,12 +497,8 @@ func (l *link) letGo() {
 	}
 }
 
-// SetWriteDeadline notes what net/http and crypto/tls set: the first clears the deadline after each answer,
-// the second sets one for its last words.
-func (l *link) SetWriteDeadline(t time.Time) error {
-	l.writeBy, l.closing = t, !t.IsZero()
-	return l.Conn.SetWriteDeadline(t)
-}
+// SetWriteDeadline leaves the write deadline to Write.
+func (l *link) SetWriteDeadline(time.Time) error { return nil }
 
 func (l *link) Close() error {
 	s := l.server
@@ -641,14 +622,13 @@ func (p *password) matches(s []byte) bool {
 	return false
 }
 
-// A certificate is read again with a handshake, once a second at most, as its files may change. It is safe for
+// A certificate is read again with a handshake, every two seconds at most, as its files may change. It is safe for
 // concurrent use.
 type certificate struct {
 	certFile, keyFile string
 	log               *slog.Logger
 	current           atomic.Pointer[tls.Certificate]
-	problem           atomic.Value // the last failure's text; the same is logged once
-	looked            atomic.Int64 // when the files were read last, in Unix time
+	looked            atomic.Int64 // when the files were read last, in units of two seconds
 }
 
 // newCertificate returns the certificate that the flags --OF-cert and --OF-key name, or nil if they are unset.
@@ -656,34 +636,25 @@ func newCertificate(of, certFile, keyFile string, log *slog.Logger) (*certificat
 	if certFile == "" && keyFile == "" {
 		return nil, nil
 	}
-	c := &certificate{certFile: certFile, keyFile: keyFile, log: log}
 	first, err := tls.LoadX509KeyPair(certFile, keyFile)
-	if certFile == "" || keyFile == "" {
-		err = errors.New("both must be given, or neither")
-	}
 	if err != nil {
 		return nil, fmt.Errorf("--%s-cert %q, --%s-key %q: %w", of, certFile, of, keyFile, err)
 	}
+	c := &certificate{certFile: certFile, keyFile: keyFile, log: log}
 	c.current.Store(&first)
 	return c, nil
 }
 
 // get returns the certificate for a handshake.
 func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	old, now := c.current.Load(), time.Now().Unix()
-	if c.looked.Swap(now) == now {
-		return old, nil
+	if now := time.Now().Unix() / 2; c.looked.Swap(now) == now {
+		return c.current.Load(), nil
 	}
-	cert, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
+	renewed, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
 	if err != nil {
-		if c.problem.Swap(err.Error()) != err.Error() {
-			c.log.Warn("the certificate was not renewed; the old one goes on", "error", err)
-		}
-		return old, nil
-	}
-	c.problem.Store("")
-	if !slices.EqualFunc(cert.Certificate, old.Certificate, bytes.Equal) && c.current.CompareAndSwap(old, &cert) {
-		c.log.Info("the certificate was renewed", "expires", cert.Leaf.NotAfter)
+		c.log.Warn("the certificate was not renewed; the old one goes on", "error", err)
+	} else if old := c.current.Swap(&renewed); !renewed.Leaf.Equal(old.Leaf) {
+		c.log.Info("the certificate was renewed", "expires", renewed.Leaf.NotAfter)
 	}
 	return c.current.Load(), nil
 }
