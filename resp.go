@@ -22,12 +22,11 @@ import (
 	"time"
 )
 
-// A connection reads into readBuffer, into up to pipelineBuffer while it sends more than that, and into more while a
-// request does not fit. What is over freeBuffer counts against the budget of requests.
+// A connection reads into readBuffer, into up to pipelineBuffer if it sends more than that at once, and into more while
+// a request does not fit. What is over pipelineBuffer counts against the budget of requests.
 const (
 	readBuffer     = 2 << 10
-	freeBuffer     = 16 << 10
-	pipelineBuffer = 64 << 10
+	pipelineBuffer = 16 << 10
 	maxRequest     = 64 << 20 // of a request: all its arguments and their framing
 	argSize        = 40       // what an argument costs beside its bytes
 	maxInline      = 64 << 10 // of a line: an inline request, a count or a length (PROTO_INLINE_MAX_SIZE)
@@ -64,23 +63,20 @@ type reader struct {
 	queued int // bytes of the transaction that the client has begun
 }
 
-// fill reads once. A full buffer doubles, and a large one that was not full goes.
+// fill reads once. A full buffer doubles, and a large one is for one request.
 func (r *reader) fill() {
 	if r.err = r.pause(); r.err != nil {
 		return
 	}
 	rest, size := r.buf[r.start:r.end], len(r.buf)
-	switch full := r.end == size; {
-	case len(rest) == size || full && size < pipelineBuffer:
+	switch {
+	case len(rest) == size || r.end == size && size < pipelineBuffer:
 		size *= 2
-	case !full && size > freeBuffer && len(rest) <= readBuffer/2:
+	case size > pipelineBuffer && len(rest) <= readBuffer/2:
 		size = readBuffer
 	}
 	if !r.grant(size) {
-		if size = len(r.buf); len(rest) == size {
-			r.err = errTooMuch
-			return
-		}
+		return
 	}
 	if r.start > 0 || size != len(r.buf) {
 		r.move(rest, size)
@@ -93,7 +89,7 @@ func (r *reader) fill() {
 
 // move has the buffer begin with the current request, and be of another size if need be.
 func (r *reader) move(rest []byte, size int) {
-	if size != len(r.buf) || cap(r.args) > len(r.args)+freeBuffer/argSize {
+	if size != len(r.buf) || cap(r.args) > len(r.args)+pipelineBuffer/argSize {
 		r.buf, r.args = make([]byte, size), append([][]byte(nil), r.args...)
 	}
 	copy(r.buf, rest)
@@ -104,14 +100,15 @@ func (r *reader) move(rest []byte, size int) {
 	r.start, r.next, r.end = 0, r.next-r.start, len(rest)
 }
 
-// grant counts a buffer, the request's arguments and the transaction against the budget, and reports whether
-// there is room for them.
+// grant counts a buffer, the request's arguments and the transaction against the budget. It reports whether there is
+// room for them, or fails.
 func (r *reader) grant(size int) bool {
-	more := max(0, size+len(r.args)*argSize+r.queued-freeBuffer) - r.held
-	if more > 0 && r.budget.hold("", more) != nil {
+	more := max(0, size+len(r.args)*argSize+r.queued-pipelineBuffer) - r.held
+	switch {
+	case more > 0 && r.budget.hold("", more) != nil:
+		r.err = errTooMuch
 		return false
-	}
-	if more < 0 {
+	case more < 0:
 		r.budget.release("", -more)
 	}
 	r.held += more
@@ -133,11 +130,8 @@ func (r *reader) read() [][]byte {
 				r.args, r.err = splitWords(r.args, line)
 			}
 		}
-		if len(r.args) > 0 && r.err == nil {
-			if r.grant(len(r.buf)) {
-				return r.args
-			}
-			r.err = errTooMuch
+		if len(r.args) > 0 && r.err == nil && r.grant(len(r.buf)) {
+			return r.args
 		}
 	}
 	return nil
@@ -345,7 +339,7 @@ func (c *client) pause() error {
 	if b := c.buffers; b != nil {
 		c.get()
 		c.flush()
-		if c.buffers = nil; cap(b.answers) <= 2048 {
+		if c.buffers = nil; cap(b.answers) <= 1024 {
 			spareBuffers.Put(b) // empty
 		}
 	}
@@ -529,7 +523,6 @@ func constant(reply string) handler { return func(*client, [][]byte) string { re
 var commands map[string]command
 
 func init() {
-	emptyMap := func(c *client, _ [][]byte) string { return c.pairs(0, "") }
 	disabled := constant(failure("ERR This instance has cluster support disabled"))
 	off := command{arity: 1, run: disabled}
 	commands = map[string]command{
@@ -550,7 +543,7 @@ func init() {
 		"readonly": off, "readwrite": off, "asking": off,
 		"cluster": {arity: -2, run: disabled, sub: make(map[string]command)},
 		"config": {arity: -2, sub: map[string]command{
-			"get": {arity: -3, run: emptyMap, form: "<pattern>"},
+			"get": {arity: -3, run: func(c *client, _ [][]byte) string { return c.pairs(0, "") }, form: "<pattern>"},
 		}},
 		// Without DOCS, redis-cli completes and explains commands from what it knows itself.
 		"command": {arity: -1, run: commandInfo, sub: map[string]command{
@@ -577,12 +570,11 @@ func init() {
 	}
 	for _, name := range []string{"config", "command", "client"} {
 		sub := commands[name].sub
-		sub["help"] = command{arity: 2}
 		forms := strings.ToUpper(name) + " <subcommand> [<arg> [value] [opt] ...]. Subcommands are:"
-		for _, key := range slices.Sorted(maps.Keys(sub)) {
+		for _, key := range append(slices.Sorted(maps.Keys(sub)), "help") {
 			forms += "\r\n+" + strings.TrimSpace(strings.ToUpper(key)+" "+sub[key].form)
 		}
-		sub["help"] = command{arity: 2, run: constant(head('*', len(sub)+1) + line('+', forms))}
+		sub["help"] = command{arity: 2, run: constant(head('*', len(sub)+2) + line('+', forms))}
 	}
 }
 
@@ -731,9 +723,8 @@ func (c *client) queue(args [][]byte) string {
 		own[i] = bytes.Clone(arg)
 		c.in.queued += len(arg) + 2*argSize
 	}
-	if c.multi = append(c.multi, own); !c.in.grant(len(c.in.buf)) {
-		c.in.err = errTooMuch
-	}
+	c.multi = append(c.multi, own)
+	c.in.grant(len(c.in.buf))
 	return "+QUEUED\r\n"
 }
 
