@@ -451,8 +451,7 @@ func write[S string | []byte](c *client, s S) {
 // Replies are strings; an empty one is none.
 const statusOK = "+OK\r\n"
 
-func line(kind byte, s string) string { return string(kind) + s + "\r\n" }
-func head(kind byte, n int) string    { return line(kind, strconv.Itoa(n)) }
+func head(kind byte, n int) string { return string(kind) + strconv.Itoa(n) + "\r\n" }
 
 func bulks(all ...string) (reply string) {
 	for _, s := range all {
@@ -463,7 +462,7 @@ func bulks(all ...string) (reply string) {
 
 // failure returns an error. Its text comes in part from the client, and must remain one line.
 func failure(format string, args ...any) string {
-	return line('-', strings.NewReplacer("\r", " ", "\n", " ").Replace(fmt.Sprintf(format, args...)))
+	return "-" + strings.NewReplacer("\r", " ", "\n", " ").Replace(fmt.Sprintf(format, args...)) + "\r\n"
 }
 
 // refusal returns what stands for the error of an answer. Redis' own error replies pass as they are.
@@ -491,11 +490,6 @@ func (c *client) null() string { return c.choose("$-1\r\n", "_\r\n") }
 // verbatim returns a text for people.
 func (c *client) verbatim(s string) string {
 	return c.choose(bulks(s), head('=', len("txt:"+s))+"txt:"+s+"\r\n")
-}
-
-// pairs returns a map of n pairs.
-func (c *client) pairs(n int, all string) string {
-	return c.choose(head('*', 2*n), head('%', n)) + all
 }
 
 // echo adds what the client sent, without a copy of the whole.
@@ -543,7 +537,7 @@ func init() {
 		"readonly": off, "readwrite": off, "asking": off,
 		"cluster": {arity: -2, run: disabled, sub: make(map[string]command)},
 		"config": {arity: -2, sub: map[string]command{
-			"get": {arity: -3, run: func(c *client, _ [][]byte) string { return c.pairs(0, "") }, form: "<pattern>"},
+			"get": {arity: -3, run: func(c *client, _ [][]byte) string { return c.choose("*0\r\n", "%0\r\n") }, form: "<pattern>"},
 		}},
 		// Without DOCS, redis-cli completes and explains commands from what it knows itself.
 		"command": {arity: -1, run: commandInfo, sub: map[string]command{
@@ -570,11 +564,12 @@ func init() {
 	}
 	for _, name := range []string{"config", "command", "client"} {
 		sub := commands[name].sub
-		forms := strings.ToUpper(name) + " <subcommand> [<arg> [value] [opt] ...]. Subcommands are:"
+		forms := head('*', len(sub)+2) + "+" + strings.ToUpper(name) + " <subcommand> [<arg> [value] [opt] ...]. " +
+			"Subcommands are:\r\n"
 		for _, key := range append(slices.Sorted(maps.Keys(sub)), "help") {
-			forms += "\r\n+" + strings.TrimSpace(strings.ToUpper(key)+" "+sub[key].form)
+			forms += "+" + strings.TrimSpace(strings.ToUpper(key)+" "+sub[key].form) + "\r\n"
 		}
-		sub["help"] = command{arity: 2, run: constant(head('*', len(sub)+2) + line('+', forms))}
+		sub["help"] = command{arity: 2, run: constant(forms)}
 	}
 }
 
@@ -766,19 +761,17 @@ func (c *client) ping(args [][]byte) string {
 
 // hello switches the protocol (networking.c, helloCommand).
 func (c *client) hello(args [][]byte) string {
-	proto := c.proto
+	proto, isNumber, refusal := int64(c.proto), true, ""
 	if len(args) > 1 {
-		switch n, isNumber := parseInt(args[1]); {
-		case !isNumber:
-			return failure("ERR Protocol version is not an integer or out of range")
-		case n != 2 && n != 3:
-			return failure("NOPROTO unsupported protocol version")
-		default:
-			proto = int(n)
-		}
+		proto, isNumber = parseInt(args[1])
 	}
-	for rest := args[min(len(args), 2):]; len(rest) > 0; {
-		refusal := ""
+	switch {
+	case !isNumber:
+		return failure("ERR Protocol version is not an integer or out of range")
+	case proto != 2 && proto != 3:
+		return failure("NOPROTO unsupported protocol version")
+	}
+	for rest := args[min(len(args), 2):]; len(rest) > 0 && refusal == ""; {
 		switch opt := word(rest[0]); {
 		case opt == "auth" && len(rest) > 2:
 			refusal = c.login(rest[1], rest[2]) // at once, whatever is wrong with what follows
@@ -789,18 +782,19 @@ func (c *client) hello(args [][]byte) string {
 		default:
 			refusal = failure("ERR Syntax error in HELLO option '%s'", cString(rest[0], maxInline))
 		}
-		if refusal != "" {
-			return refusal
-		}
 	}
-	if c.in.strict {
+	switch {
+	case refusal != "":
+		return refusal
+	case c.in.strict:
 		return failure("NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO AUTH " +
 			"<user> <pass> option can be used to authenticate the client and select the RESP protocol version at the " +
 			"same time")
 	}
-	c.proto = proto
-	return c.pairs(7, bulks("server", "redis", "version", redisVersion, "proto")+head(':', proto)+
-		bulks("id")+head(':', int(c.id))+bulks("mode", "standalone", "role", "master", "modules")+head('*', 0))
+	c.proto = int(proto)
+	return c.choose("*14\r\n", "%7\r\n") + bulks("server", "redis", "version", redisVersion, "proto") +
+		head(':', c.proto) + bulks("id") + head(':', int(c.id)) +
+		bulks("mode", "standalone", "role", "master", "modules") + "*0\r\n"
 }
 
 // login authenticates the client. There is one user, the default one; without a password for it, any is right.
@@ -954,9 +948,8 @@ func (c *client) list(args [][]byte) string {
 	switch option := word(args[min(2, len(args)-1)]); {
 	case listed:
 	case option == "type" && len(args) == 4:
-		kind := word(args[3])
-		listed = kind == "normal"
-		if !listed && !slices.Contains([]string{"master", "replica", "slave", "pubsub"}, kind) {
+		kind := slices.Index([]string{"normal", "master", "replica", "slave", "pubsub"}, word(args[3]))
+		if listed = kind == 0; kind < 0 {
 			return failure("ERR Unknown client type '%s'", cString(args[3], maxInline))
 		}
 	case option == "id" && len(args) > 3:
