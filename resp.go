@@ -23,12 +23,11 @@ import (
 	"unsafe"
 )
 
-// A connection reads into readBuffer, into up to pipelineBuffer while it sends more than that, and into more while a
-// request does not fit. What is over freeBuffer counts against the budget of requests.
+// A connection reads into readBuffer, into up to pipelineBuffer if it sends more than that at once, and into more while
+// a request does not fit. What is over pipelineBuffer counts against the budget of requests.
 const (
 	readBuffer     = 2 << 10
-	freeBuffer     = 16 << 10
-	pipelineBuffer = 64 << 10
+	pipelineBuffer = 16 << 10
 	maxRequest     = 64 << 20 // of a request: all its arguments and their framing
 	argSize        = 40       // what an argument costs beside its bytes
 	maxInline      = 64 << 10 // of a line: an inline request, a count or a length (PROTO_INLINE_MAX_SIZE)
@@ -65,23 +64,20 @@ type reader struct {
 	queued int // bytes of the transaction that the client has begun
 }
 
-// fill reads once. A full buffer doubles, and a large one that was not full goes.
+// fill reads once. A full buffer doubles, and a large one is for one request.
 func (r *reader) fill() {
 	if r.err = r.pause(); r.err != nil {
 		return
 	}
 	rest, size := r.buf[r.start:r.end], len(r.buf)
-	switch full := r.end == size; {
-	case len(rest) == size || full && size < pipelineBuffer:
+	switch {
+	case len(rest) == size || r.end == size && size < pipelineBuffer:
 		size *= 2
-	case !full && size > freeBuffer && len(rest) <= readBuffer/2:
+	case size > pipelineBuffer && len(rest) <= readBuffer/2:
 		size = readBuffer
 	}
 	if !r.grant(size) {
-		if size = len(r.buf); len(rest) == size {
-			r.err = errTooMuch
-			return
-		}
+		return
 	}
 	if r.start > 0 || size != len(r.buf) {
 		r.move(rest, size)
@@ -94,7 +90,7 @@ func (r *reader) fill() {
 
 // move has the buffer begin with the current request, and be of another size if need be.
 func (r *reader) move(rest []byte, size int) {
-	if size != len(r.buf) || cap(r.args) > len(r.args)+freeBuffer/argSize {
+	if size != len(r.buf) || cap(r.args) > len(r.args)+pipelineBuffer/argSize {
 		r.buf, r.args = make([]byte, size), append([][]byte(nil), r.args...)
 	}
 	copy(r.buf, rest)
@@ -105,14 +101,15 @@ func (r *reader) move(rest []byte, size int) {
 	r.start, r.next, r.end = 0, r.next-r.start, len(rest)
 }
 
-// grant counts a buffer, the request's arguments and the transaction against the budget, and reports whether
-// there is room for them.
+// grant counts a buffer, the request's arguments and the transaction against the budget. It reports whether there is
+// room for them, or fails.
 func (r *reader) grant(size int) bool {
-	more := max(0, size+len(r.args)*argSize+r.queued-freeBuffer) - r.held
-	if more > 0 && r.budget.hold("", more) != nil {
+	more := max(0, size+len(r.args)*argSize+r.queued-pipelineBuffer) - r.held
+	switch {
+	case more > 0 && r.budget.hold("", more) != nil:
+		r.err = errTooMuch
 		return false
-	}
-	if more < 0 {
+	case more < 0:
 		r.budget.release("", -more)
 	}
 	r.held += more
@@ -134,11 +131,8 @@ func (r *reader) read() [][]byte {
 				r.args, r.err = splitWords(r.args, line)
 			}
 		}
-		if len(r.args) > 0 && r.err == nil {
-			if r.grant(len(r.buf)) {
-				return r.args
-			}
-			r.err = errTooMuch
+		if len(r.args) > 0 && r.err == nil && r.grant(len(r.buf)) {
+			return r.args
 		}
 	}
 	return nil
@@ -346,7 +340,7 @@ func (c *client) pause() error {
 	if b := c.buffers; b != nil {
 		c.get()
 		c.flush()
-		if c.buffers = nil; cap(b.answers) <= 2048 {
+		if c.buffers = nil; cap(b.answers) <= 1024 {
 			spareBuffers.Put(b) // empty
 		}
 	}
@@ -460,8 +454,7 @@ func write(c *client, s string) {
 // Replies are strings; an empty one is none.
 const statusOK = "+OK\r\n"
 
-func line(kind byte, s string) string { return string(kind) + s + "\r\n" }
-func head(kind byte, n int) string    { return line(kind, strconv.Itoa(n)) }
+func head(kind byte, n int) string { return string(kind) + strconv.Itoa(n) + "\r\n" }
 
 func bulks(all ...string) (reply string) {
 	for _, s := range all {
@@ -472,7 +465,7 @@ func bulks(all ...string) (reply string) {
 
 // failure returns an error. Its text comes in part from the client, and must remain one line.
 func failure(format string, args ...any) string {
-	return line('-', strings.NewReplacer("\r", " ", "\n", " ").Replace(fmt.Sprintf(format, args...)))
+	return "-" + strings.NewReplacer("\r", " ", "\n", " ").Replace(fmt.Sprintf(format, args...)) + "\r\n"
 }
 
 // refusal returns what stands for the error of an answer. Redis' own error replies pass as they are.
@@ -502,11 +495,6 @@ func (c *client) verbatim(s string) string {
 	return c.choose(bulks(s), head('=', len("txt:"+s))+"txt:"+s+"\r\n")
 }
 
-// pairs returns a map of n pairs.
-func (c *client) pairs(n int, all string) string {
-	return c.choose(head('*', 2*n), head('%', n)) + all
-}
-
 // echo adds what the client sent, without a copy of the whole.
 func (c *client) echo(b []byte) string {
 	write(c, head('$', len(b)))
@@ -532,7 +520,6 @@ func constant(reply string) handler { return func(*client, [][]byte) string { re
 var commands map[string]command
 
 func init() {
-	emptyMap := func(c *client, _ [][]byte) string { return c.pairs(0, "") }
 	disabled := constant(failure("ERR This instance has cluster support disabled"))
 	off := command{arity: 1, run: disabled}
 	commands = map[string]command{
@@ -553,7 +540,7 @@ func init() {
 		"readonly": off, "readwrite": off, "asking": off,
 		"cluster": {arity: -2, run: disabled, sub: make(map[string]command)},
 		"config": {arity: -2, sub: map[string]command{
-			"get": {arity: -3, run: emptyMap, form: "<pattern>"},
+			"get": {arity: -3, run: func(c *client, _ [][]byte) string { return c.choose("*0\r\n", "%0\r\n") }, form: "<pattern>"},
 		}},
 		// Without DOCS, redis-cli completes and explains commands from what it knows itself.
 		"command": {arity: -1, run: commandInfo, sub: map[string]command{
@@ -580,12 +567,12 @@ func init() {
 	}
 	for _, name := range []string{"config", "command", "client"} {
 		sub := commands[name].sub
-		sub["help"] = command{arity: 2}
-		forms := strings.ToUpper(name) + " <subcommand> [<arg> [value] [opt] ...]. Subcommands are:"
-		for _, key := range slices.Sorted(maps.Keys(sub)) {
-			forms += "\r\n+" + strings.TrimSpace(strings.ToUpper(key)+" "+sub[key].form)
+		forms := head('*', len(sub)+2) + "+" + strings.ToUpper(name) + " <subcommand> [<arg> [value] [opt] ...]. " +
+			"Subcommands are:\r\n"
+		for _, key := range append(slices.Sorted(maps.Keys(sub)), "help") {
+			forms += "+" + strings.TrimSpace(strings.ToUpper(key)+" "+sub[key].form) + "\r\n"
 		}
-		sub["help"] = command{arity: 2, run: constant(head('*', len(sub)+1) + line('+', forms))}
+		sub["help"] = command{arity: 2, run: constant(forms)}
 	}
 }
 
@@ -734,9 +721,8 @@ func (c *client) queue(args [][]byte) string {
 		own[i] = bytes.Clone(arg)
 		c.in.queued += len(arg) + 2*argSize
 	}
-	if c.multi = append(c.multi, own); !c.in.grant(len(c.in.buf)) {
-		c.in.err = errTooMuch
-	}
+	c.multi = append(c.multi, own)
+	c.in.grant(len(c.in.buf))
 	return "+QUEUED\r\n"
 }
 
@@ -778,19 +764,17 @@ func (c *client) ping(args [][]byte) string {
 
 // hello switches the protocol (networking.c, helloCommand).
 func (c *client) hello(args [][]byte) string {
-	proto := c.proto
+	proto, isNumber, refusal := int64(c.proto), true, ""
 	if len(args) > 1 {
-		switch n, isNumber := parseInt(args[1]); {
-		case !isNumber:
-			return failure("ERR Protocol version is not an integer or out of range")
-		case n != 2 && n != 3:
-			return failure("NOPROTO unsupported protocol version")
-		default:
-			proto = int(n)
-		}
+		proto, isNumber = parseInt(args[1])
 	}
-	for rest := args[min(len(args), 2):]; len(rest) > 0; {
-		refusal := ""
+	switch {
+	case !isNumber:
+		return failure("ERR Protocol version is not an integer or out of range")
+	case proto != 2 && proto != 3:
+		return failure("NOPROTO unsupported protocol version")
+	}
+	for rest := args[min(len(args), 2):]; len(rest) > 0 && refusal == ""; {
 		switch opt := word(rest[0]); {
 		case opt == "auth" && len(rest) > 2:
 			refusal = c.login(rest[1], rest[2]) // at once, whatever is wrong with what follows
@@ -801,18 +785,19 @@ func (c *client) hello(args [][]byte) string {
 		default:
 			refusal = failure("ERR Syntax error in HELLO option '%s'", cString(rest[0], maxInline))
 		}
-		if refusal != "" {
-			return refusal
-		}
 	}
-	if c.in.strict {
+	switch {
+	case refusal != "":
+		return refusal
+	case c.in.strict:
 		return failure("NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO AUTH " +
 			"<user> <pass> option can be used to authenticate the client and select the RESP protocol version at the " +
 			"same time")
 	}
-	c.proto = proto
-	return c.pairs(7, bulks("server", "redis", "version", redisVersion, "proto")+head(':', proto)+
-		bulks("id")+head(':', int(c.id))+bulks("mode", "standalone", "role", "master", "modules")+head('*', 0))
+	c.proto = int(proto)
+	return c.choose("*14\r\n", "%7\r\n") + bulks("server", "redis", "version", redisVersion, "proto") +
+		head(':', c.proto) + bulks("id") + head(':', int(c.id)) +
+		bulks("mode", "standalone", "role", "master", "modules") + "*0\r\n"
 }
 
 // login authenticates the client. There is one user, the default one; without a password for it, any is right.
@@ -966,9 +951,8 @@ func (c *client) list(args [][]byte) string {
 	switch option := word(args[min(2, len(args)-1)]); {
 	case listed:
 	case option == "type" && len(args) == 4:
-		kind := word(args[3])
-		listed = kind == "normal"
-		if !listed && !slices.Contains([]string{"master", "replica", "slave", "pubsub"}, kind) {
+		kind := slices.Index([]string{"normal", "master", "replica", "slave", "pubsub"}, word(args[3]))
+		if listed = kind == 0; kind < 0 {
 			return failure("ERR Unknown client type '%s'", cString(args[3], maxInline))
 		}
 	case option == "id" && len(args) > 3:
