@@ -34,16 +34,15 @@ import (
 )
 
 const (
-	bodyTimeout     = time.Second // how long the rest of a body is read after the answer
-	quickBuffer     = 2 << 10     // what a connection has to read ordinary requests into
-	longBuffer      = 8 << 10     // the same, from its first longer request on; longer ones still are net/http's
-	maxAnswerHeader = 1 << 10     // is more than that of any answer
-	maxHeaderBytes  = 80 << 10    // of a request; net/http takes 4 KB more
-	lineCost        = 128         // what net/http makes of a line of it, beside its bytes
-	maxStreams      = 100         // of an HTTP/2 connection
-	maxFrame        = 16 << 10    // of HTTP/2, the least; net/http has room for one from its first byte on
-	maxRanges       = 16          // in a Range field
-	maxAdmin        = 64          // connections to the admin listener
+	bodyTimeout    = time.Second // how long the rest of a body is read after the answer
+	quickBuffer    = 2 << 10     // what a connection has to read ordinary requests into
+	longBuffer     = 8 << 10     // the same, from its first longer request on; longer ones still are net/http's
+	maxHeaderBytes = 80 << 10    // of a request; net/http takes 4 KB more
+	lineCost       = 128         // what net/http makes of a line of it, beside its bytes
+	maxStreams     = 100         // of an HTTP/2 connection
+	maxFrame       = 16 << 10    // of HTTP/2, the least; net/http has room for one from its first byte on
+	maxRanges      = 16          // in a Range field
+	maxAdmin       = 64          // connections to the admin listener
 )
 
 // A web is the HTTP front end.
@@ -372,7 +371,7 @@ func (w *web) answer(c *conn, b []byte) (rest []byte, ordinary bool, err error) 
 		if w.authorised(r.authorization) {
 			a, now = w.get(r.key, flushAt)
 		}
-		if out.Available() < maxAnswerHeader {
+		if out.Available() < 1<<10 { // a header has less
 			out.Flush()
 		}
 		head, body := w.appendAnswer(out.AvailableBuffer(), &r, &a, now)
