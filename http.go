@@ -75,29 +75,15 @@ func newWeb(s serverSettings, c *cache, pw *password, logger *slog.Logger) *web 
 
 // serve answers requests until the connection ends, or leaves it to net/http.
 func (w *web) serve(c *conn) {
-	if bytes.HasPrefix(c.unread, []byte("PRI")) {
-		w.serveHTTP2(c)
+	if bytes.HasPrefix(c.unread, []byte(preface)) {
+		c.link.release()
+		w.handOver(c, c)
 	} else if rest := w.quick(c); len(rest) > 0 {
 		c.unread = slices.Concat(rest, c.unread)
 		w.handOver(c, &handed{conn: c})
 	} else {
 		c.Close()
 	}
-}
-
-const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-
-// serveHTTP2 leaves a connection to net/http once the preface has come (RFC 9113 §3.4).
-func (w *web) serveHTTP2(c *conn) {
-	begin := make([]byte, len(preface))
-	c.link.hurry(firstLineTimeout)
-	if io.ReadFull(c, begin); string(begin) != preface {
-		c.Close()
-		return
-	}
-	c.unread = slices.Concat(begin, c.unread)
-	c.link.release()
-	w.handOver(c, c)
 }
 
 // refuse answers a connection that is one too many.

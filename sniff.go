@@ -297,10 +297,13 @@ func protocolOf(begin []byte) (proto protocol, ok bool) {
 	n := max(0, len(line)-1)
 	http1 := bytes.HasSuffix(line[:n], []byte(" HTTP/1.")) && '0' <= line[n] && line[n] <= '9'
 	if http1 || string(line) == "PRI * HTTP/2.0" {
-		return protoHTTP, true
+		return protoHTTP, http1 || len(first) >= len(preface)
 	}
 	return protoRESP, true
 }
+
+// preface begins a connection of HTTP/2 (RFC 9113 §3.4).
+const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 // afterEmptyLines returns b without the empty lines that it begins with.
 func afterEmptyLines(b []byte) []byte {
