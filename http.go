@@ -34,16 +34,15 @@ import (
 )
 
 const (
-	bodyTimeout     = time.Second // how long the rest of a body is read after the answer
-	quickBuffer     = 2 << 10     // what a connection has to read ordinary requests into
-	longBuffer      = 8 << 10     // the same, from its first longer request on; longer ones still are net/http's
-	maxAnswerHeader = 1 << 10     // is more than that of any answer
-	maxHeaderBytes  = 80 << 10    // of a request; net/http takes 4 KB more
-	lineCost        = 128         // what net/http makes of a line of it, beside its bytes
-	maxStreams      = 100         // of an HTTP/2 connection
-	maxFrame        = 16 << 10    // of HTTP/2, the least; net/http has room for one from its first byte on
-	maxRanges       = 16          // in a Range field
-	maxAdmin        = 64          // connections to the admin listener
+	bodyTimeout    = time.Second // how long the rest of a body is read after the answer
+	quickBuffer    = 2 << 10     // what a connection has to read ordinary requests into
+	longBuffer     = 8 << 10     // the same, from its first longer request on; longer ones still are net/http's
+	maxHeaderBytes = 80 << 10    // of a request; net/http takes 4 KB more
+	lineCost       = 128         // what net/http makes of a line of it, beside its bytes
+	maxStreams     = 100         // of an HTTP/2 connection
+	maxFrame       = 16 << 10    // of HTTP/2, the least; net/http has room for one from its first byte on
+	maxRanges      = 16          // in a Range field
+	maxAdmin       = 64          // connections to the admin listener
 )
 
 // A web is the HTTP front end.
@@ -76,29 +75,15 @@ func newWeb(s serverSettings, c *cache, pw *password, logger *slog.Logger) *web 
 
 // serve answers requests until the connection ends, or leaves it to net/http.
 func (w *web) serve(c *conn) {
-	if bytes.HasPrefix(c.unread, []byte("PRI")) {
-		w.serveHTTP2(c)
+	if bytes.HasPrefix(c.unread, []byte(preface)) {
+		c.link.release()
+		w.handOver(c, c)
 	} else if rest := w.quick(c); len(rest) > 0 {
 		c.unread = slices.Concat(rest, c.unread)
 		w.handOver(c, &handed{conn: c})
 	} else {
 		c.Close()
 	}
-}
-
-const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-
-// serveHTTP2 leaves a connection to net/http once the preface has come (RFC 9113 §3.4).
-func (w *web) serveHTTP2(c *conn) {
-	begin := make([]byte, len(preface))
-	c.link.hurry(firstLineTimeout)
-	if io.ReadFull(c, begin); string(begin) != preface {
-		c.Close()
-		return
-	}
-	c.unread = slices.Concat(begin, c.unread)
-	c.link.release()
-	w.handOver(c, c)
 }
 
 // refuse answers a connection that is one too many.
@@ -344,7 +329,7 @@ func (w *web) answer(c *conn, b []byte) (rest []byte, ordinary bool, err error) 
 		if w.authorised(r.authorization) {
 			a = c.link.get(w.cache, &w.tally, r.key)
 		}
-		if out.Available() < maxAnswerHeader {
+		if out.Available() < 1<<10 { // a header has less
 			out.Flush()
 		}
 		head, body := w.appendAnswer(out.AvailableBuffer(), &r, &a, w.cache.now())

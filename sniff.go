@@ -297,12 +297,16 @@ func protocolOf(begin []byte) (proto protocol, ok bool) {
 	switch {
 	case len(first) > 0 && (first[0] == '*' || first[0] == 0x16) || len(begin)-len(first) > maxEmptyLines:
 		return protoRESP, true
-	case whole && string(line) == "PRI * HTTP/2.0",
-		whole && bytes.HasSuffix(line[:minor], []byte(" HTTP/1.")) && '0' <= line[minor] && line[minor] <= '9':
+	case whole && string(line) == "PRI * HTTP/2.0":
+		return protoHTTP, len(first) >= len(preface)
+	case whole && bytes.HasSuffix(line[:minor], []byte(" HTTP/1.")) && '0' <= line[minor] && line[minor] <= '9':
 		return protoHTTP, true
 	}
 	return protoRESP, whole || len(begin) > maxFirstLine
 }
+
+// preface begins a connection of HTTP/2 (RFC 9113 §3.4).
+const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 // afterEmptyLines returns b without the empty lines that it begins with.
 func afterEmptyLines(b []byte) []byte {
