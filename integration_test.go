@@ -2017,6 +2017,64 @@ func TestIntegrationCacheAnswersUntilTheTTL(t *testing.T) {
 	}
 }
 
+// A read over either protocol, of one key or of many, counts as a use.
+func TestIntegrationLeastRecentlyUsedGoesFirst(t *testing.T) {
+	var asked lockedBuffer
+	p := runProxy(t, append(playRedis(t, func(_ int, args []string) string {
+		io.WriteString(&asked, args[1])
+		return bulk(args[1])
+	}), "--cache-size", "3", "--client-limit", "1"))
+	c := dial(t, p.addr)
+	for _, step := range []struct{ over, keys, missed string }{
+		{"GET", "abca", "abc"},
+		{"GET", "dacd", "d"}, // in place of b
+		{"HTTP", "a", ""},
+		{"GET", "bda", "b"}, // in place of c
+		{"MGET", "bd", ""},
+		{"GET", "cbd", "c"}, // in place of a
+	} {
+		before := len(asked.String())
+		if step.over == "MGET" {
+			c.send(request("MGET", "b", "d")).expect("*2\r\n" + bulk("b") + bulk("d"))
+			step.keys = ""
+		}
+		for _, key := range strings.Split(step.keys, "") {
+			if step.over == "HTTP" {
+				httpDo(t, "GET", "http://"+p.addr+"/"+key)
+			} else {
+				c.send(request("GET", key)).expect(bulk(key))
+			}
+		}
+		compare(t, "asked of Redis for "+step.over+" "+step.keys, asked.String()[before:], step.missed)
+	}
+}
+
+// A hit near the end of an entry's life has it fetched anew, and waits for nothing.
+func TestIntegrationHotKeysAreRefreshed(t *testing.T) {
+	t.Parallel()
+	var fetches atomic.Int64
+	p := runProxy(t, append(playRedis(t, func(_ int, args []string) string {
+		if args[1] == "k" {
+			fetches.Add(1)
+		}
+		return bulk("value")
+	}), "--cache-timeout", "4s", "--refresh-before", "3s"))
+	url, began := "http://"+p.addr+"/k", time.Now()
+	httpDo(t, "GET", url)
+	time.Sleep(time.Second)
+	compare(t, "GETs in the first half", fetches.Load(), 1)
+	eventually(t, "a fetch before the end", func() bool {
+		resp, _ := httpDo(t, "GET", url)
+		if got := resp.Header.Get("Cache-Status"); !strings.HasPrefix(got, "redis_proxy; hit; ttl=") {
+			t.Fatalf("after %v: got Cache-Status %q; want a hit", time.Since(began), got)
+		}
+		return fetches.Load() == 2
+	})
+	if took := time.Since(began); took < 2*time.Second {
+		t.Errorf("refreshed after %v; want it in the second half of 4s", took)
+	}
+}
+
 // The life of an entry, and the time in which others may join its fetch, begin when Redis is
 // asked and not when it answers.
 func TestIntegrationTTLBeginsWithTheQuestion(t *testing.T) {

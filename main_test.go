@@ -1015,6 +1015,16 @@ func TestHTTPHeaderIsKeptWithTheEntry(t *testing.T) {
 	serveHTTP(t, p, "GET /k")
 	p.cache.forget(nil)
 	compare(t, "bytes at the end", bytes(), 0)
+
+	for _, n := range []int{1, 2} { // it takes the place of another entry, or of its own
+		p := newParts(t, "--cache-bytes", fmt.Sprint(bytesFor(n, len("k")+len("value"))))
+		cacheNow(p, []string{"k", "value", "l", "value"}[:2*n]...)
+		compare(t, "bytes of whole entries", p.cache.bytes, p.cache.maxBytes)
+		compare(t, "body", bodyOf(t, serveHTTP(t, p, "GET /k")), "value")
+		if p.cache.bytes > p.cache.maxBytes {
+			t.Errorf("%d entries and a header: got %d bytes; want at most %d", n, p.cache.bytes, p.cache.maxBytes)
+		}
+	}
 }
 
 func TestHTTPLogsPanicsAsErrorsAndNothingElse(t *testing.T) {
@@ -1887,7 +1897,7 @@ func TestCacheBoundsBytes(t *testing.T) {
 	large := make([]byte, bytesFor(3, 6))
 	compare(t, "too large a value: stored", putValue(c, 0, newValue("c", large, 0)), false)
 	compare(t, "c too large", holds(c, 0, "bcd"), "bd")
-	most := large[:bytesFor(3, 6)-bytesFor(1, 0)-int64(len("c")+len("123"))]
+	most := large[:bytesFor(3, 6)-bytesFor(1, 0)-int64(len("c")+len("493")-len("0"))]
 	compare(t, "the largest value: stored", putValue(c, 0, newValue("c", most, 0)), true)
 	compare(t, "c as large as the cache", holds(c, 0, "bcd"), "c")
 	c.drop(0, c.entries["c"])
@@ -2010,6 +2020,14 @@ func TestCacheRefreshesBeforeTheEnd(t *testing.T) {
 		d.land(newValue("k", []byte("2"), d.now()), nil)
 		time.Sleep(2 * time.Second)
 		compare(t, "past the end of the first", fmt.Sprint(d.ask("k"), " ", len(d.begun)), "hit 0")
+		d.ask("short")
+		v := newValue("short", []byte("1"), d.now())
+		v.expires = d.now() + time.Second
+		d.land(v, nil)
+		time.Sleep(time.Second/2 - 1)
+		compare(t, "the first half of a short life", fmt.Sprint(d.ask("short"), " ", len(d.begun)), "hit 0")
+		time.Sleep(time.Nanosecond)
+		compare(t, "its second half", fmt.Sprint(d.ask("short"), " ", len(d.begun)), "hit 1")
 	})
 }
 
@@ -2283,6 +2301,7 @@ func TestResolveWhatServersCallThemselves(t *testing.T) {
 		{"h:1", "::2", "7", "[::2]:7"},
 		{"h:1", "10.0.0.1", "0", "10.0.0.1:1"},
 		{"h:1", "", "0", "h:1"},
+		{"h:1", "h", "65535", "h:65535"},
 		{"h:1", "?", "7", ""},       // unknown host
 		{"h:1", "a b", "7", ""},     // blank
 		{"h:1", "h", "", ""},        // no port
@@ -2497,10 +2516,10 @@ func TestPoolDoesNotRetryForNobody(t *testing.T) {
 		fetches.Add(1)
 		<-hangUp
 		return hungUp
-	}), "--redis-timeout", "20ms")...)
+	}), "--redis-timeout", "100ms")...) // within that it is sent
 	asked := askFor(p, "key")
 	for gone := p.now() + 2*p.cfg.pool.timeout; p.now() <= gone; {
-		p.wait(asked) // for another 20 ms
+		p.wait(asked) // for another 100 ms
 	}
 	close(hangUp)
 	p.cache.ended(asked[0].flight, nil)
@@ -2528,15 +2547,22 @@ func TestPoolHasNoErrorAfterTheFirstSuccess(t *testing.T) {
 	compare(t, "answer", outcomeOf(asked[0]), "value")
 }
 
+// What is too much is refused at once: nobody waits for it.
 func TestPoolBoundsWhatWaits(t *testing.T) {
 	p := newParts(t)
 	p.pool.routeLocked(new(flight)).busy = p.pool.limit // no connection is free
-	for i := range maxQueue {
+	refused := func(key string) bool { return askFor(p, key)[0].flight.finished.Load() }
+	for i := range maxQueue - 1 {
 		askFor(p, fmt.Sprint(i))
 	}
+	compare(t, "the last that fits: refused", refused("last"), false)
+	compare(t, "one too many: refused", refused("x"), true)
 	compare(t, "one too many", outcomeOf(p.get("x")), errTimeout.Error())
 	p.pool.routeLocked(new(flight)).queue, p.pool.queued, p.pool.queueBytes = nil, 0, maxQueueBytes-5
+	compare(t, "keys too large: refused", refused("longer"), true)
 	compare(t, "keys too large", outcomeOf(p.get("longer")), errTimeout.Error())
+	compare(t, "the last bytes: refused", refused("bytes"), false)
+	compare(t, "a byte too many: refused", refused("y"), true)
 	p.pool.routeLocked(new(flight)).queue, p.pool.queueBytes = nil, 0
 }
 
