@@ -242,10 +242,6 @@ func fitMemory(cfg *config, log *slog.Logger) {
 	cfg.clients.grown(0)
 }
 
-// memoryGroup matches the lines of /proc/self/cgroup that name a group with a memory limit: those of version 2, or of
-// the memory controller in version 1 (cgroups(7)).
-var memoryGroup = regexp.MustCompile(`(?m)^\d+:(memory)?:(/.*)$`)
-
 // cgroupLimit returns the least number that a file begins with in the control groups of the process, from its
 // own up to the root: in version 2 (cgroups(7)), or of a controller in version 1. None is math.MaxInt64.
 func cgroupLimit(controller, v2, v1 string) int64 {
