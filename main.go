@@ -214,7 +214,7 @@ func tuneCores() string {
 	switch {
 	case os.Getenv("GOMAXPROCS") != "":
 		return fmt.Sprint(all, " as GOMAXPROCS says")
-	case cgroupLimit("cpu", "cpu.max", "cpu.cfs_quota_us") < math.MaxInt64:
+	case cgroupLimit("cpu.max", "cpu.cfs_quota_us") < math.MaxInt64:
 		return fmt.Sprint(all, " as the CPU limit says")
 	}
 	runtime.GOMAXPROCS(max(1, all/2))
@@ -226,7 +226,7 @@ func tuneCores() string {
 // than that, the cache is made smaller.
 func fitMemory(cfg *config, log *slog.Logger) {
 	const others = 32 << 20 // what is not the cache's
-	allowed := cgroupLimit("memory", "memory.max", "memory.limit_in_bytes") / 10 * 9
+	allowed := cgroupLimit("memory.max", "memory.limit_in_bytes") / 10 * 9
 	if fits := max(allowed-others, others/2) / 2; fits < cfg.cache.maxBytes {
 		log.Warn("fewer bytes in the cache, as the container has not enough memory", "cache_bytes", fits,
 			"wanted", cfg.cache.maxBytes, "memory", allowed/9*10)
@@ -242,27 +242,21 @@ func fitMemory(cfg *config, log *slog.Logger) {
 	cfg.clients.grown(0)
 }
 
-// cgroupLimit returns the least number that a file begins with in the control groups of the process, from its
-// own up to the root: in version 2 (cgroups(7)), or of a controller in version 1. None is math.MaxInt64.
-func cgroupLimit(controller, v2, v1 string) int64 {
+// cgroupLimit returns the least number above 0 that one of the files begins with in the control groups of the
+// process, of both versions, from its own up to the root (cgroups(7)). None is math.MaxInt64.
+func cgroupLimit(files ...string) int64 {
 	least := int64(math.MaxInt64)
 	groups, _ := os.ReadFile("/proc/self/cgroup")
-	for line := range strings.Lines(string(groups)) {
-		fields := strings.SplitN(strings.TrimSpace(line), ":", 3) // an id, controllers, the path
-		file := v2
-		if slices.Contains(strings.Split(fields[1], ","), controller) {
-			file = v1
-		} else if fields[1] != "" {
-			continue
-		}
-		for group := fields[2]; ; group = filepath.Dir(group) {
-			b, _ := os.ReadFile(filepath.Join("/sys/fs/cgroup", fields[1], group, file))
-			word, _, _ := strings.Cut(strings.TrimSpace(string(b)), " ")
-			if n, err := strconv.ParseInt(word, 10, 64); err == nil && n > 0 {
-				least = min(least, n)
-			}
-			if group == "/" || group == "." {
-				break
+	for line := range strings.SplitSeq(string(groups), "\n") {
+		_, line, _ = strings.Cut(line, ":")
+		controllers, group, _ := strings.Cut(line, ":") // no controllers: version 2
+		for below := ""; group != below; below, group = group, filepath.Dir(group) {
+			for _, file := range files {
+				b, _ := os.ReadFile(filepath.Join("/sys/fs/cgroup", controllers, group, file))
+				n := int64(0)
+				if fmt.Sscan(string(b), &n); n > 0 { // "max" is no number
+					least = min(least, n)
+				}
 			}
 		}
 	}
