@@ -497,8 +497,7 @@ func (l *link) letGo() {
 	l.holds, l.holding = l.holds[:0], false
 }
 
-// SetWriteDeadline notes what net/http and crypto/tls set: the first clears the deadline after each answer,
-// the second sets one for its last words.
+// SetWriteDeadline notes what crypto/tls sets, for its last words.
 func (l *link) SetWriteDeadline(t time.Time) error {
 	l.writeBy, l.closing = t, !t.IsZero()
 	return l.Conn.SetWriteDeadline(t)
