@@ -90,7 +90,7 @@ func (w *web) serve(c *conn) {
 
 // refuse answers a connection that is one too many.
 func (w *web) refuse(c *conn) {
-	if !bytes.HasPrefix(afterEmptyLines(c.unread), []byte("PRI")) { // HTTP/2 has no answer before a request
+	if !bytes.HasPrefix(c.unread, []byte(preface)) { // HTTP/2 has no answer before a request
 		head, body := w.appendAnswer(nil, new(quickRequest), &answer{err: errFull}, 0)
 		io.WriteString(c, string(head)+body)
 	}
