@@ -1,7 +1,7 @@
 // HTTP: the key from the path, the answer and its header.
 //
-// net/http reads, frames and times requests, but for ordinary ones over HTTP/1, which quick answers alike. RFC
-// 9110 (semantics), RFC 9111 (caching) and RFC 9211 (Cache-Status) say what goes into the answers.
+// net/http reads, frames and times requests, but for ordinary ones over HTTP/1, which quick answers
+// alike. RFC 9110 (semantics), 9111 (caching) and 9211 (Cache-Status) say what goes into the answers.
 package main
 
 import (
@@ -41,6 +41,7 @@ const (
 	lineCost       = 128         // what net/http makes of a line of it, beside its bytes
 	maxStreams     = 100         // of an HTTP/2 connection
 	maxFrame       = 16 << 10    // of HTTP/2, the least; net/http has room for one from its first byte on
+	valuePiece     = 32 << 10    // of a value, which http.ServeContent writes at once
 	maxRanges      = 16          // in a Range field
 	maxAdmin       = 64          // connections to the admin listener
 )
@@ -63,6 +64,7 @@ func newWeb(s serverSettings, c *cache, pw *password, logger *slog.Logger) *web 
 		DisableGeneralOptionsHandler: true,
 		ReadHeaderTimeout:            firstLineTimeout,
 		IdleTimeout:                  cmp.Or(s.idleTimeout, httpIdleTimeout),
+		WriteTimeout:                 s.writeTimeout + 2*c.timeout, // of a stream of HTTP/2, which may wait for Redis
 		MaxHeaderBytes:               maxHeaderBytes,
 		ErrorLog:                     log.New(complaints{logger}, "", 0),
 		Protocols:                    new(http.Protocols),
@@ -88,25 +90,25 @@ func (w *web) serve(c *conn) {
 
 // refuse answers a connection that is one too many.
 func (w *web) refuse(c *conn) {
-	if !bytes.HasPrefix(afterEmptyLines(c.unread), []byte("PRI")) { // HTTP/2 has no answer before a request
+	if !bytes.HasPrefix(c.unread, []byte(preface)) { // HTTP/2 has no answer before a request
 		head, body := w.appendAnswer(nil, new(quickRequest), &answer{err: errFull}, 0)
 		io.WriteString(c, string(head)+body)
 	}
 }
 
-// drain has connections closed with their next answer. (SetKeepAlivesEnabled would close those that
-// are idle, although a request may be on its way.)
+// drain has connections closed with their next answer. (SetKeepAlivesEnabled would close those
+// that are idle, although a request may be on its way.)
 func (w *web) drain() { w.draining.Store(true) }
 
-// shutdown closes connections that are not being answered, and the others when they are or ctx is done.
+// shutdown closes idle connections, and the others when they are answered or ctx is done.
 func (w *web) shutdown(ctx context.Context) {
 	if w.server.Shutdown(ctx) != nil {
 		w.server.Close()
 	}
 }
 
-// ServeHTTP answers GET and HEAD for the key that is everything after the path's first slash. There is
-// no ServeMux in front, as that would clean the path.
+// ServeHTTP answers GET and HEAD for the key that is everything after the path's first slash. There
+// is no ServeMux in front, as that would clean the path.
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	a := answer{}
 	body := r.ContentLength != 0 && r.ProtoMajor == 1 // it means nothing here
@@ -137,27 +139,27 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 
 // write answers a request as quick does, and with parts of a value and by other conditions.
 func (w *web) write(rw http.ResponseWriter, r *http.Request, a *answer, now time.Duration) {
-	out := netWriter{rw, w.writeTimeout, r.ProtoMajor == 2}
 	head, body := w.appendAnswer(nil, new(quickRequest), a, now)
 	for line := range strings.Lines(string(head)) {
 		if name, val, ok := strings.Cut(line, ": "); ok { // not the status line
-			out.Header().Add(name, strings.TrimSpace(val))
+			rw.Header().Add(name, strings.TrimSpace(val))
 		}
 	}
 	if a.err != nil {
 		status, _, _ := httpError(a.err)
-		out.WriteHeader(status)
-		io.WriteString(out, body)
+		rw.WriteHeader(status)
+		io.WriteString(rw, body)
 		return
 	}
-	out.Header().Del("Content-Length") // it may be that of a part
+	rw.Header().Del("Content-Length") // it may be that of a part
 	correct(r, a.header)
+	out := valueWriter{rw, w.writeTimeout, r.ProtoMajor == 2 && len(body) > valuePiece}
 	http.ServeContent(out, r, "", time.Time{}, strings.NewReader(body))
 }
 
-// correct changes a request where http.ServeContent reads it otherwise than RFC 9110: several lines are one
-// list (§5.3); HEAD, another unit and too many parts have no range, the unit has no case, the last 0 bytes are
-// no part, and no number is too large (§14). header is that of the value.
+// correct changes a request where http.ServeContent reads it otherwise than RFC 9110: several lines
+// are one list (§5.3); HEAD, another unit and too many parts have no range, the unit has no case, the
+// last 0 bytes are no part, and no number is too large (§14). header is that of the value.
 func correct(r *http.Request, header string) {
 	list := func(name string) string { return strings.Join(r.Header[name], ", ") }
 	if r.Header.Set("If-Match", list("If-Match")); lists([]byte(list("If-None-Match")), header) {
@@ -178,31 +180,30 @@ var (
 	emptySuffix = regexp.MustCompile(`((?:^|,)[ \t]*)-0+\b`)
 )
 
-// A netWriter writes answers through net/http.
-type netWriter struct {
+// A valueWriter gives the client the write time-out for each piece of a large value over HTTP/2. The
+// server's own is for a whole answer.
+type valueWriter struct {
 	http.ResponseWriter
-	timeout time.Duration // for the client to take what is written at once
-	stream  bool          // of HTTP/2: over HTTP/1 the connection has the time-out
+	timeout time.Duration
+	pieces  bool
 }
 
-// Write sets a stream's time-out anew. http.ServeContent writes 32 KB at most at once.
-func (w netWriter) Write(p []byte) (int, error) {
-	if w.stream {
+func (w valueWriter) Write(p []byte) (int, error) {
+	if w.pieces {
 		http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(w.timeout))
 	}
 	return w.ResponseWriter.Write(p)
 }
 
-// WriteHeader gives the errors that http.ServeContent writes the header of all errors.
-func (w netWriter) WriteHeader(status int) {
-	if status == http.StatusPreconditionFailed || status == http.StatusRequestedRangeNotSatisfiable {
+// WriteHeader gives the errors that http.ServeContent writes (412, 416) the header of all errors.
+func (w valueWriter) WriteHeader(status int) {
+	if status >= http.StatusBadRequest {
 		w.Header().Set("Cache-Control", "no-store")
 	}
 	w.ResponseWriter.WriteHeader(status)
 }
 
-// authorised reports whether an Authorization field has the password, in one of the two ways of RFC 7617
-// and 6750.
+// authorised reports whether an Authorization field has the password (RFC 7617, RFC 6750).
 func (w *web) authorised(field []byte) bool {
 	if !w.password.needed {
 		return true
@@ -257,8 +258,8 @@ func httpError(err error) (status int, text, fields string) {
 	return http.StatusBadGateway, errUnavailable.Error() + "\n", ""
 }
 
-// header returns what HTTP says about the value of an answer, a field a line: its tag (tagField), type and
-// length. The tag is the same on every replica. The cache keeps the header.
+// header returns what HTTP says about the value of an answer, a field a line: its tag (tagField), type
+// and length. The tag is the same on every replica. The cache keeps the header.
 func (w *web) header(a *answer) string {
 	if a.header == "" {
 		content := a.content()
@@ -280,8 +281,8 @@ func (w *web) header(a *answer) string {
 // tagField is how much of a value's header is its tag, which is a strong one (RFC 9110 §8.8.3).
 const tagField = len("Etag: ") + 2 + 32 + len("\r\n")
 
-// lists reports whether a field of If-None-Match is * or has the tag of a value with this header. A tag
-// cannot be part of another, as it has quotes.
+// lists reports whether a field of If-None-Match is * or has the tag of a value with this header. A
+// tag cannot be part of another, as it has quotes.
 func lists(field []byte, header string) bool {
 	return string(field) == "*" || bytes.Contains(field, bytesOf(header[len("Etag: "):tagField-2]))
 }
@@ -289,8 +290,8 @@ func lists(field []byte, header string) bool {
 // bytesOf returns the bytes of s without a copy. They must not be written to.
 func bytesOf(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
 
-// quick answers requests until one is not ordinary (quickRequest), without net/http, which costs more than all the
-// rest of a hit. It returns what it has read and not answered, for net/http to go on with, or nothing.
+// quick answers requests until one is not ordinary (quickRequest), without net/http, which costs more
+// than all the rest of a hit. It returns what it has read and not answered, for net/http to go on with.
 func (w *web) quick(c *conn) (rest []byte) {
 	for buf := make([]byte, quickBuffer); ; {
 		n, err := c.Read(buf[len(rest):]) // an error that comes with bytes comes again
@@ -314,8 +315,8 @@ func (w *web) quick(c *conn) (rest []byte) {
 	}
 }
 
-// answer answers the ordinary requests that b begins with. It returns what is left, and whether that may become
-// another.
+// answer answers the ordinary requests that b begins with. It returns what is left, and whether that
+// may become another.
 func (w *web) answer(c *conn, b []byte) (rest []byte, ordinary bool, err error) {
 	out := writers.Get().(*bufio.Writer)
 	defer writers.Put(out)
@@ -378,7 +379,7 @@ func appendField(b []byte, field string, n int) []byte {
 	return append(strconv.AppendInt(append(b, field...), int64(n), 10), "\r\n"...)
 }
 
-// appendCaching adds how long an answer may be kept, and how the cache handled the request (RFC 9211).
+// appendCaching adds how long an answer may be kept, and how the cache came by it (RFC 9211).
 func (w *web) appendCaching(b []byte, a *answer, now time.Duration) []byte {
 	kept := a.err == nil || a.err == errAbsent && w.cache.absent > 0
 	if kept {
@@ -406,9 +407,9 @@ func (w *web) appendCaching(b []byte, a *answer, now time.Duration) []byte {
 	return append(b, "\r\n"...)
 }
 
-// A quickRequest is an ordinary request: GET or HEAD over HTTP/1.1, well-formed to the byte, with one Host, no
-// body, names of letters, digits and hyphens, and no field that asks for what net/http alone knows. Fields that
-// mean nothing here are skipped. Its parts lie in the buffer that it was read into.
+// A quickRequest is an ordinary request: GET or HEAD over HTTP/1.1, well-formed to the byte, with one
+// Host, no body, names of letters, digits and hyphens, and no field that asks for what net/http alone
+// knows. Fields that mean nothing here are skipped. Its parts lie in the buffer that it was read into.
 type quickRequest struct {
 	head, host    bool
 	key           []byte
@@ -418,7 +419,7 @@ type quickRequest struct {
 
 const hostBytes = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._:[]"
 
-// parse returns the request that b begins with, and its size: 0 if it is not whole, -1 if it is not ordinary.
+// parse returns the first request in b, and its size: 0 if it is not whole, -1 if it is not ordinary.
 func parse(b []byte) (r quickRequest, size int) {
 	for rest, first := b, true; ; first = false {
 		line, after, whole := bytes.Cut(rest, []byte("\n"))
@@ -513,7 +514,7 @@ func (l *handedOver) Accept() (c net.Conn, err error) {
 func (l *handedOver) Close() error   { return nil }
 func (l *handedOver) Addr() net.Addr { return nil }
 
-// A handed connection is net/http's, for HTTP/1. That counts no header against the budget of requests.
+// A handed connection is net/http's, for HTTP/1. It counts headers against the budget of requests.
 type handed struct {
 	*conn
 	held atomic.Int64 // of the budget, since net/http set the last deadline: it does before a header and after
@@ -526,6 +527,9 @@ func (h *handed) SetReadDeadline(t time.Time) error {
 	h.link.server.requests.release("", int(h.held.Swap(0)))
 	return h.conn.SetReadDeadline(t)
 }
+
+// SetWriteDeadline does nothing: the link has deadlines of its own.
+func (h *handed) SetWriteDeadline(time.Time) error { return nil }
 
 func (h *handed) Read(p []byte) (int, error) {
 	n, err := h.conn.Read(p)
@@ -542,7 +546,7 @@ func (h *handed) Close() error {
 	return h.conn.Close()
 }
 
-// complaints takes what net/http has to say, of which only panics are news: the rest is about clients.
+// complaints takes what net/http has to say. Only panics are news: the rest is about clients.
 type complaints struct{ log *slog.Logger }
 
 func (c complaints) Write(p []byte) (int, error) {
@@ -553,8 +557,8 @@ func (c complaints) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// newAdmin serves metrics, health and profiles, and drops keys that it is asked to forget. There is no ServeMux in
-// front, as that would clean the key.
+// newAdmin serves metrics, health and profiles, and drops keys that it is asked to forget. There is no
+// ServeMux in front, as that would clean the key.
 func newAdmin(figures func() []figure, ready func() bool, forget func([][]byte), logger *slog.Logger) *http.Server {
 	var open atomic.Int64
 	limit := func(c net.Conn, state http.ConnState) {
@@ -639,7 +643,7 @@ func bucketLines(name string, h histogram) (lines string) {
 	return lines + fmt.Sprintf("%s_sum %g\n%s_count %d\n", name, h.sum.Seconds(), name, count)
 }
 
-// pagePolicy allows what the page itself consists of, by digest, and requests to the host that it came from.
+// pagePolicy allows what the page itself consists of, by digest, and requests to its own host.
 var pagePolicy = "default-src 'none'; connect-src 'self'; img-src data:; style-src " + digestOf("style") +
 	"; script-src " + digestOf("script") + "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
@@ -651,8 +655,8 @@ func digestOf(element string) string {
 	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
 }
 
-// adminPage polls /metrics every two seconds and keeps five minutes of it. It names the four figures that come
-// first; every other one gets a row by its name.
+// adminPage polls /metrics every two seconds and keeps five minutes of it. It names the four figures
+// that come first; every other one gets a row by its name.
 const adminPage = `<!doctype html><html lang="en"><meta charset="utf-8"><title>redis_proxy</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>
 :root { color-scheme: light dark; --accent: light-dark(#1f66d1, #6fabff); --alarm: light-dark(#b3261e, #ff8a80) }

@@ -1428,6 +1428,7 @@ func TestIntegrationUnreadHTTPAnswersAreGivenUp(t *testing.T) {
 		}
 		return bulk("small")
 	})
+	flags = append(flags, "--redis-timeout", "1s") // HTTP/2 allows a stream twice that, too
 	p := runProxy(t, flags, func(cfg *config) { cfg.clients.writeTimeout = 300 * time.Millisecond })
 	exchange(t, p.addr, "GET big\r\n")
 	const handed = "GET /big HTTP/1.1\r\nHost: h\r\nRange: bytes=0-\r\n\r\n"
@@ -1437,14 +1438,17 @@ func TestIntegrationUnreadHTTPAnswersAreGivenUp(t *testing.T) {
 	for id := 1; id < 10; id += 2 {
 		h2 += "\x00\x00\x0b\x01\x05\x00\x00\x00" + string(rune(id)) + "\x82\x86\x41\x01a\x04\x04/big"
 	}
+	refused := h2Begin + h2Frame(1, 5, 1, "\x82\x86\x41\x01a\x84\x40\x0aconnection\x01x")
 	for _, row := range []struct{ name, send string }{
 		{"quick", plainRequest("big")},
 		{"HTTP/1.1", handed},
 		{"HTTP/1.1 after an answer", plainRequest("small") + handed},
 		{"HTTP/2", h2},
+		{"HTTP/2, a small value", h2Begin + h2Get(1, "/small")},
+		{"HTTP/2, an error of net/http", refused},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			writes := regexp.MustCompile(`http\.ServeContent\(|\(\*web\)\.answer\(`)
+			writes := regexp.MustCompile(`http\.ServeContent\(|\(\*web\)\.answer\(|\.writeDataFromHandler\(`)
 			answering := func() bool { return writes.MatchString(stacks()) }
 			dial(t, p.addr).send(row.send)
 			eventually(t, "the answer is begun", answering)
