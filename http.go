@@ -351,7 +351,12 @@ func (w *web) appendAnswer(b []byte, r *quickRequest, a *answer, now time.Durati
 	} else if own, body = w.header(a), a.content(); lists(r.tags, own) {
 		status, own, body = http.StatusNotModified, own[:tagField], ""
 	}
-	b = append(strconv.AppendInt(append(b, "HTTP/1.1 "...), int64(status), 10), ' ')
+	b = append(b, "HTTP/1.1 "...)
+	if r.old {
+		b[len(b)-2] = '0'
+		fields += "Connection: keep-alive\r\n"
+	}
+	b = append(strconv.AppendInt(b, int64(status), 10), ' ')
 	b = append(append(b, http.StatusText(status)...), "\r\nX-Content-Type-Options: nosniff\r\n"...)
 	b = w.appendCaching(append(append(b, fields...), own...), a, now)
 	if a.err != nil {
@@ -407,11 +412,12 @@ func (w *web) appendCaching(b []byte, a *answer, now time.Duration) []byte {
 	return append(b, "\r\n"...)
 }
 
-// A quickRequest is an ordinary request: GET or HEAD over HTTP/1.1, well-formed to the byte, with one
-// Host, no body, names of letters, digits and hyphens, and no field that asks for what net/http alone
-// knows. Fields that mean nothing here are skipped. Its parts lie in the buffer that it was read into.
+// A quickRequest is an ordinary request: GET or HEAD, well-formed to the byte, with one Host, no body, and no
+// field that asks for what net/http alone knows. Fields that mean nothing here are skipped. Its parts lie in
+// the buffer that it was read into.
 type quickRequest struct {
 	head, host    bool
+	old, kept     bool // HTTP/1.0, which need not have a Host, and must ask to be kept alive
 	key           []byte
 	authorization []byte // nil: none
 	tags          []byte // of If-None-Match; nil: none
@@ -427,7 +433,7 @@ func parse(b []byte) (r quickRequest, size int) {
 		switch rest = after; {
 		case !whole:
 			return r, 0
-		case crlf && len(line) == 0 && r.host:
+		case crlf && len(line) == 0 && (r.host || r.old) && (r.kept || !r.old):
 			return r, len(b) - len(rest)
 		case !crlf || first && !r.begin(line) || !first && !r.field(line):
 			return r, -1
@@ -449,13 +455,13 @@ func printable(b []byte) bool {
 func (r *quickRequest) begin(line []byte) (ordinary bool) {
 	method, target, _ := bytes.Cut(line, []byte(" "))
 	target, version, _ := bytes.Cut(target, []byte(" "))
-	r.head = string(method) == "HEAD"
+	r.head, r.old = string(method) == "HEAD", string(version) == "HTTP/1.0"
 	path, ok := bytes.CutPrefix(target, []byte("/"))
 	if r.key, _, _ = bytes.Cut(path, []byte("?")); bytes.IndexByte(r.key, '%') >= 0 {
 		key, err := url.PathUnescape(string(r.key))
 		r.key, ok = []byte(key), ok && err == nil
 	}
-	return ok && (r.head || string(method) == "GET") && string(version) == "HTTP/1.1" &&
+	return ok && (r.head || string(method) == "GET") && (r.old || string(version) == "HTTP/1.1") &&
 		printable(path) && bytes.IndexByte(path, '\t') < 0
 }
 
@@ -464,8 +470,8 @@ func (r *quickRequest) field(line []byte) (ordinary bool) {
 	name, val, ok := bytes.Cut(line, []byte(":"))
 	var lower [len("if-unmodified-since") + 1]byte // a longer name is none of those below
 	for i, c := range name {
-		l := c | ' ' // a digit and a hyphen stay what they are
-		if (l < 'a' || l > 'z') && (c < '0' || c > '9') && c != '-' {
+		l := c | ' ' // digits and hyphens stay what they are; only ASCII has cases
+		if (l < 'a' || l > 'z') && (c < '0' || c > '9') && strings.IndexByte("-!#$%&'*+.^_`|~", c) < 0 {
 			return false
 		}
 		lower[min(i, len(lower)-1)] = l
@@ -478,6 +484,7 @@ func (r *quickRequest) field(line []byte) (ordinary bool) {
 		ok = !r.host && len(bytes.TrimLeft(val, hostBytes)) == 0
 		r.host = true
 	case "connection":
+		r.kept = true
 		return string(val) == "keep-alive" || string(val) == "Keep-Alive"
 	case "authorization":
 		ok = r.authorization == nil && len(val) > 0
@@ -527,9 +534,6 @@ func (h *handed) SetReadDeadline(t time.Time) error {
 	h.link.server.requests.release("", int(h.held.Swap(0)))
 	return h.conn.SetReadDeadline(t)
 }
-
-// SetWriteDeadline does nothing: the link has deadlines of its own.
-func (h *handed) SetWriteDeadline(time.Time) error { return nil }
 
 func (h *handed) Read(p []byte) (int, error) {
 	n, err := h.conn.Read(p)
