@@ -2325,6 +2325,46 @@ func TestIntegrationClientLimitBoundsConnections(t *testing.T) {
 	}
 }
 
+// INFO shows what becomes of connections and nodes, while a GET is on its way, idle, in an outage and after it.
+func TestIntegrationFiguresOfRedis(t *testing.T) {
+	asked, answered := make(chan struct{}), make(chan struct{})
+	var down atomic.Bool
+	p := runProxy(t, playRedis(t, func(_ int, args []string) string {
+		if args[1] == "held" {
+			close(asked)
+			<-answered
+		}
+		if down.Load() {
+			return hungUp
+		}
+		return bulk("value")
+	}))
+	answer := sync.OnceFunc(func() { close(answered) })
+	t.Cleanup(answer)
+	expect := func(when string, figures ...string) {
+		t.Helper()
+		eventually(t, when+fmt.Sprintf(": %q of connections, used, nodes, down, errors", figures), func() bool {
+			var got []string
+			for _, name := range []string{"connections", "connections_used", "nodes", "nodes_down", "errors"} {
+				got = append(got, p.stat(t, "upstream_"+name))
+			}
+			return slices.Equal(got, figures)
+		})
+	}
+	c := dial(t, p.addr).send(request("GET", "held"))
+	<-asked
+	expect("on its way", "1", "1", "1", "0", "0")
+	answer()
+	c.expect(bulk("value"))
+	expect("idle", "1", "0", "1", "0", "0")
+	down.Store(true)
+	c.send(request("GET", "k")).expect("-ERR upstream unavailable\r\n")
+	expect("in an outage", "0", "0", "1", "1", "1")
+	down.Store(false)
+	c.send(request("GET", "k")).expect(bulk("value"))
+	expect("after it", "1", "0", "1", "0", "1")
+}
+
 func TestIntegrationNobodyWaitsLongerThanTheTimeout(t *testing.T) {
 	t.Parallel()
 	addr := sharedRedis(t)

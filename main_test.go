@@ -1011,6 +1011,23 @@ func TestHTTPErrors(t *testing.T) {
 	}
 }
 
+// A bucket counts all latencies up to its bound, and the last one all.
+func TestMetricsOfLatency(t *testing.T) {
+	p := newParts(t)
+	for _, d := range []time.Duration{50 * time.Microsecond, 100 * time.Microsecond, 150 * time.Microsecond,
+		700 * time.Millisecond, 2300 * time.Millisecond} {
+		p.pool.latency.add(d)
+	}
+	var out strings.Builder
+	writeMetrics(&out, p.pool.figures())
+	for _, want := range []string{`bucket{le="0.0001"} 2`, `bucket{le="0.00025"} 3`, `bucket{le="0.5"} 3`, `bucket{le="1"} 4`,
+		`bucket{le="+Inf"} 5`, `sum 3.0003`, `count 5`} {
+		if !strings.Contains(out.String(), "\nredis_proxy_upstream_seconds_"+want+"\n") {
+			t.Errorf("got %s; want it to have %s", out.String(), want)
+		}
+	}
+}
+
 func TestHTTPAnswersFromRedis(t *testing.T) {
 	p := newParts(t, append(playRedis(t, replies), "--cache-bytes", "2KB")...)
 	for _, tt := range []struct {
