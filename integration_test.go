@@ -2329,6 +2329,56 @@ func TestIntegrationClientLimitBoundsConnections(t *testing.T) {
 	}
 }
 
+// INFO shows what becomes of connections and nodes, while a GET is on its way, idle, in an outage and after it.
+func TestIntegrationFiguresOfRedis(t *testing.T) {
+	asked, answered := make(chan struct{}), make(chan struct{})
+	var down atomic.Bool
+	p := runProxy(t, playRedis(t, func(_ int, args []string) string {
+		if args[1] == "held" {
+			close(asked)
+			<-answered
+		}
+		if down.Load() {
+			return hungUp
+		}
+		return bulk("value")
+	}))
+	answer := sync.OnceFunc(func() { close(answered) })
+	t.Cleanup(answer)
+	expect := func(when string, figures ...string) {
+		t.Helper()
+		eventually(t, when+fmt.Sprintf(": %q of connections, used, nodes, down, errors", figures), func() bool {
+			var got []string
+			for _, name := range []string{"connections", "connections_used", "nodes", "nodes_down", "errors"} {
+				got = append(got, p.stat(t, "upstream_"+name))
+			}
+			return slices.Equal(got, figures)
+		})
+	}
+	c := dial(t, p.addr).send(request("GET", "held"))
+	<-asked
+	expect("on its way", "1", "1", "1", "0", "0")
+	answer()
+	c.expect(bulk("value"))
+	expect("idle", "1", "0", "1", "0", "0")
+	down.Store(true)
+	for range 3 {
+		c.send(request("GET", "k")).expect("-ERR upstream unavailable\r\n")
+	}
+	expect("in an outage", "0", "0", "1", "1", "3")
+	down.Store(false)
+	c.send(request("GET", "k")).expect(bulk("value"))
+	expect("after it", "1", "0", "1", "0", "3")
+	for i := range 3 {
+		c.send(request("GET", fmt.Sprint(i))).expect(bulk("value"))
+	}
+	for line, want := range map[string]int{"Redis cannot be read": 1, "Redis can be read again": 1} {
+		if got := strings.Count(p.log.String(), line); got != want {
+			t.Errorf("%q in the log: got %d times; want %d:\n%s", line, got, want, p.log)
+		}
+	}
+}
+
 func TestIntegrationNobodyWaitsLongerThanTheTimeout(t *testing.T) {
 	t.Parallel()
 	addr := sharedRedis(t)
@@ -2440,6 +2490,19 @@ func TestIntegrationOwnRefusalIsMarked(t *testing.T) {
 			t.Errorf("%s: upstream_errors: got %s; want 2, and %q once in the log:\n%s", url, got, line, p.log)
 		}
 	}
+}
+
+// A connection that Redis lets in but not log in is not kept.
+func TestIntegrationRefusedConnectionsAreClosed(t *testing.T) {
+	n := scriptedAt(t, "127.0.0.1")
+	n.other = func([]string) string { return "-WRONGPASS invalid username-password pair or user is disabled.\r\n" }
+	n.play(nil, nil)
+	p := startURL(t, "redis://:wrong@"+n.addr)
+	for range 5 {
+		exchange(t, p.addr, request("GET", "k"))
+	}
+	compare(t, "asked for the password", n.times("AUTH") >= 5, true)
+	eventually(t, "no connection is left", func() bool { return n.open() == 0 })
 }
 
 func TestIntegrationRefusalOfRedisIsMarked(t *testing.T) {
@@ -2992,6 +3055,25 @@ func TestIntegrationTrackingDownAndUp(t *testing.T) {
 				t.Errorf("the log does not say when tracking went and came:\n%s", log)
 			}
 		})
+	}
+}
+
+// Tracking stays live, and entries with it, while nothing changes for long.
+func TestIntegrationTrackingOutlivesQuiet(t *testing.T) {
+	t.Parallel()
+	server := startRedis(t)
+	p := trackedProxy(t, server.addr)
+	redisDo(t, server.addr, "SET", "k", "value")
+	eventually(t, "the change is reported", func() bool { return p.stat(t, "tracking_invalidations") == "1" })
+	url := "http://" + p.addr + "/k"
+	httpDo(t, "GET", url)
+	time.Sleep(3*pingEvery + pingEvery/2)
+	resp, _ := httpDo(t, "GET", url)
+	if got := resp.Header.Get("Cache-Status"); !strings.HasPrefix(got, "redis_proxy; hit") {
+		t.Errorf("after a while: got Cache-Status %q; want a hit", got)
+	}
+	if strings.Contains(p.log.String(), "tracking is down") {
+		t.Errorf("tracking went down:\n%s", p.log)
 	}
 }
 
@@ -5365,6 +5447,7 @@ func TestIntegrationClusterScripted(t *testing.T) {
 			t.Errorf("GETs at the owner: %d; GETs and ASKINGs at the target: %d, %d; want 50 each", a.times("GET"),
 				b.times("GET"), b.times("ASKING"))
 		}
+		compare(t, "redirections", p.stat(t, "upstream_redirects"), "50")
 	})
 	t.Run("OK is no value", func(t *testing.T) {
 		a, b := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
@@ -5893,7 +5976,13 @@ func TestIntegrationSentinelScripted(t *testing.T) {
 			}
 		}
 		eventually(t, "no connection to the old master is left",
-			func() bool { return p.stat(t, "upstream_nodes") == "1" })
+			func() bool { return p.stat(t, "upstream_nodes") == "1" && old.open() == 0 })
+		for _, n := range []*scriptedNode{old, fresh} {
+			line := `"other nodes own the keys now" nodes=` + n.addr
+			if got := strings.Count(p.log.String(), line); got != 1 {
+				t.Errorf("%s in the log: got %d times; want 1:\n%s", line, got, p.log)
+			}
+		}
 	})
 }
 
@@ -6537,6 +6626,22 @@ func TestIntegrationExtraReplies(t *testing.T) {
 				t.Errorf("right answers: got %d of 100; want 90 at least", right)
 			}
 		})
+	}
+}
+
+// Nor is what Redis says while a connection is idle.
+func TestIntegrationRepliesToNothing(t *testing.T) {
+	n := scriptedAt(t, "127.0.0.1")
+	n.play(nil, func(_ int, key string, _ bool) string { return bulk("of " + key) })
+	p := startAt(t, n.addr)
+	for i := range 10 {
+		key := fmt.Sprint("key", i)
+		expectValue(t, "after a reply to nothing", p, key, bulk("of "+key))
+		n.mu.Lock()
+		for _, c := range n.conns {
+			io.WriteString(c, bulk("EXTRA")) // fails on those that are closed
+		}
+		n.mu.Unlock()
 	}
 }
 

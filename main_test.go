@@ -1086,6 +1086,23 @@ func TestHTTPErrors(t *testing.T) {
 	}
 }
 
+// A bucket counts all latencies up to its bound, and the last one all.
+func TestMetricsOfLatency(t *testing.T) {
+	p := newParts(t)
+	for _, d := range []time.Duration{50 * time.Microsecond, 100 * time.Microsecond, 150 * time.Microsecond,
+		700 * time.Millisecond, 2300 * time.Millisecond} {
+		p.pool.latency.add(d)
+	}
+	var out strings.Builder
+	writeMetrics(&out, p.pool.figures())
+	for _, want := range []string{`bucket{le="0.0001"} 2`, `bucket{le="0.00025"} 3`, `bucket{le="0.5"} 3`, `bucket{le="1"} 4`,
+		`bucket{le="+Inf"} 5`, `sum 3.0003`, `count 5`} {
+		if !strings.Contains(out.String(), "\nredis_proxy_upstream_seconds_"+want+"\n") {
+			t.Errorf("got %s; want it to have %s", out.String(), want)
+		}
+	}
+}
+
 func TestHTTPAnswersFromRedis(t *testing.T) {
 	p := newParts(t, append(playRedis(t, replies), "--cache-bytes", "2KB")...)
 	for _, tt := range []struct {
@@ -2411,6 +2428,33 @@ func TestPoolSendsWhatWaitsTogether(t *testing.T) {
 	eventually(t, "both batches are counted", func() bool {
 		return p.pool.flights.Load() == n+1 && p.pool.batches.Load() == 2
 	})
+	p.pool.mu.Lock()
+	compare(t, "queued at the end", fmt.Sprint(p.pool.queued, p.pool.queueBytes), "0 0")
+	p.pool.mu.Unlock()
+}
+
+// A batch brings few values if they were large lately.
+func TestPoolSendsFewLargeValuesTogether(t *testing.T) {
+	const n = 8
+	begun, release := make(chan struct{}), make(chan struct{})
+	p := newParts(t, append(playRedis(t, func(_ int, args []string) string {
+		if args[1] == "first" {
+			close(begun)
+			<-release
+		}
+		return bulk(strings.Repeat("v", batchBytes/2))
+	}), "--client-limit", "1")...)
+	answers := askFor(p, "first")
+	<-begun
+	for i := range n {
+		answers = append(answers, askFor(p, strconv.Itoa(i))...)
+	}
+	p.cache.typical.Store(batchBytes / 2)
+	close(release)
+	p.wait(answers)
+	eventually(t, "batches of one or two", func() bool {
+		return p.pool.flights.Load() == n+1 && p.pool.batches.Load() > n/2
+	})
 }
 
 func TestPoolRefusesWhatIsNoReplyToGet(t *testing.T) {
@@ -2425,6 +2469,8 @@ func TestPoolRefusesWhatIsNoReplyToGet(t *testing.T) {
 		"value without end":        "$1\r\nabc" + hungUp,
 		"length beyond all memory": "$1000000000000000\r\n",
 		"length not a number":      "$x\r\n",
+		"empty line":               "\r\n",
+		"line feed alone":          "$5\nhello\r\n",
 	} {
 		sick := atomic.Bool{}
 		sick.Store(true)
