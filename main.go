@@ -91,22 +91,17 @@ func serve(cfg config) int {
 
 // loadCertificates reads the files that the flags name.
 func (c *config) loadCertificates(log *slog.Logger) error {
-	own, errOwn := newCertificate("tls", c.tlsCert, c.tlsKey, log)
-	client, errClient := newCertificate("redis", c.redisCert, c.redisKey, log)
+	own, errOwn := newCertificate[tls.ClientHelloInfo]("tls", c.tlsCert, c.tlsKey, log)
+	client, errClient := newCertificate[tls.CertificateRequestInfo]("redis", c.redisCert, c.redisKey, log)
 	if err := cmp.Or(errOwn, errClient); err != nil {
 		return err
 	}
 	if own != nil {
-		c.clients.tls = &tls.Config{GetCertificate: own.get, NextProtos: []string{"h2", "http/1.1", "http/1.0"}}
+		c.clients.tls = &tls.Config{GetCertificate: own, NextProtos: []string{"h2", "http/1.1", "http/1.0"}}
 	}
-	c.pool.tls = &tls.Config{InsecureSkipVerify: c.redisInsecure}
+	c.pool.tls = &tls.Config{InsecureSkipVerify: c.redisInsecure, GetClientCertificate: client}
 	if c.redisInsecure {
 		log.Warn("the certificate of Redis is not checked, as --redis-insecure says")
-	}
-	if client != nil {
-		c.pool.tls.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			return client.get(nil)
-		}
 	}
 	if c.redisCACert == "" {
 		return nil
@@ -286,7 +281,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	cfg.clients.requests, cfg.clients.values = newBudget(room), newBudget(room)
 	web := newWeb(cfg.clients.idleTimeout, c, pw, cfg.clients.values, log)
 	resp := &resp{cache: c, password: pw, db: cfg.pool.redis.db}
-	s := newServer(l, cfg.clients, log, [...]frontEnd{protoHTTP: web, protoRESP: resp})
+	s := newServer(l, cfg.clients, log, map[protocol]frontEnd{protoHTTP: web, protoRESP: resp})
 	resp.figures = func() []figure {
 		return slices.Concat(cfg.figures(l.Addr(), c.started, pw), keyFigures(&web.tally, &resp.tally), s.figures(),
 			c.figures(), p.figures(), web.tally.figures("http"), resp.tally.figures("resp"))

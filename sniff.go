@@ -64,14 +64,12 @@ type serverSettings struct {
 }
 
 // A protocol is what a connection speaks.
-type protocol uint8
+type protocol string
 
 const (
-	protoHTTP protocol = iota
-	protoRESP
+	protoHTTP protocol = "http"
+	protoRESP protocol = "resp"
 )
-
-var protocols = [...]string{"http", "resp"}
 
 // A frontEnd speaks a protocol with clients.
 type frontEnd interface {
@@ -86,7 +84,7 @@ type server struct {
 	serverSettings
 	listener  net.Listener
 	log       *slog.Logger
-	frontEnds [len(protocols)]frontEnd
+	frontEnds map[protocol]frontEnd
 
 	handlers sync.WaitGroup
 	draining atomic.Pointer[time.Time] // until when clients are read from; nil until stop
@@ -99,7 +97,7 @@ type server struct {
 	expected int // clients that grown has heard of
 }
 
-func newServer(l net.Listener, s serverSettings, log *slog.Logger, frontEnds [len(protocols)]frontEnd) *server {
+func newServer(l net.Listener, s serverSettings, log *slog.Logger, frontEnds map[protocol]frontEnd) *server {
 	return &server{serverSettings: s, listener: l, log: log, frontEnds: frontEnds,
 		links: make(map[*link]struct{}), expected: 1000}
 }
@@ -169,16 +167,14 @@ func (s *server) handle(l *link) {
 	}()
 	c := &conn{Conn: l, link: l}
 	proto, err := s.protocol(c)
-	if err != nil {
-		s.log.Debug("closed before its protocol was known", "client", client, "error", err)
+	s.log.Debug("connected", "client", client, "protocol", proto, "refused", l.refused, "error", err)
+	switch {
+	case err != nil:
 		l.Close()
-		return
-	}
-	s.log.Debug("connected", "client", client, "protocol", protocols[proto], "refused", l.refused)
-	if l.refused {
+	case l.refused:
 		s.frontEnds[proto].refuse(c)
 		c.linger()
-	} else {
+	default:
 		s.frontEnds[proto].serve(c)
 	}
 }
@@ -196,7 +192,7 @@ func (s *server) protocol(c *conn) (protocol, error) {
 	inner := tls.Server(&outer, s.tls)
 	c.link.hurry(firstLineTimeout)
 	if err := inner.Handshake(); err != nil {
-		return 0, err
+		return "", err
 	}
 	c.link.hurry(0)
 	c.Conn, c.unread = inner, nil
@@ -269,7 +265,7 @@ func (c *conn) detect() (protocol, error) {
 			c.link.hurry(0)
 			return proto, nil
 		case err != nil:
-			return 0, err
+			return "", err
 		case begun == 0:
 			c.link.hurry(firstLineTimeout)
 		}
@@ -375,10 +371,10 @@ func (l *link) hurry(d time.Duration) {
 // much as a short request, and is not set anew for each.
 func (l *link) Read(p []byte) (int, error) {
 	if len(l.ahead) > 0 {
-		n, used := copy(p, l.ahead[0]), cap(l.ahead[0])
-		if l.ahead[0] = l.ahead[0][n:]; len(l.ahead[0]) > 0 {
-			used = n
-		} else {
+		n := copy(p, l.ahead[0])
+		used := n
+		if l.ahead[0] = l.ahead[0][n:]; len(l.ahead[0]) == 0 {
+			used += cap(l.ahead[0])
 			l.ahead = l.ahead[1:]
 		}
 		l.server.requests.release("", used)
@@ -581,17 +577,10 @@ func (p *password) matches(s []byte) bool {
 	return false
 }
 
-// A certificate is read again with a handshake, every two seconds at most, as its files may change. It is safe for
-// concurrent use.
-type certificate struct {
-	certFile, keyFile string
-	log               *slog.Logger
-	current           atomic.Pointer[tls.Certificate]
-	looked            atomic.Int64 // when the files were read last, in units of two seconds
-}
-
-// newCertificate returns the certificate that the flags --OF-cert and --OF-key name, or nil if they are unset.
-func newCertificate(of, certFile, keyFile string, log *slog.Logger) (*certificate, error) {
+// newCertificate returns what crypto/tls gets the certificate from that the flags --OF-cert and --OF-key name, or nil
+// if they are unset. The files are read again with a handshake, every two seconds at most, as they may change.
+func newCertificate[Hello any](of, certFile, keyFile string, log *slog.Logger) (
+	get func(*Hello) (*tls.Certificate, error), err error) {
 	if certFile == "" && keyFile == "" {
 		return nil, nil
 	}
@@ -599,21 +588,19 @@ func newCertificate(of, certFile, keyFile string, log *slog.Logger) (*certificat
 	if err != nil {
 		return nil, fmt.Errorf("--%s-cert %q, --%s-key %q: %w", of, certFile, of, keyFile, err)
 	}
-	c := &certificate{certFile: certFile, keyFile: keyFile, log: log}
-	c.current.Store(&first)
-	return c, nil
-}
-
-// get returns the certificate for a handshake.
-func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	if now := time.Now().Unix() / 2; c.looked.Swap(now) == now {
-		return c.current.Load(), nil
-	}
-	renewed, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
-	if err != nil {
-		c.log.Warn("the certificate was not renewed; the old one goes on", "error", err)
-	} else if old := c.current.Swap(&renewed); !renewed.Leaf.Equal(old.Leaf) {
-		c.log.Info("the certificate was renewed", "expires", renewed.Leaf.NotAfter)
-	}
-	return c.current.Load(), nil
+	var current atomic.Pointer[tls.Certificate]
+	var looked atomic.Int64 // when the files were read last
+	current.Store(&first)
+	return func(*Hello) (*tls.Certificate, error) {
+		if now := time.Now().Unix() / 2; looked.Swap(now) == now {
+			return current.Load(), nil
+		}
+		renewed, err := tls.LoadX509KeyPair(certFile, keyFile)
+		if err != nil {
+			log.Warn("the certificate was not renewed; the old one goes on", "error", err)
+		} else if old := current.Swap(&renewed); !renewed.Leaf.Equal(old.Leaf) {
+			log.Info("the certificate was renewed", "expires", renewed.Leaf.NotAfter)
+		}
+		return current.Load(), nil
+	}, nil
 }
