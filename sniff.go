@@ -46,8 +46,6 @@ const (
 	drainTime = 100 * time.Millisecond
 	// stallTime is after how long a client counts as one that takes nothing of its replies for now.
 	stallTime = 250 * time.Millisecond
-	// acceptPause comes after an error of Accept.
-	acceptPause = 100 * time.Millisecond
 	// flushAt is how many bytes of answers are gathered before they are written.
 	flushAt = 16 << 10
 )
@@ -112,8 +110,8 @@ func (s *server) run() {
 		case errors.Is(err, net.ErrClosed):
 			return
 		default: // out of descriptors, most likely: other connections may end
-			s.log.Warn("accepting a connection", "error", err, "pause", acceptPause.String())
-			time.Sleep(acceptPause)
+			s.log.Warn("accepting a connection", "error", err)
+			time.Sleep(100 * time.Millisecond)
 		}
 	}
 }
@@ -210,9 +208,7 @@ func (s *server) stop() {
 	s.listener.Close()
 	s.mu.Lock()
 	for l := range s.links {
-		if !l.released {
-			l.Conn.SetReadDeadline(until)
-		}
+		l.SetReadDeadline(time.Time{}) // or until, unless it is released
 	}
 	s.mu.Unlock()
 	time.Sleep(drainTime)
@@ -420,11 +416,10 @@ func (l *link) Write(p []byte) (written int, err error) {
 func (l *link) untaken() int {
 	n := int32(0)
 	if c, ok := l.Conn.(syscall.Conn); ok {
-		if raw, err := c.SyscallConn(); err == nil {
-			raw.Control(func(fd uintptr) {
-				syscall.Syscall(syscall.SYS_IOCTL, fd, syscall.TIOCOUTQ, uintptr(unsafe.Pointer(&n)))
-			})
-		}
+		raw, _ := c.SyscallConn() // does not fail
+		raw.Control(func(fd uintptr) {
+			syscall.Syscall(syscall.SYS_IOCTL, fd, syscall.TIOCOUTQ, uintptr(unsafe.Pointer(&n)))
+		})
 	}
 	return int(n)
 }
@@ -444,7 +439,7 @@ func (l *link) patience() time.Duration {
 // readOn reads once what the client sends, for Read to return later, and reports whether anything came soon.
 func (l *link) readOn() bool {
 	buf := make([]byte, 512+min(len(l.ahead), 1)*(flushAt-512)) // most stalled clients send nothing
-	if l.server.draining.Load() != nil || l.server.requests.hold("", cap(buf)) != nil {
+	if l.server.requests.hold("", cap(buf)) != nil {
 		return false
 	}
 	l.hurry(stallTime / 16)
@@ -452,10 +447,10 @@ func (l *link) readOn() bool {
 	l.hurry(0)
 	if n == 0 {
 		l.server.requests.release("", cap(buf))
-		return false
+	} else {
+		l.ahead = append(l.ahead, buf[:n])
 	}
-	l.ahead = append(l.ahead, buf[:n])
-	return true
+	return n > 0
 }
 
 // hold counts a value and more bytes on their way to the client until letGo. See budget.hold.
