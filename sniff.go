@@ -39,7 +39,7 @@ const (
 	maxFirstLine  = 64 << 10
 	maxEmptyLines = 64
 	// maxRefusing bounds the connections that are being told that there are too many clients; more than
-	// these are closed without a word. refuseTimeout is how long each has to show its protocol.
+	// these are closed without a word. refuseTimeout is how long each may be silent.
 	maxRefusing   = 100
 	refuseTimeout = time.Second
 	// drainTime is how much longer clients are read from when the server stops: that is answered.
@@ -130,7 +130,7 @@ func (s *server) add(l *link) {
 	case l.refused:
 		s.refused++
 		s.refusing++
-		l.Conn.SetReadDeadline(time.Now().Add(refuseTimeout))
+		l.idle = refuseTimeout
 	default:
 		s.accepted++
 	}
@@ -337,12 +337,8 @@ func (l *link) release() {
 	l.Conn.SetReadDeadline(time.Time{})
 }
 
-// SetReadDeadline sets the read deadline, or that of the server's stop once that has begun. A refused connection
-// keeps its deadline.
+// SetReadDeadline sets the read deadline, or that of the server's stop once that has begun.
 func (l *link) SetReadDeadline(t time.Time) error {
-	if l.refused {
-		return nil
-	}
 	err := l.Conn.SetReadDeadline(t)
 	// After, as stop may have set its own in between.
 	if drain := l.server.draining.Load(); drain != nil && !l.released {
