@@ -953,7 +953,7 @@ func TestIntegrationPanicEndsItsConnection(t *testing.T) {
 	log := new(lockedBuffer)
 	s := newServer(l, serverSettings{maxClients: 10, writeTimeout: time.Second},
 		slog.New(slog.NewTextHandler(log, nil)),
-		[len(protocols)]frontEnd{protoHTTP: panicker{}, protoRESP: echo{}})
+		map[protocol]frontEnd{protoHTTP: panicker{}, protoRESP: echo{}})
 	go s.run()
 	other := dial(t, l.Addr().String()).send("*\r\n").expect("*\r\n")
 	dial(t, l.Addr().String()).send("GET / HTTP/1.1\r\n").expectClosed()

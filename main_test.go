@@ -433,15 +433,15 @@ var beginnings = []struct {
 	proto    protocol
 	ok       bool
 }{
-	{"nothing", "", 0, false},
-	{"no line end", "GET / HTTP/1.1", 0, false},
-	{"carriage return without newline", "GET / HTTP/1.1\r", 0, false},
+	{"nothing", "", "", false},
+	{"no line end", "GET / HTTP/1.1", "", false},
+	{"carriage return without newline", "GET / HTTP/1.1\r", "", false},
 	{"TLS", "\x16\x03\x01", protoRESP, true},
 	{"array", "*1\r\n$4\r\nPING\r\n", protoRESP, true},
 	{"asterisk alone", "*", protoRESP, true},
 	{"inline command", "GET key\r\n", protoRESP, true},
 	{"inline command without carriage return", "PING\n", protoRESP, true},
-	{"empty lines", "\r\n\n\r\n", 0, false},
+	{"empty lines", "\r\n\n\r\n", "", false},
 	{"empty lines first", "\r\n\nPING\r\n", protoRESP, true},
 	{"empty lines before HTTP", "\n\r\nGET / HTTP/1.1\r\n", protoHTTP, true},
 	{"empty lines before an array", "\r\n*1\r\n", protoRESP, true},
@@ -475,7 +475,7 @@ func TestProtocolOfFirstLine(t *testing.T) {
 	for _, tt := range beginnings {
 		proto, ok := protocolOf([]byte(tt.in))
 		if ok != tt.ok || ok && proto != tt.proto {
-			t.Errorf("%s: got %v, %v; want %v, %v", tt.name, protocols[proto], ok, protocols[tt.proto], tt.ok)
+			t.Errorf("%s: got %v, %v; want %v, %v", tt.name, proto, ok, tt.proto, tt.ok)
 		}
 	}
 }
@@ -489,7 +489,7 @@ func FuzzProtocolOf(f *testing.F) {
 		early, ok := protocolOf(in[:min(cut, uint(len(in)))])
 		whole, still := protocolOf(in)
 		if ok && (!still || whole != early) {
-			t.Errorf("after %d bytes: got %v; want what the whole is, %v (%v)", cut, protocols[early], protocols[whole],
+			t.Errorf("after %d bytes: got %v; want what the whole is, %v (%v)", cut, early, whole,
 				still)
 		}
 	})
@@ -520,7 +520,7 @@ func TestDetectConsumesNothing(t *testing.T) {
 			c := newConn(nc, serverSettings{})
 			proto, err := c.detect()
 			if proto != tt.proto || (err == nil) != tt.ok {
-				t.Errorf("%s, %s: got %v, %v; want %v, %v", tt.name, name, protocols[proto], err, protocols[tt.proto],
+				t.Errorf("%s, %s: got %v, %v; want %v, %v", tt.name, name, proto, err, tt.proto,
 					tt.ok)
 			}
 			rest, err := io.ReadAll(c)
@@ -579,7 +579,7 @@ func TestProtocolIsThatAgreedOn(t *testing.T) {
 	}
 	settings := serverSettings{writeTimeout: time.Second,
 		tls: &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"h2", "http/1.1"}}}
-	s := newServer(nil, settings, slog.New(slog.DiscardHandler), [...]frontEnd{echo{}, echo{}})
+	s := newServer(nil, settings, slog.New(slog.DiscardHandler), map[protocol]frontEnd{protoHTTP: echo{}, protoRESP: echo{}})
 	for _, tt := range []struct {
 		agreed, send string
 		served       bool

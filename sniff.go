@@ -39,7 +39,7 @@ const (
 	maxFirstLine  = 64 << 10
 	maxEmptyLines = 64
 	// maxRefusing bounds the connections that are being told that there are too many clients; more than
-	// these are closed without a word. refuseTimeout is how long each has to show its protocol.
+	// these are closed without a word. refuseTimeout is how long each may be silent.
 	maxRefusing   = 100
 	refuseTimeout = time.Second
 	// drainTime is how much longer clients are read from when the server stops: that is answered.
@@ -49,8 +49,6 @@ const (
 	// sendBuffer bounds what the system holds of answers to a client, about twice as many bytes. It would hold
 	// megabytes, and those of many clients leave the processor's cache before they are taken.
 	sendBuffer = 256 << 10
-	// acceptPause comes after an error of Accept.
-	acceptPause = 100 * time.Millisecond
 	// flushAt is how many bytes of answers are gathered before they are written.
 	flushAt = 16 << 10
 )
@@ -67,14 +65,12 @@ type serverSettings struct {
 }
 
 // A protocol is what a connection speaks.
-type protocol uint8
+type protocol string
 
 const (
-	protoHTTP protocol = iota
-	protoRESP
+	protoHTTP protocol = "http"
+	protoRESP protocol = "resp"
 )
-
-var protocols = [...]string{"http", "resp"}
 
 // A frontEnd speaks a protocol with clients.
 type frontEnd interface {
@@ -89,7 +85,7 @@ type server struct {
 	serverSettings
 	listener  net.Listener
 	log       *slog.Logger
-	frontEnds [len(protocols)]frontEnd
+	frontEnds map[protocol]frontEnd
 
 	handlers sync.WaitGroup
 	draining atomic.Pointer[time.Time] // until when clients are read from; nil until stop
@@ -102,7 +98,7 @@ type server struct {
 	expected int // clients that grown has heard of
 }
 
-func newServer(l net.Listener, s serverSettings, log *slog.Logger, frontEnds [len(protocols)]frontEnd) *server {
+func newServer(l net.Listener, s serverSettings, log *slog.Logger, frontEnds map[protocol]frontEnd) *server {
 	return &server{serverSettings: s, listener: l, log: log, frontEnds: frontEnds,
 		links: make(map[*link]struct{}), expected: 1000}
 }
@@ -120,8 +116,8 @@ func (s *server) run() {
 		case errors.Is(err, net.ErrClosed):
 			return
 		default: // out of descriptors, most likely: other connections may end
-			s.log.Warn("accepting a connection", "error", err, "pause", acceptPause.String())
-			time.Sleep(acceptPause)
+			s.log.Warn("accepting a connection", "error", err)
+			time.Sleep(100 * time.Millisecond)
 		}
 	}
 }
@@ -140,7 +136,7 @@ func (s *server) add(l *link) {
 	case l.refused:
 		s.refused++
 		s.refusing++
-		l.Conn.SetReadDeadline(time.Now().Add(refuseTimeout))
+		l.idle = refuseTimeout
 	default:
 		s.accepted++
 	}
@@ -175,16 +171,14 @@ func (s *server) handle(l *link) {
 	}()
 	c := &conn{Conn: l, link: l}
 	proto, err := s.protocol(c)
-	if err != nil {
-		s.log.Debug("closed before its protocol was known", "client", client, "error", err)
+	s.log.Debug("connected", "client", client, "protocol", proto, "refused", l.refused, "error", err)
+	switch {
+	case err != nil:
 		l.Close()
-		return
-	}
-	s.log.Debug("connected", "client", client, "protocol", protocols[proto], "refused", l.refused)
-	if l.refused {
+	case l.refused:
 		s.frontEnds[proto].refuse(c)
 		c.linger()
-	} else {
+	default:
 		s.frontEnds[proto].serve(c)
 	}
 }
@@ -202,7 +196,7 @@ func (s *server) protocol(c *conn) (protocol, error) {
 	inner := tls.Server(&outer, s.tls)
 	c.link.hurry(firstLineTimeout)
 	if err := inner.Handshake(); err != nil {
-		return 0, err
+		return "", err
 	}
 	c.link.hurry(0)
 	c.Conn, c.unread = inner, nil
@@ -220,9 +214,7 @@ func (s *server) stop() {
 	s.listener.Close()
 	s.mu.Lock()
 	for l := range s.links {
-		if !l.released {
-			l.Conn.SetReadDeadline(until)
-		}
+		l.SetReadDeadline(time.Time{}) // or until, unless it is released
 	}
 	s.mu.Unlock()
 	time.Sleep(drainTime)
@@ -280,7 +272,7 @@ func (c *conn) detect() (protocol, error) {
 			c.link.hurry(0)
 			return proto, nil
 		case err != nil:
-			return 0, err
+			return "", err
 		case begun == 0:
 			c.link.hurry(firstLineTimeout)
 		}
@@ -359,12 +351,8 @@ func (l *link) release() {
 	l.Conn.SetReadDeadline(time.Time{})
 }
 
-// SetReadDeadline sets the read deadline, or that of the server's stop once that has begun. A refused connection
-// keeps its deadline.
+// SetReadDeadline sets the read deadline, or that of the server's stop once that has begun.
 func (l *link) SetReadDeadline(t time.Time) error {
-	if l.refused {
-		return nil
-	}
 	err := l.Conn.SetReadDeadline(t)
 	// After, as stop may have set its own in between.
 	if drain := l.server.draining.Load(); drain != nil && !l.released {
@@ -389,10 +377,10 @@ func (l *link) hurry(d time.Duration) {
 // much as a short request, and is not set anew for each.
 func (l *link) Read(p []byte) (int, error) {
 	if len(l.ahead) > 0 {
-		n, used := copy(p, l.ahead[0]), cap(l.ahead[0])
-		if l.ahead[0] = l.ahead[0][n:]; len(l.ahead[0]) > 0 {
-			used = n
-		} else {
+		n := copy(p, l.ahead[0])
+		used := n
+		if l.ahead[0] = l.ahead[0][n:]; len(l.ahead[0]) == 0 {
+			used += cap(l.ahead[0])
 			l.ahead = l.ahead[1:]
 		}
 		l.server.requests.release("", used)
@@ -438,11 +426,10 @@ func (l *link) Write(p []byte) (written int, err error) {
 func (l *link) untaken() int {
 	n := int32(0)
 	if c, ok := l.Conn.(syscall.Conn); ok {
-		if raw, err := c.SyscallConn(); err == nil {
-			raw.Control(func(fd uintptr) {
-				syscall.Syscall(syscall.SYS_IOCTL, fd, syscall.TIOCOUTQ, uintptr(unsafe.Pointer(&n)))
-			})
-		}
+		raw, _ := c.SyscallConn() // does not fail
+		raw.Control(func(fd uintptr) {
+			syscall.Syscall(syscall.SYS_IOCTL, fd, syscall.TIOCOUTQ, uintptr(unsafe.Pointer(&n)))
+		})
 	}
 	return int(n)
 }
@@ -462,7 +449,7 @@ func (l *link) patience() time.Duration {
 // readOn reads once what the client sends, for Read to return later, and reports whether anything came soon.
 func (l *link) readOn() bool {
 	buf := make([]byte, 512+min(len(l.ahead), 1)*(flushAt-512)) // most stalled clients send nothing
-	if l.server.draining.Load() != nil || l.server.requests.hold("", cap(buf)) != nil {
+	if l.server.requests.hold("", cap(buf)) != nil {
 		return false
 	}
 	l.hurry(stallTime / 16)
@@ -470,10 +457,10 @@ func (l *link) readOn() bool {
 	l.hurry(0)
 	if n == 0 {
 		l.server.requests.release("", cap(buf))
-		return false
+	} else {
+		l.ahead = append(l.ahead, buf[:n])
 	}
-	l.ahead = append(l.ahead, buf[:n])
-	return true
+	return n > 0
 }
 
 // hold counts a value and more bytes on their way to the client until letGo. See budget.hold.
@@ -626,17 +613,10 @@ func (p *password) matches(s []byte) bool {
 	return false
 }
 
-// A certificate is read again with a handshake, every two seconds at most, as its files may change. It is safe for
-// concurrent use.
-type certificate struct {
-	certFile, keyFile string
-	log               *slog.Logger
-	current           atomic.Pointer[tls.Certificate]
-	looked            atomic.Int64 // when the files were read last, in units of two seconds
-}
-
-// newCertificate returns the certificate that the flags --OF-cert and --OF-key name, or nil if they are unset.
-func newCertificate(of, certFile, keyFile string, log *slog.Logger) (*certificate, error) {
+// newCertificate returns what crypto/tls gets the certificate from that the flags --OF-cert and --OF-key name, or nil
+// if they are unset. The files are read again with a handshake, every two seconds at most, as they may change.
+func newCertificate[Hello any](of, certFile, keyFile string, log *slog.Logger) (
+	get func(*Hello) (*tls.Certificate, error), err error) {
 	if certFile == "" && keyFile == "" {
 		return nil, nil
 	}
@@ -644,21 +624,19 @@ func newCertificate(of, certFile, keyFile string, log *slog.Logger) (*certificat
 	if err != nil {
 		return nil, fmt.Errorf("--%s-cert %q, --%s-key %q: %w", of, certFile, of, keyFile, err)
 	}
-	c := &certificate{certFile: certFile, keyFile: keyFile, log: log}
-	c.current.Store(&first)
-	return c, nil
-}
-
-// get returns the certificate for a handshake.
-func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	if now := time.Now().Unix() / 2; c.looked.Swap(now) == now {
-		return c.current.Load(), nil
-	}
-	renewed, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
-	if err != nil {
-		c.log.Warn("the certificate was not renewed; the old one goes on", "error", err)
-	} else if old := c.current.Swap(&renewed); !renewed.Leaf.Equal(old.Leaf) {
-		c.log.Info("the certificate was renewed", "expires", renewed.Leaf.NotAfter)
-	}
-	return c.current.Load(), nil
+	var current atomic.Pointer[tls.Certificate]
+	var looked atomic.Int64 // when the files were read last
+	current.Store(&first)
+	return func(*Hello) (*tls.Certificate, error) {
+		if now := time.Now().Unix() / 2; looked.Swap(now) == now {
+			return current.Load(), nil
+		}
+		renewed, err := tls.LoadX509KeyPair(certFile, keyFile)
+		if err != nil {
+			log.Warn("the certificate was not renewed; the old one goes on", "error", err)
+		} else if old := current.Swap(&renewed); !renewed.Leaf.Equal(old.Leaf) {
+			log.Info("the certificate was renewed", "expires", renewed.Leaf.NotAfter)
+		}
+		return current.Load(), nil
+	}, nil
 }
