@@ -280,7 +280,7 @@ type client struct {
 	multi    [][][]byte // requests of a transaction that has begun; nil outside MULTI
 	broken   bool       // a command was refused: EXEC discards the transaction
 	moment   []answer   // to the keys of a transaction that are still to be asked for; nil outside EXEC
-	few      int        // how many keys are asked for at once: not many more than there was room for lately
+	few      int        // how many keys are asked for at once: twice as many as last, or 1 if there was no room
 	sent     bool       // something has been written since MGET began
 	err      error      // ends the connection
 	*buffers            // while there is something to answer
@@ -365,7 +365,7 @@ func (c *client) get() {
 
 // ask asks for keys, or for the first of them, and returns the others. The answers are in c.answers until the
 // next call, and hold room in the budget of values if they are more than flushAt bytes together. If there is no
-// room, there are fewer of them; one large value waits for it.
+// room, there is one of them, which waits for it if it is as large by itself.
 func (c *client) ask(keys [][]byte) (rest [][]byte) {
 	if n := len(keys); c.moment != nil {
 		c.answers, c.moment = c.moment[:n], c.moment[n:]
@@ -378,21 +378,16 @@ func (c *client) ask(keys [][]byte) (rest [][]byte) {
 	}
 	c.answers = slices.Grow(c.answers, n)[:n]
 	got := c.resp.cache.get(since, keys[:n], c.answers)
-	size, free := 0, 0
+	size, first := 0, c.answers[0].data
 	for i := range got {
-		if size += len(c.answers[i].data) + answerSize; size <= flushAt {
-			free = i + 1
-		}
+		size += len(c.answers[i].data) + answerSize
 	}
-	switch n = got; {
-	case free == got || got > 1 && link.hold("", size) == nil:
-	case free > 0:
-		n = free
-	case link.hold(c.answers[0].data, 0) == nil:
-		n = 1
-	default:
+	switch n = 1; {
+	case size <= flushAt || got > 1 && link.hold("", size) == nil:
+		n = got
+	case len(first) > flushAt && link.hold(first, 0) != nil:
 		clear(c.answers)
-		n, c.answers[0] = 1, link.get(c.resp.cache, new(tally), keys[0])
+		c.answers[0] = link.get(c.resp.cache, new(tally), keys[0])
 	}
 	if c.few = min(2*c.few, maxAhead); n < got {
 		c.few = n
