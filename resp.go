@@ -494,25 +494,21 @@ func (c *client) echo(b []byte) string {
 	return "\r\n"
 }
 
-// A command has Redis' arity: how many arguments, its name among them; at least so many if negative.
+// A command has Redis' arity: how many arguments, its name among them; at least so many if negative. Its function
+// returns the reply, or none if it has written that.
 type command struct {
 	arity int
-	keys  bool    // all arguments are keys
-	run   handler // nil for those that have only subcommands
+	keys  bool                                  // all arguments are keys
+	run   func(c *client, args [][]byte) string // nil for those that have only subcommands
 	sub   map[string]command
 	form  string // of a subcommand's arguments, for HELP
 }
-
-// A handler answers a command: it returns the reply, or none if it has written that.
-type handler func(c *client, args [][]byte) string
-
-func constant(reply string) handler { return func(*client, [][]byte) string { return reply } }
 
 // commands is the table of all that is answered, by name in lower case.
 var commands map[string]command
 
 func init() {
-	disabled := constant(failure("ERR This instance has cluster support disabled"))
+	disabled := func(*client, [][]byte) string { return failure("ERR This instance has cluster support disabled") }
 	off := command{arity: 1, run: disabled}
 	commands = map[string]command{
 		"get":      {arity: 2, keys: true, run: (*client).getOne},
@@ -564,7 +560,7 @@ func init() {
 		for _, key := range append(slices.Sorted(maps.Keys(sub)), "help") {
 			forms += "+" + strings.TrimSpace(strings.ToUpper(key)+" "+sub[key].form) + "\r\n"
 		}
-		sub["help"] = command{arity: 2, run: constant(forms)}
+		sub["help"] = command{arity: 2, run: func(*client, [][]byte) string { return forms }}
 	}
 }
 
@@ -601,18 +597,16 @@ func (c *client) execute(args [][]byte) string {
 func (c *client) find(args [][]byte) (name string, cmd command, refusal string) {
 	name = nameOf(args[0])
 	cmd, known := commands[name]
-	if !known {
-		return name, cmd, unknownCommand(args)
-	}
 	if cmd.sub != nil && len(args) > 1 {
-		sub := nameOf(args[1])
-		if cmd, known = cmd.sub[sub]; !known {
-			name = strings.ToUpper(name)
-			return name, cmd, failure("ERR unknown subcommand '%s'. Try %s HELP.", cString(args[1], 128), name)
+		if cmd, known = cmd.sub[nameOf(args[1])]; !known {
+			name, sub := strings.ToUpper(name), cString(args[1], 128)
+			return name, cmd, failure("ERR unknown subcommand '%s'. Try %s HELP.", sub, name)
 		}
-		name += "|" + sub
+		name += "|" + nameOf(args[1])
 	}
 	switch {
+	case !known:
+		refusal = unknownCommand(args)
 	case !cmd.takes(len(args)):
 		refusal = failure("ERR wrong number of arguments for '%s' command", name)
 	case c.in.strict && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name):
@@ -663,9 +657,10 @@ func (c *client) mget(args [][]byte) string {
 		keys = c.ask(keys)
 		for i := range c.answers {
 			switch a := &c.answers[i]; {
+			case a.err == nil || a.err == errAbsent:
 			case errors.Is(a.err, errWrongType):
 				a.err = errAbsent
-			case a.err != nil && a.err != errAbsent && !c.sent:
+			case !c.sent:
 				c.out = c.out[:begin]
 				return c.refusal(a.err)
 			}
@@ -830,9 +825,8 @@ func (c *client) selectDB(args [][]byte) string {
 }
 
 func (c *client) quit([][]byte) string {
-	write(c, statusOK)
-	c.end(io.EOF)
-	return ""
+	c.in.err = io.EOF
+	return statusOK
 }
 
 func (c *client) reset([][]byte) string {
