@@ -577,7 +577,7 @@ func (c *client) execute(args [][]byte) string {
 	}
 	name, cmd, refusal := c.find(args)
 	switch multi := c.multi != nil; {
-	case refusal != "" && multi && name == "exec":
+	case refusal != "" && name == "exec":
 		c.discard(nil)
 		return "-EXECABORT Transaction discarded because of: " + strings.TrimPrefix(refusal[1:], "ERR ")
 	case refusal != "":
