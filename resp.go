@@ -22,8 +22,8 @@ import (
 	"time"
 )
 
-// A connection reads into readBuffer, into up to pipelineBuffer if it sends more than that at once, and into more while
-// a request does not fit. What is over pipelineBuffer counts against the budget of requests.
+// A connection reads into readBuffer, into up to pipelineBuffer if it sends more at once, and into more
+// while a request does not fit. What is over pipelineBuffer counts against the budget of requests.
 const (
 	readBuffer     = 2 << 10
 	pipelineBuffer = 16 << 10
@@ -65,9 +65,6 @@ type reader struct {
 
 // fill reads once. A full buffer doubles, and a large one is for one request.
 func (r *reader) fill() {
-	if r.err = r.pause(); r.err != nil {
-		return
-	}
 	rest, size := r.buf[r.start:r.end], len(r.buf)
 	switch {
 	case len(rest) == size || r.end == size && size < pipelineBuffer:
@@ -75,7 +72,7 @@ func (r *reader) fill() {
 	case size > pipelineBuffer && len(rest) <= readBuffer/2:
 		size = readBuffer
 	}
-	if !r.grant(size) {
+	if r.err = r.pause(); r.err != nil || !r.grant(size) {
 		return
 	}
 	if r.start > 0 || size != len(r.buf) {
@@ -100,8 +97,7 @@ func (r *reader) move(rest []byte, size int) {
 	r.start, r.next, r.end = 0, r.next-r.start, len(rest)
 }
 
-// grant counts a buffer, the request's arguments and the transaction against the budget. It reports whether there is
-// room for them, or fails.
+// grant counts a buffer, arguments and transaction against the budget. It reports whether there is room.
 func (r *reader) grant(size int) bool {
 	more := max(0, size+len(r.args)*argSize+r.queued-pipelineBuffer) - r.held
 	switch {
@@ -219,8 +215,7 @@ func parseInt(b []byte) (n int64, ok bool) {
 
 const blanks = " \t\n\v\f\r"
 
-// The words of an inline request may be quoted from somewhere to their end, with or without escapes (sdssplitargs in
-// sds.c).
+// A word of an inline request may be quoted from somewhere to its end (sdssplitargs in sds.c).
 var (
 	quoted  = regexp.MustCompile(`(?s)^(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\+[^\\])*)')(?:[` + blanks + `]|$)`)
 	escaped = regexp.MustCompile(`(?s)\\(?:x[0-9a-fA-F]{2}|.)`)
@@ -363,9 +358,9 @@ func (c *client) get() {
 	c.keys = c.keys[:0]
 }
 
-// ask asks for keys, or for the first of them, and returns the others. The answers are in c.answers until the
-// next call, and hold room in the budget of values if they are more than flushAt bytes together. If there is no
-// room, there is one of them, which waits for it if it is as large by itself.
+// ask asks for keys, or for the first of them, and returns the others. The answers are in c.answers until
+// the next call. If they are more than flushAt bytes, they count against the budget of values. If there is
+// no room for all, there is one of them, which waits for room if it is as large by itself.
 func (c *client) ask(keys [][]byte) (rest [][]byte) {
 	if n := len(keys); c.moment != nil {
 		c.answers, c.moment = c.moment[:n], c.moment[n:]
@@ -494,8 +489,8 @@ func (c *client) echo(b []byte) string {
 	return "\r\n"
 }
 
-// A command has Redis' arity: how many arguments, its name among them; at least so many if negative. Its function
-// returns the reply, or none if it has written that.
+// A command has Redis' arity: how many arguments, its name among them; at least so many if negative.
+// run returns the reply, or none if it has written that.
 type command struct {
 	arity int
 	keys  bool                                  // all arguments are keys
@@ -508,6 +503,7 @@ type command struct {
 var commands map[string]command
 
 func init() {
+	emptyMap := func(c *client, _ [][]byte) string { return c.choose("*0\r\n", "%0\r\n") }
 	disabled := func(*client, [][]byte) string { return failure("ERR This instance has cluster support disabled") }
 	off := command{arity: 1, run: disabled}
 	commands = map[string]command{
@@ -528,7 +524,7 @@ func init() {
 		"readonly": off, "readwrite": off, "asking": off,
 		"cluster": {arity: -2, run: disabled, sub: make(map[string]command)},
 		"config": {arity: -2, sub: map[string]command{
-			"get": {arity: -3, run: func(c *client, _ [][]byte) string { return c.choose("*0\r\n", "%0\r\n") }, form: "<pattern>"},
+			"get": {arity: -3, run: emptyMap, form: "<pattern>"},
 		}},
 		// Without DOCS, redis-cli completes and explains commands from what it knows itself.
 		"command": {arity: -1, run: commandInfo, sub: map[string]command{
@@ -571,12 +567,11 @@ func (cmd command) takes(n int) bool {
 
 // execute answers one command, or queues it in a transaction.
 func (c *client) execute(args [][]byte) string {
-	if guard := word(args[0]); guard == "post" || guard == "host:" {
-		c.end(protocolError("no reply")) // a browser was made to speak to a Redis (securityWarningCommand)
-		return ""
-	}
 	name, cmd, refusal := c.find(args)
 	switch multi := c.multi != nil; {
+	case refusal != "" && slices.Contains([]string{"post", "host:"}, word(args[0])):
+		c.end(protocolError("no reply")) // a browser was made to speak to a Redis (securityWarningCommand)
+		return ""
 	case refusal != "" && name == "exec":
 		c.discard(nil)
 		return "-EXECABORT Transaction discarded because of: " + strings.TrimPrefix(refusal[1:], "ERR ")
