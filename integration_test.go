@@ -1770,6 +1770,7 @@ func sameBytes(key, list, absent string, is70 bool) (all []string) {
 		request("EXISTS", key, absent, list, key),
 		request("EXISTS"),
 		request("EXEC"),
+		request("EXEC", "x"),
 		request("DISCARD"),
 		request("MULTI", "x"),
 		"MULTI\r\nGET "+key+"\r\nGET "+absent+"\r\n"+request("MGET", key, list, absent)+request("EXISTS", key, list)+

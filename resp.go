@@ -23,8 +23,8 @@ import (
 	"unsafe"
 )
 
-// A connection reads into readBuffer, into up to pipelineBuffer if it sends more than that at once, and into more while
-// a request does not fit. What is over pipelineBuffer counts against the budget of requests.
+// A connection reads into readBuffer, into up to pipelineBuffer if it sends more at once, and into more
+// while a request does not fit. What is over pipelineBuffer counts against the budget of requests.
 const (
 	readBuffer     = 2 << 10
 	pipelineBuffer = 16 << 10
@@ -66,9 +66,6 @@ type reader struct {
 
 // fill reads once. A full buffer doubles, and a large one is for one request.
 func (r *reader) fill() {
-	if r.err = r.pause(); r.err != nil {
-		return
-	}
 	rest, size := r.buf[r.start:r.end], len(r.buf)
 	switch {
 	case len(rest) == size || r.end == size && size < pipelineBuffer:
@@ -76,7 +73,7 @@ func (r *reader) fill() {
 	case size > pipelineBuffer && len(rest) <= readBuffer/2:
 		size = readBuffer
 	}
-	if !r.grant(size) {
+	if r.err = r.pause(); r.err != nil || !r.grant(size) {
 		return
 	}
 	if r.start > 0 || size != len(r.buf) {
@@ -101,8 +98,7 @@ func (r *reader) move(rest []byte, size int) {
 	r.start, r.next, r.end = 0, r.next-r.start, len(rest)
 }
 
-// grant counts a buffer, the request's arguments and the transaction against the budget. It reports whether there is
-// room for them, or fails.
+// grant counts a buffer, arguments and transaction against the budget. It reports whether there is room.
 func (r *reader) grant(size int) bool {
 	more := max(0, size+len(r.args)*argSize+r.queued-pipelineBuffer) - r.held
 	switch {
@@ -220,8 +216,7 @@ func parseInt(b []byte) (n int64, ok bool) {
 
 const blanks = " \t\n\v\f\r"
 
-// The words of an inline request may be quoted from somewhere to their end, with or without escapes (sdssplitargs in
-// sds.c).
+// A word of an inline request may be quoted from somewhere to its end (sdssplitargs in sds.c).
 var (
 	quoted  = regexp.MustCompile(`(?s)^(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\+[^\\])*)')(?:[` + blanks + `]|$)`)
 	escaped = regexp.MustCompile(`(?s)\\(?:x[0-9a-fA-F]{2}|.)`)
@@ -281,7 +276,7 @@ type client struct {
 	multi    [][][]byte // requests of a transaction that has begun; nil outside MULTI
 	broken   bool       // a command was refused: EXEC discards the transaction
 	moment   []answer   // to the keys of a transaction that are still to be asked for; nil outside EXEC
-	few      int        // how many keys are asked for at once: not many more than there was room for lately
+	few      int        // how many keys are asked for at once: twice as many as last, or 1 if there was no room
 	sent     bool       // something has been written since MGET began
 	err      error      // ends the connection
 	*buffers            // while there is something to answer
@@ -364,9 +359,9 @@ func (c *client) get() {
 	c.keys = c.keys[:0]
 }
 
-// ask asks for keys, or for the first of them, and returns the others. The answers are in c.answers until the
-// next call, and hold room in the budget of values if they are more than flushAt bytes together. If there is no
-// room, there are fewer of them; one large value waits for it.
+// ask asks for keys, or for the first of them, and returns the others. The answers are in c.answers until
+// the next call. If they are more than flushAt bytes, they count against the budget of values. If there is
+// no room for all, there is one of them, which waits for room if it is as large by itself.
 func (c *client) ask(keys [][]byte) (rest [][]byte) {
 	if n := len(keys); c.moment != nil {
 		c.answers, c.moment = c.moment[:n], c.moment[n:]
@@ -379,21 +374,16 @@ func (c *client) ask(keys [][]byte) (rest [][]byte) {
 	}
 	c.answers = slices.Grow(c.answers, n)[:n]
 	got := c.resp.cache.get(since, keys[:n], c.answers)
-	size, free := 0, 0
+	size, first := 0, c.answers[0].data
 	for i := range got {
-		if size += len(c.answers[i].data) + answerSize; size <= flushAt {
-			free = i + 1
-		}
+		size += len(c.answers[i].data) + answerSize
 	}
-	switch n = got; {
-	case free == got || got > 1 && link.hold("", size) == nil:
-	case free > 0:
-		n = free
-	case link.hold(c.answers[0].data, 0) == nil:
-		n = 1
-	default:
+	switch n = 1; {
+	case size <= flushAt || got > 1 && link.hold("", size) == nil:
+		n = got
+	case len(first) > flushAt && link.hold(first, 0) != nil:
 		clear(c.answers)
-		n, c.answers[0] = 1, link.get(c.resp.cache, new(tally), keys[0])
+		c.answers[0] = link.get(c.resp.cache, new(tally), keys[0])
 	}
 	if c.few = min(2*c.few, maxAhead); n < got {
 		c.few = n
@@ -503,24 +493,21 @@ func (c *client) echo(b []byte) string {
 }
 
 // A command has Redis' arity: how many arguments, its name among them; at least so many if negative.
+// run returns the reply, or none if it has written that.
 type command struct {
 	arity int
-	keys  bool    // all arguments are keys
-	run   handler // nil for those that have only subcommands
+	keys  bool                                  // all arguments are keys
+	run   func(c *client, args [][]byte) string // nil for those that have only subcommands
 	sub   map[string]command
 	form  string // of a subcommand's arguments, for HELP
 }
-
-// A handler answers a command: it returns the reply, or none if it has written that.
-type handler func(c *client, args [][]byte) string
-
-func constant(reply string) handler { return func(*client, [][]byte) string { return reply } }
 
 // commands is the table of all that is answered, by name in lower case.
 var commands map[string]command
 
 func init() {
-	disabled := constant(failure("ERR This instance has cluster support disabled"))
+	emptyMap := func(c *client, _ [][]byte) string { return c.choose("*0\r\n", "%0\r\n") }
+	disabled := func(*client, [][]byte) string { return failure("ERR This instance has cluster support disabled") }
 	off := command{arity: 1, run: disabled}
 	commands = map[string]command{
 		"get":      {arity: 2, keys: true, run: (*client).getOne},
@@ -540,7 +527,7 @@ func init() {
 		"readonly": off, "readwrite": off, "asking": off,
 		"cluster": {arity: -2, run: disabled, sub: make(map[string]command)},
 		"config": {arity: -2, sub: map[string]command{
-			"get": {arity: -3, run: func(c *client, _ [][]byte) string { return c.choose("*0\r\n", "%0\r\n") }, form: "<pattern>"},
+			"get": {arity: -3, run: emptyMap, form: "<pattern>"},
 		}},
 		// Without DOCS, redis-cli completes and explains commands from what it knows itself.
 		"command": {arity: -1, run: commandInfo, sub: map[string]command{
@@ -572,7 +559,7 @@ func init() {
 		for _, key := range append(slices.Sorted(maps.Keys(sub)), "help") {
 			forms += "+" + strings.TrimSpace(strings.ToUpper(key)+" "+sub[key].form) + "\r\n"
 		}
-		sub["help"] = command{arity: 2, run: constant(forms)}
+		sub["help"] = command{arity: 2, run: func(*client, [][]byte) string { return forms }}
 	}
 }
 
@@ -583,13 +570,12 @@ func (cmd command) takes(n int) bool {
 
 // execute answers one command, or queues it in a transaction.
 func (c *client) execute(args [][]byte) string {
-	if guard := word(args[0]); guard == "post" || guard == "host:" {
-		c.end(protocolError("no reply")) // a browser was made to speak to a Redis (securityWarningCommand)
-		return ""
-	}
 	name, cmd, refusal := c.find(args)
 	switch multi := c.multi != nil; {
-	case refusal != "" && multi && name == "exec":
+	case refusal != "" && slices.Contains([]string{"post", "host:"}, word(args[0])):
+		c.end(protocolError("no reply")) // a browser was made to speak to a Redis (securityWarningCommand)
+		return ""
+	case refusal != "" && name == "exec":
 		c.discard(nil)
 		return "-EXECABORT Transaction discarded because of: " + strings.TrimPrefix(refusal[1:], "ERR ")
 	case refusal != "":
@@ -609,18 +595,16 @@ func (c *client) execute(args [][]byte) string {
 func (c *client) find(args [][]byte) (name string, cmd command, refusal string) {
 	name = nameOf(args[0])
 	cmd, known := commands[name]
-	if !known {
-		return name, cmd, unknownCommand(args)
-	}
 	if cmd.sub != nil && len(args) > 1 {
-		sub := nameOf(args[1])
-		if cmd, known = cmd.sub[sub]; !known {
-			name = strings.ToUpper(name)
-			return name, cmd, failure("ERR unknown subcommand '%s'. Try %s HELP.", cString(args[1], 128), name)
+		if cmd, known = cmd.sub[nameOf(args[1])]; !known {
+			name, sub := strings.ToUpper(name), cString(args[1], 128)
+			return name, cmd, failure("ERR unknown subcommand '%s'. Try %s HELP.", sub, name)
 		}
-		name += "|" + sub
+		name += "|" + nameOf(args[1])
 	}
 	switch {
+	case !known:
+		refusal = unknownCommand(args)
 	case !cmd.takes(len(args)):
 		refusal = failure("ERR wrong number of arguments for '%s' command", name)
 	case c.in.strict && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name):
@@ -671,9 +655,10 @@ func (c *client) mget(args [][]byte) string {
 		keys = c.ask(keys)
 		for i := range c.answers {
 			switch a := &c.answers[i]; {
+			case a.err == nil || a.err == errAbsent:
 			case errors.Is(a.err, errWrongType):
 				a.err = errAbsent
-			case a.err != nil && a.err != errAbsent && !c.sent:
+			case !c.sent:
 				c.out = c.out[:begin]
 				return c.refusal(a.err)
 			}
@@ -838,9 +823,8 @@ func (c *client) selectDB(args [][]byte) string {
 }
 
 func (c *client) quit([][]byte) string {
-	write(c, statusOK)
-	c.end(io.EOF)
-	return ""
+	c.in.err = io.EOF
+	return statusOK
 }
 
 func (c *client) reset([][]byte) string {

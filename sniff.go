@@ -556,23 +556,21 @@ func (b *budget) hold(value string, more int) (full <-chan struct{}) {
 // it, get lets go of it, waits for room as long as it would for Redis, and asks again.
 func (b *budget) get(c *cache, t *tally, key []byte, most int) answer {
 	keys, answers, late := [1][]byte{key}, [1]answer{}, c.now()+c.timeout
-	for waits := true; waits; {
-		c.get(c.now(), keys[:], answers[:])
-		full := (<-chan struct{})(nil)
-		if len(answers[0].data) > most {
-			full = b.hold(answers[0].data, 0)
+	ask, a := func() { c.get(c.now(), keys[:], answers[:]) }, &answers[0]
+	for ask(); len(a.data) > most; {
+		full := b.hold(a.data, 0)
+		if full == nil {
+			break
 		}
-		if waits = full != nil; waits {
-			answers[0] = answer{err: errCrowded}
-			select {
-			case <-full:
-			case <-time.After(late - c.now()):
-				waits = false
-			}
+		*a = answer{err: errCrowded}
+		select {
+		case <-full:
+			ask()
+		case <-time.After(late - c.now()):
 		}
 	}
 	t.add(answers[:])
-	return answers[0]
+	return *a
 }
 
 // release ends a hold.
