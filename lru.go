@@ -253,7 +253,7 @@ func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n 
 		if !e.live(now) {
 			f, source := c.flights[string(key)], fromAnother
 			if f == nil || now >= f.began+min(c.timeout, c.ttl) { // it must not bring what is older than the TTL
-				f, source = c.begin(string(key), now, 0), fromRedis
+				f, source = c.begin(string(key), f, now, 0), fromRedis
 				begun = append(begun, f)
 			}
 			f.until = max(f.until, since+c.timeout)
@@ -266,7 +266,7 @@ func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n 
 		}
 		if c.dueForRefresh(e, now) {
 			e.refreshed = now
-			begun = append(begun, c.begin(string(key), now, now+c.timeout))
+			begun = append(begun, c.begin(string(key), nil, now, now+c.timeout))
 		}
 	}
 	c.use(used)
@@ -456,9 +456,9 @@ func (c *cache) use(es []*list.Element) (none []*list.Element) {
 	return es[:0]
 }
 
-// begin makes a flight that is to be carried out.
-func (c *cache) begin(key string, now, until time.Duration) *flight {
-	f := &flight{key: key, began: now, until: until, older: c.flights[key]}
+// begin makes a flight that is to be carried out, beside the one that is in flight for the key.
+func (c *cache) begin(key string, older *flight, now, until time.Duration) *flight {
+	f := &flight{key: key, began: now, until: until, older: older}
 	c.flights[key] = f
 	return f
 }

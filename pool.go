@@ -488,7 +488,9 @@ func (n *node) startLocked() {
 
 // work takes a connection, and then all that has been queued meanwhile, and carries it out.
 func (n *node) work() {
-	runtime.Gosched() // requests that are about to ask do so first, and share a round trip
+	for range 3 {
+		runtime.Gosched() // requests that are about to ask do so first, and share a round trip
+	}
 	p := n.pool
 	began := p.cache.now()
 	conn := n.conns.Get()
@@ -577,19 +579,14 @@ func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) {
 func (n *node) exchange(u *upstream, fs []*flight) (rest []*flight, err error) {
 	p, answered := n.pool, false
 	sent := p.cache.now()
-	commands := []string{"GET", "PTTL"}
-	if !p.keyTTL {
-		commands = commands[:1]
-	}
 	for _, f := range fs {
-		for _, command := range commands {
-			if f.asking != "" {
-				u.Send("ASKING") // it is for the next command only
-			}
-			u.Send(command, f.key) // if that fails, so does Flush
+		u.send(f, "*2\r\n$3\r\nGET\r\n$")
+		if p.keyTTL {
+			u.send(f, "*2\r\n$4\r\nPTTL\r\n$")
 		}
 	}
-	if err := u.Flush(); err != nil {
+	if err := u.out.Flush(); err != nil {
+		u.Conn.Close()
 		return fs, err
 	}
 	for ; len(fs) > 0; fs = fs[1:] {
@@ -640,26 +637,21 @@ func (n *node) refuses(reply redis.Error) {
 }
 
 // receive reads what Redis says about a key that it was asked for at the time sent.
-func (n *node) receive(u *upstream, f *flight, sent time.Duration) (value, error) {
+func (n *node) receive(u *upstream, f *flight, sent time.Duration) (v value, err error) {
 	reply, err := u.reply(f.asking != "", "-$")
-	left := int64(-1)
-	if n.pool.keyTTL {
-		var failure error
-		left, failure = redis.Int64(u.reply(f.asking != "", "-:"))
-		err = cmp.Or(err, failure)
-	}
-	if err != nil {
-		return value{}, err
-	}
 	val, found := reply.([]byte)
-	if !found {
-		return newAbsent(f.key, sent), errAbsent
+	if found {
+		v = newValue(f.key, val, sent)
+	} else if err == nil {
+		v, err = newAbsent(f.key, sent), errAbsent
 	}
-	v := newValue(f.key, val, sent)
-	if left != -1 { // -1: no expiry; -2: gone meanwhile
-		v.expires = sent + time.Duration(max(left, 0))*time.Millisecond
+	if n.pool.keyTTL {
+		left, failure := redis.Int64(u.reply(f.asking != "", "-:"))
+		if err = cmp.Or(err, failure); found && left != -1 { // -1: no expiry; -2: gone meanwhile
+			v.expires = sent + time.Duration(max(left, 0))*time.Millisecond
+		}
 	}
-	return v, nil
+	return v, err
 }
 
 // redirect has a flight carried out where an error reply says, or later where it says that this may help.
@@ -748,6 +740,7 @@ type upstream struct {
 	redis.Conn
 	wire    *wire
 	in      *bufio.Reader
+	out     *bufio.Writer   // of GETs; other commands go through redigo
 	raw     syscall.RawConn // of the socket
 	release func() bool     // its context
 }
@@ -771,7 +764,8 @@ func (p *pool) dial(ctx context.Context, addr string, patience time.Duration, se
 		t := tls.Client(u.wire, conf)
 		inside, err = t, t.HandshakeContext(soon)
 	}
-	u.Conn, u.in = redis.NewConn(inside, 0, 0), bufio.NewReaderSize(inside, 16<<10)
+	u.Conn = redis.NewConn(inside, 0, 0)
+	u.in, u.out = bufio.NewReaderSize(inside, 16<<10), bufio.NewWriterSize(inside, 16<<10)
 	if err == nil {
 		err = u.login(&p.redis, sentinel)
 	}
@@ -829,6 +823,18 @@ func (u *upstream) Close() error {
 	return u.Conn.Close()
 }
 
+// send adds a command for a flight's key. If that fails, so does the flush.
+func (u *upstream) send(f *flight, command string) {
+	if f.asking != "" {
+		u.out.WriteString("*1\r\n$6\r\nASKING\r\n") // it is for the next command only
+	}
+	u.out.WriteString(command)
+	u.out.Write(strconv.AppendInt(u.out.AvailableBuffer(), int64(len(f.key)), 10))
+	u.out.WriteString("\r\n")
+	u.out.WriteString(f.key)
+	u.out.WriteString("\r\n")
+}
+
 // Do sends a command and reads the reply, of any type. Without a command, which is what redigo's pool has it
 // do before it keeps a connection, it returns the connection.
 func (u *upstream) Do(command string, args ...any) (any, error) {
@@ -880,6 +886,9 @@ func (u *upstream) read(kinds string) (any, error) {
 			for len(elements) < n && err == nil {
 				var element any
 				element, err = u.read(strings.TrimSuffix(kinds, "*"))
+				if val, ok := element.([]byte); ok {
+					element = bytes.Clone(val)
+				}
 				elements = append(elements, element)
 			}
 			return elements, err
@@ -888,15 +897,20 @@ func (u *upstream) read(kinds string) (any, error) {
 	return nil, fmt.Errorf("reading a reply: it begins with %.40q", line)
 }
 
-// readValue reads the bytes of a value. Of a long one it believes only as much again as has come.
+// readValue reads the bytes of a value, which hold until the next read. Of a long one it believes only as much
+// again as has come.
 func (u *upstream) readValue(n int) (val []byte, err error) {
-	for n += len("\r\n"); len(val) < n; {
-		read := len(val)
-		more := min(n-read, max(growBy, read))
-		val = slices.Grow(val, more)[:read+more]
-		if _, err := io.ReadFull(u.in, val[read:]); err != nil {
-			return nil, err
-		}
+	if n += len("\r\n"); n <= u.in.Size() {
+		val, err = u.in.Peek(n)
+		u.in.Discard(len(val))
+	} else {
+		var long bytes.Buffer
+		long.Grow(min(n, growBy) + bytes.MinRead)
+		_, err = io.CopyN(&long, u.in, int64(n))
+		val = long.Bytes()
+	}
+	if err != nil {
+		return nil, err
 	}
 	val, ended := bytes.CutSuffix(val, []byte("\r\n"))
 	if !ended {
