@@ -18,6 +18,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -230,7 +231,8 @@ func (p *pool) try() { p.enqueue([]*flight{{dirty: true}}) }
 func (p *pool) ready() bool {
 	now := p.cache.now()
 	key := fmt.Sprint("redis_proxy:ready:", p.cache.started.UnixNano())
-	f := &flight{key: key, dirty: true, began: now, until: now + p.timeout}
+	f := &flight{key: key, dirty: true, began: now}
+	f.until.Store(int64(now + p.timeout))
 	p.enqueue([]*flight{f})
 	if !p.cache.ended(f, time.After(p.timeout)) {
 		return false
@@ -529,13 +531,16 @@ func (n *node) take() []*flight {
 	n.coming = false
 	n.startLocked() // what does not fit is another worker's
 	p.mu.Unlock()
-	wanted, unwanted := p.cache.wanted(fs, 0)
-	for _, f := range unwanted {
-		p.cache.finish(f, value{}, errTimeout)
-	}
-	p.batches.Add(int64(min(len(wanted), 1)))
-	p.flights.Add(int64(len(wanted)))
-	return wanted
+	now := p.cache.now()
+	fs = slices.DeleteFunc(fs, func(f *flight) bool {
+		if !f.wanted(now) {
+			p.cache.finish(f, value{}, errTimeout)
+		}
+		return f.finished.Load()
+	})
+	p.batches.Add(int64(min(len(fs), 1)))
+	p.flights.Add(int64(len(fs)))
+	return fs
 }
 
 // broken ends the flights of a connection that broke, or could not be made, since it began. Those that a
@@ -549,12 +554,11 @@ func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) {
 	if made {
 		n.broke.Store(int64(now))
 	}
-	wanted, ended := p.cache.wanted(fs, 0)
-	var again []*flight
+	var again, ended []*flight
 	p.mu.Lock()
-	for _, f := range wanted {
+	for _, f := range fs {
 		f.asking = ""
-		if (made || worked) && !f.tried || p.routeLocked(f) != n && f.hops < maxHops {
+		if f.wanted(now) && ((made || worked) && !f.tried || p.routeLocked(f) != n && f.hops < maxHops) {
 			f.tried, f.hops = f.tried || made || worked, f.hops+1
 			again = append(again, f)
 		} else {
@@ -660,15 +664,9 @@ func (n *node) receive(u *upstream, f *flight, sent time.Duration) (v value, err
 func (n *node) redirect(f *flight, reply redis.Error) bool {
 	p := n.pool
 	words := append(strings.Fields(string(reply)), "", "", "")
-	code, addr, pause := words[0], "", retryPause
-	switch code {
-	case "MOVED", "ASK":
-		addr = resolve(n.addr, words[2])
-	case "CLUSTERDOWN", "TRYAGAIN":
-		if wanted, _ := p.cache.wanted([]*flight{f}, pause); len(wanted) == 0 {
-			return false
-		}
-	default:
+	code, addr, pause := words[0], resolve(n.addr, words[2]), retryPause
+	mayPass := (code == "CLUSTERDOWN" || code == "TRYAGAIN") && f.wanted(p.cache.now()+pause)
+	if code != "MOVED" && code != "ASK" && !mayPass {
 		return false
 	}
 	p.mu.Lock()
@@ -714,7 +712,7 @@ func (e replyError) Unwrap() error {
 }
 
 // ofStanding has what error replies to GET begin with that concern the proxy's own standing with Redis.
-var ofStanding = []string{"NOAUTH ", "NOPERM ", "WRONGPASS ", "DENIED ", "MOVED ", "ASK ", "ERR max number of clients"}
+var ofStanding = regexp.MustCompile("^(NOAUTH|NOPERM|WRONGPASS|DENIED|MOVED|ASK|ERR max number of clients) ")
 
 // asAnswer returns the answer to a request that failed with err. An error reply that is not to GET, or that is
 // ofStanding, is marked, so that a client does not take it for its own.
@@ -722,11 +720,10 @@ func asAnswer(err error, toGET bool) error {
 	var reply redis.Error
 	var network net.Error
 	if errors.As(err, &reply) {
-		begins := func(code string) bool { return strings.HasPrefix(string(reply), code) }
-		if !toGET || slices.ContainsFunc(ofStanding, begins) {
-			return upstreamRefused + replyError(reply)
+		if toGET && !ofStanding.MatchString(string(reply)) {
+			return replyError(reply)
 		}
-		return replyError(reply)
+		return upstreamRefused + replyError(reply)
 	}
 	if errors.As(err, &network) && network.Timeout() {
 		return errTimeout
@@ -973,9 +970,11 @@ func (n *node) follow() error {
 	ping := func() error { return errors.Join(u.Send("PING"), u.Flush()) }
 	err = cmp.Or(errID, errTracking, errSubscribe, ping())
 	for pinged := true; err == nil; {
+		var msg []any
 		if _, err = u.in.Peek(1); err == nil {
 			pinged = false
-			err = n.heed(redis.Values(u.reply(false, anyReply)))
+			msg, err = redis.Values(u.reply(false, anyReply))
+			n.heed(msg)
 		} else if errors.Is(err, os.ErrDeadlineExceeded) && !pinged {
 			pinged, err = true, ping()
 		}
@@ -984,21 +983,14 @@ func (n *node) follow() error {
 }
 
 // heed acts on a message: a report of changes, or the answer to PING, which shows that Redis lets it go on.
-func (n *node) heed(msg []any, err error) error {
-	switch {
-	case err != nil:
-		return err
-	case len(msg) == 3:
-		keys, err := redis.ByteSlices(msg[2], nil) // nil: all
-		if err != nil && err != redis.ErrNil {
-			return err
-		}
+func (n *node) heed(msg []any) {
+	if len(msg) == 3 {
+		keys, _ := redis.ByteSlices(msg[2], nil) // nil: all
 		n.pool.invalidations.Add(int64(max(len(keys), 1)))
 		n.pool.cache.forget(keys)
-	case !n.live.Load():
+	} else if len(msg) > 0 && !n.live.Load() {
 		n.pool.cache.forget(nil) // what changed until now was not reported
 		n.live.Store(true)
 		n.log.Info("tracking is live")
 	}
-	return nil
 }
