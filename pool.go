@@ -42,10 +42,9 @@ const (
 	// grace is how much longer than a waiter a connection waits for a reply, which still fills the cache.
 	grace = time.Second
 	// maxReply is the longest value that Redis can hold (proto-max-bulk-len), maxElements the longest array
-	// that is believed, and growBy how much of a value is believed before it has come.
+	// that is believed.
 	maxReply    = 512 << 20
 	maxElements = 1 << 20
-	growBy      = 64 << 10
 	// anyReply has the first bytes of all replies, and as many * as arrays may be inside one another.
 	anyReply = "-+:$****"
 	// slots is into how many parts a cluster divides the keys. Each has an owner.
@@ -109,7 +108,7 @@ type pool struct {
 
 	flights, batches, errors, redirects, refreshes, invalidations atomic.Int64 // see figures
 
-	// mu guards the following, and fields of nodes. The cache's lock may not be taken under it.
+	// mu guards the following, and fields of nodes. The cache's lock may be taken under it, not the other way round.
 	mu         sync.Mutex
 	latency    histogram        // of batches
 	nodes      map[string]*node // by address
@@ -204,11 +203,11 @@ func resolve(from, addr string) string {
 
 // enqueue queues flights, each at its node, whose workers carry them out. It does not block.
 func (p *pool) enqueue(fs []*flight) {
-	var refused []*flight
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	for _, f := range fs {
 		if p.queued >= maxQueue || p.queueBytes+len(f.key) > maxQueueBytes {
-			refused = append(refused, f)
+			p.cache.finish(f, value{}, errTimeout)
 			continue
 		}
 		n := p.routeLocked(f)
@@ -216,10 +215,6 @@ func (p *pool) enqueue(fs []*flight) {
 		p.queued++
 		p.queueBytes += len(f.key)
 		n.startLocked()
-	}
-	p.mu.Unlock()
-	for _, f := range refused {
-		p.cache.finish(f, value{}, errTimeout)
 	}
 }
 
@@ -902,7 +897,7 @@ func (u *upstream) readValue(n int) (val []byte, err error) {
 		u.in.Discard(len(val))
 	} else {
 		var long bytes.Buffer
-		long.Grow(min(n, growBy) + bytes.MinRead)
+		long.Grow(u.in.Size())
 		_, err = io.CopyN(&long, u.in, int64(n))
 		val = long.Bytes()
 	}
