@@ -500,7 +500,7 @@ func (n *node) work() {
 	}
 	conn.Close()
 	if err != nil {
-		n.broken(rest, err, made, began)
+		n.broken(rest, err, began)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -540,21 +540,18 @@ func (n *node) take() []*flight {
 
 // broken ends the flights of a connection that broke, or could not be made, since it began. Those that a
 // request waits for are tried again where another node is to be asked by now, and once at the same: the
-// connection may have died while it was idle, or another was made meanwhile, and GET does no harm twice.
-func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) {
-	p := n.pool
-	now := p.cache.now()
-	worked := time.Duration(n.answered.Load()) > began // what failed says nothing about the time after it
+// connection may have died while it was idle, and GET does no harm twice.
+func (n *node) broken(fs []*flight, err error, began time.Duration) {
+	p, now := n.pool, n.pool.cache.now()
 	p.failed.Store(int64(now))
-	if made {
-		n.broke.Store(int64(now))
-	}
+	n.broke.Store(int64(now))
 	var again, ended []*flight
 	p.mu.Lock()
 	for _, f := range fs {
 		f.asking = ""
-		if f.wanted(now) && ((made || worked) && !f.tried || p.routeLocked(f) != n && f.hops < maxHops) {
-			f.tried, f.hops = f.tried || made || worked, f.hops+1
+		if f.wanted(now) && (!f.tried || p.routeLocked(f) != n && f.hops < maxHops) {
+			f.tried = true
+			f.hops++
 			again = append(again, f)
 		} else {
 			ended = append(ended, f)
@@ -564,7 +561,8 @@ func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) {
 	p.hint("")
 	p.enqueue(again)
 	p.errors.Add(int64(len(ended)))
-	news := (len(fs) == 0 || len(ended) > 0) && n.ctx.Err() == nil && !n.down() && !worked
+	// What failed says nothing about the time after it.
+	news := len(again) == 0 && n.ctx.Err() == nil && !n.down() && time.Duration(n.answered.Load()) <= began
 	if news && due(&n.warned, now, time.Second) {
 		n.log.Warn("Redis cannot be read; hits go on", "error", err)
 	}
