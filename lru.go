@@ -116,7 +116,7 @@ type flight struct {
 	key   string
 	began time.Duration // on the cache's clock
 
-	until time.Duration // when the last waiter gives up; the cache's lock guards it and the next three
+	until atomic.Int64  // when the last waiter gives up; it is set under the cache's lock, which guards the next three
 	older *flight       // in flight for the same key, too late to be joined
 	dirty bool          // the key changed meanwhile: the reply must not be stored
 	done  chan struct{} // nil until a request waits; closed when finished
@@ -131,6 +131,9 @@ type flight struct {
 	asking string // the address of the node that it is to ask, and that knows its slot only by ASKING
 	hops   int    // how often it was sent elsewhere, or here again
 }
+
+// wanted reports whether a request will still wait for f at a time.
+func (f *flight) wanted(at time.Duration) bool { return at < time.Duration(f.until.Load()) }
 
 // spoil keeps the replies to f and to older flights for its key out of the cache. It needs the cache's lock.
 func (f *flight) spoil() {
@@ -252,10 +255,10 @@ func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n 
 		if !e.live(now) {
 			f, source := c.flights[string(key)], fromAnother
 			if f == nil || now >= f.began+min(c.timeout, c.ttl) { // it must not bring what is older than the TTL
-				f, source = c.begin(string(key), now, 0), fromRedis
+				f, source = c.begin(string(key), f, now, 0), fromRedis
 				begun = append(begun, f)
 			}
-			f.until = max(f.until, since+c.timeout)
+			f.until.Store(max(f.until.Load(), int64(since+c.timeout)))
 			answers[i] = answer{source: source, expired: e != nil, flight: f}
 			continue
 		}
@@ -265,7 +268,7 @@ func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n 
 		}
 		if c.dueForRefresh(e, now) {
 			e.refreshed = now
-			begun = append(begun, c.begin(string(key), now, now+c.timeout))
+			begun = append(begun, c.begin(string(key), nil, now, now+c.timeout))
 		}
 	}
 	c.use(used)
@@ -377,23 +380,6 @@ func (c *cache) finish(f *flight, v value, err error) {
 	}
 }
 
-// wanted returns the flights that a request will still wait for after a pause, and those that none will.
-// It reuses fs.
-func (c *cache) wanted(fs []*flight, pause time.Duration) (wanted, unwanted []*flight) {
-	now := c.now() + pause
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	wanted = fs[:0]
-	for _, f := range fs {
-		if f.until > now {
-			wanted = append(wanted, f)
-		} else {
-			unwanted = append(unwanted, f)
-		}
-	}
-	return wanted, unwanted
-}
-
 // forget drops keys, all of them if keys is nil, because they changed in Redis. What is in flight for them
 // may have been read before: it still goes to those who wait for it, is not stored, and is not joined
 // any more. See finish.
@@ -455,9 +441,10 @@ func (c *cache) use(es []*list.Element) (none []*list.Element) {
 	return es[:0]
 }
 
-// begin makes a flight that is to be carried out.
-func (c *cache) begin(key string, now, until time.Duration) *flight {
-	f := &flight{key: key, began: now, until: until, older: c.flights[key]}
+// begin makes a flight that is to be carried out, beside the one that is in flight for the key.
+func (c *cache) begin(key string, older *flight, now, until time.Duration) *flight {
+	f := &flight{key: key, began: now, older: older}
+	f.until.Store(int64(until))
 	c.flights[key] = f
 	return f
 }

@@ -2351,7 +2351,8 @@ func TestPoolRedirects(t *testing.T) {
 	} {
 		p := newParts(t)
 		p.pool.close() // nothing else happens to the flight
-		f := &flight{key: "foo", until: time.Hour}
+		f := &flight{key: "foo"}
+		f.until.Store(int64(time.Hour))
 		p.pool.mu.Lock()
 		p.pool.queued = maxQueue // it gets no further than that
 		n := p.pool.nodeLocked("h:1")

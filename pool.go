@@ -18,6 +18,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -41,10 +42,9 @@ const (
 	// grace is how much longer than a waiter a connection waits for a reply, which still fills the cache.
 	grace = time.Second
 	// maxReply is the longest value that Redis can hold (proto-max-bulk-len), maxElements the longest array
-	// that is believed, and growBy how much of a value is believed before it has come.
+	// that is believed.
 	maxReply    = 512 << 20
 	maxElements = 1 << 20
-	growBy      = 64 << 10
 	// anyReply has the first bytes of all replies, and as many * as arrays may be inside one another.
 	anyReply = "-+:$****"
 	// slots is into how many parts a cluster divides the keys. Each has an owner.
@@ -108,7 +108,7 @@ type pool struct {
 
 	flights, batches, errors, redirects, refreshes, invalidations atomic.Int64 // see figures
 
-	// mu guards the following, and fields of nodes. The cache's lock may not be taken under it.
+	// mu guards the following, and fields of nodes. The cache's lock may be taken under it, not the other way round.
 	mu         sync.Mutex
 	latency    histogram        // of batches
 	nodes      map[string]*node // by address
@@ -203,11 +203,11 @@ func resolve(from, addr string) string {
 
 // enqueue queues flights, each at its node, whose workers carry them out. It does not block.
 func (p *pool) enqueue(fs []*flight) {
-	var refused []*flight
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	for _, f := range fs {
 		if p.queued >= maxQueue || p.queueBytes+len(f.key) > maxQueueBytes {
-			refused = append(refused, f)
+			p.cache.finish(f, value{}, errTimeout)
 			continue
 		}
 		n := p.routeLocked(f)
@@ -215,10 +215,6 @@ func (p *pool) enqueue(fs []*flight) {
 		p.queued++
 		p.queueBytes += len(f.key)
 		n.startLocked()
-	}
-	p.mu.Unlock()
-	for _, f := range refused {
-		p.cache.finish(f, value{}, errTimeout)
 	}
 }
 
@@ -230,7 +226,8 @@ func (p *pool) try() { p.enqueue([]*flight{{dirty: true}}) }
 func (p *pool) ready() bool {
 	now := p.cache.now()
 	key := fmt.Sprint("redis_proxy:ready:", p.cache.started.UnixNano())
-	f := &flight{key: key, dirty: true, began: now, until: now + p.timeout}
+	f := &flight{key: key, dirty: true, began: now}
+	f.until.Store(int64(now + p.timeout))
 	p.enqueue([]*flight{f})
 	if !p.cache.ended(f, time.After(p.timeout)) {
 		return false
@@ -488,7 +485,9 @@ func (n *node) startLocked() {
 
 // work takes a connection, and then all that has been queued meanwhile, and carries it out.
 func (n *node) work() {
-	runtime.Gosched() // requests that are about to ask do so first, and share a round trip
+	for range 3 {
+		runtime.Gosched() // requests that are about to ask do so first, and share a round trip
+	}
 	p := n.pool
 	began := p.cache.now()
 	conn := n.conns.Get()
@@ -501,7 +500,7 @@ func (n *node) work() {
 	}
 	conn.Close()
 	if err != nil {
-		n.broken(rest, err, made, began)
+		n.broken(rest, err, began)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -527,33 +526,32 @@ func (n *node) take() []*flight {
 	n.coming = false
 	n.startLocked() // what does not fit is another worker's
 	p.mu.Unlock()
-	wanted, unwanted := p.cache.wanted(fs, 0)
-	for _, f := range unwanted {
-		p.cache.finish(f, value{}, errTimeout)
-	}
-	p.batches.Add(int64(min(len(wanted), 1)))
-	p.flights.Add(int64(len(wanted)))
-	return wanted
+	now := p.cache.now()
+	fs = slices.DeleteFunc(fs, func(f *flight) bool {
+		if !f.wanted(now) {
+			p.cache.finish(f, value{}, errTimeout)
+		}
+		return f.finished.Load()
+	})
+	p.batches.Add(int64(min(len(fs), 1)))
+	p.flights.Add(int64(len(fs)))
+	return fs
 }
 
 // broken ends the flights of a connection that broke, or could not be made, since it began. Those that a
 // request waits for are tried again where another node is to be asked by now, and once at the same: the
-// connection may have died while it was idle, or another was made meanwhile, and GET does no harm twice.
-func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) {
-	p := n.pool
-	now := p.cache.now()
-	worked := time.Duration(n.answered.Load()) > began // what failed says nothing about the time after it
+// connection may have died while it was idle, and GET does no harm twice.
+func (n *node) broken(fs []*flight, err error, began time.Duration) {
+	p, now := n.pool, n.pool.cache.now()
 	p.failed.Store(int64(now))
-	if made {
-		n.broke.Store(int64(now))
-	}
-	wanted, ended := p.cache.wanted(fs, 0)
-	var again []*flight
+	n.broke.Store(int64(now))
+	var again, ended []*flight
 	p.mu.Lock()
-	for _, f := range wanted {
+	for _, f := range fs {
 		f.asking = ""
-		if (made || worked) && !f.tried || p.routeLocked(f) != n && f.hops < maxHops {
-			f.tried, f.hops = f.tried || made || worked, f.hops+1
+		if f.wanted(now) && (!f.tried || p.routeLocked(f) != n && f.hops < maxHops) {
+			f.tried = true
+			f.hops++
 			again = append(again, f)
 		} else {
 			ended = append(ended, f)
@@ -563,7 +561,8 @@ func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) {
 	p.hint("")
 	p.enqueue(again)
 	p.errors.Add(int64(len(ended)))
-	news := (len(fs) == 0 || len(ended) > 0) && n.ctx.Err() == nil && !n.down() && !worked
+	// What failed says nothing about the time after it.
+	news := len(again) == 0 && n.ctx.Err() == nil && !n.down() && time.Duration(n.answered.Load()) <= began
 	if news && due(&n.warned, now, time.Second) {
 		n.log.Warn("Redis cannot be read; hits go on", "error", err)
 	}
@@ -577,19 +576,14 @@ func (n *node) broken(fs []*flight, err error, made bool, began time.Duration) {
 func (n *node) exchange(u *upstream, fs []*flight) (rest []*flight, err error) {
 	p, answered := n.pool, false
 	sent := p.cache.now()
-	commands := []string{"GET", "PTTL"}
-	if !p.keyTTL {
-		commands = commands[:1]
-	}
 	for _, f := range fs {
-		for _, command := range commands {
-			if f.asking != "" {
-				u.Send("ASKING") // it is for the next command only
-			}
-			u.Send(command, f.key) // if that fails, so does Flush
+		u.send(f, "*2\r\n$3\r\nGET\r\n$")
+		if p.keyTTL {
+			u.send(f, "*2\r\n$4\r\nPTTL\r\n$")
 		}
 	}
-	if err := u.Flush(); err != nil {
+	if err := u.out.Flush(); err != nil {
+		u.Conn.Close()
 		return fs, err
 	}
 	for ; len(fs) > 0; fs = fs[1:] {
@@ -640,26 +634,21 @@ func (n *node) refuses(reply redis.Error) {
 }
 
 // receive reads what Redis says about a key that it was asked for at the time sent.
-func (n *node) receive(u *upstream, f *flight, sent time.Duration) (value, error) {
+func (n *node) receive(u *upstream, f *flight, sent time.Duration) (v value, err error) {
 	reply, err := u.reply(f.asking != "", "-$")
-	left := int64(-1)
-	if n.pool.keyTTL {
-		var failure error
-		left, failure = redis.Int64(u.reply(f.asking != "", "-:"))
-		err = cmp.Or(err, failure)
-	}
-	if err != nil {
-		return value{}, err
-	}
 	val, found := reply.([]byte)
-	if !found {
-		return newAbsent(f.key, sent), errAbsent
+	if found {
+		v = newValue(f.key, val, sent)
+	} else if err == nil {
+		v, err = newAbsent(f.key, sent), errAbsent
 	}
-	v := newValue(f.key, val, sent)
-	if left != -1 { // -1: no expiry; -2: gone meanwhile
-		v.expires = sent + time.Duration(max(left, 0))*time.Millisecond
+	if n.pool.keyTTL {
+		left, failure := redis.Int64(u.reply(f.asking != "", "-:"))
+		if err = cmp.Or(err, failure); found && left != -1 { // -1: no expiry; -2: gone meanwhile
+			v.expires = sent + time.Duration(max(left, 0))*time.Millisecond
+		}
 	}
-	return v, nil
+	return v, err
 }
 
 // redirect has a flight carried out where an error reply says, or later where it says that this may help.
@@ -668,15 +657,9 @@ func (n *node) receive(u *upstream, f *flight, sent time.Duration) (value, error
 func (n *node) redirect(f *flight, reply redis.Error) bool {
 	p := n.pool
 	words := append(strings.Fields(string(reply)), "", "", "")
-	code, addr, pause := words[0], "", retryPause
-	switch code {
-	case "MOVED", "ASK":
-		addr = resolve(n.addr, words[2])
-	case "CLUSTERDOWN", "TRYAGAIN":
-		if wanted, _ := p.cache.wanted([]*flight{f}, pause); len(wanted) == 0 {
-			return false
-		}
-	default:
+	code, addr, pause := words[0], resolve(n.addr, words[2]), retryPause
+	mayPass := (code == "CLUSTERDOWN" || code == "TRYAGAIN") && f.wanted(p.cache.now()+pause)
+	if code != "MOVED" && code != "ASK" && !mayPass {
 		return false
 	}
 	p.mu.Lock()
@@ -722,7 +705,7 @@ func (e replyError) Unwrap() error {
 }
 
 // ofStanding has what error replies to GET begin with that concern the proxy's own standing with Redis.
-var ofStanding = []string{"NOAUTH ", "NOPERM ", "WRONGPASS ", "DENIED ", "MOVED ", "ASK ", "ERR max number of clients"}
+var ofStanding = regexp.MustCompile("^(NOAUTH|NOPERM|WRONGPASS|DENIED|MOVED|ASK|ERR max number of clients) ")
 
 // asAnswer returns the answer to a request that failed with err. An error reply that is not to GET, or that is
 // ofStanding, is marked, so that a client does not take it for its own.
@@ -730,11 +713,10 @@ func asAnswer(err error, toGET bool) error {
 	var reply redis.Error
 	var network net.Error
 	if errors.As(err, &reply) {
-		begins := func(code string) bool { return strings.HasPrefix(string(reply), code) }
-		if !toGET || slices.ContainsFunc(ofStanding, begins) {
-			return upstreamRefused + replyError(reply)
+		if toGET && !ofStanding.MatchString(string(reply)) {
+			return replyError(reply)
 		}
-		return replyError(reply)
+		return upstreamRefused + replyError(reply)
 	}
 	if errors.As(err, &network) && network.Timeout() {
 		return errTimeout
@@ -748,6 +730,7 @@ type upstream struct {
 	redis.Conn
 	wire    *wire
 	in      *bufio.Reader
+	out     *bufio.Writer   // of GETs; other commands go through redigo
 	raw     syscall.RawConn // of the socket
 	release func() bool     // its context
 }
@@ -771,7 +754,8 @@ func (p *pool) dial(ctx context.Context, addr string, patience time.Duration, se
 		t := tls.Client(u.wire, conf)
 		inside, err = t, t.HandshakeContext(soon)
 	}
-	u.Conn, u.in = redis.NewConn(inside, 0, 0), bufio.NewReaderSize(inside, 16<<10)
+	u.Conn = redis.NewConn(inside, 0, 0)
+	u.in, u.out = bufio.NewReaderSize(inside, 16<<10), bufio.NewWriterSize(inside, 16<<10)
 	if err == nil {
 		err = u.login(&p.redis, sentinel)
 	}
@@ -829,6 +813,18 @@ func (u *upstream) Close() error {
 	return u.Conn.Close()
 }
 
+// send adds a command for a flight's key. If that fails, so does the flush.
+func (u *upstream) send(f *flight, command string) {
+	if f.asking != "" {
+		u.out.WriteString("*1\r\n$6\r\nASKING\r\n") // it is for the next command only
+	}
+	u.out.WriteString(command)
+	u.out.Write(strconv.AppendInt(u.out.AvailableBuffer(), int64(len(f.key)), 10))
+	u.out.WriteString("\r\n")
+	u.out.WriteString(f.key)
+	u.out.WriteString("\r\n")
+}
+
 // Do sends a command and reads the reply, of any type. Without a command, which is what redigo's pool has it
 // do before it keeps a connection, it returns the connection.
 func (u *upstream) Do(command string, args ...any) (any, error) {
@@ -880,6 +876,9 @@ func (u *upstream) read(kinds string) (any, error) {
 			for len(elements) < n && err == nil {
 				var element any
 				element, err = u.read(strings.TrimSuffix(kinds, "*"))
+				if val, ok := element.([]byte); ok {
+					element = bytes.Clone(val)
+				}
 				elements = append(elements, element)
 			}
 			return elements, err
@@ -888,15 +887,20 @@ func (u *upstream) read(kinds string) (any, error) {
 	return nil, fmt.Errorf("reading a reply: it begins with %.40q", line)
 }
 
-// readValue reads the bytes of a value. Of a long one it believes only as much again as has come.
+// readValue reads the bytes of a value, which hold until the next read. Of a long one it believes only as much
+// again as has come.
 func (u *upstream) readValue(n int) (val []byte, err error) {
-	for n += len("\r\n"); len(val) < n; {
-		read := len(val)
-		more := min(n-read, max(growBy, read))
-		val = slices.Grow(val, more)[:read+more]
-		if _, err := io.ReadFull(u.in, val[read:]); err != nil {
-			return nil, err
-		}
+	if n += len("\r\n"); n <= u.in.Size() {
+		val, err = u.in.Peek(n)
+		u.in.Discard(len(val))
+	} else {
+		var long bytes.Buffer
+		long.Grow(u.in.Size())
+		_, err = io.CopyN(&long, u.in, int64(n))
+		val = long.Bytes()
+	}
+	if err != nil {
+		return nil, err
 	}
 	val, ended := bytes.CutSuffix(val, []byte("\r\n"))
 	if !ended {
@@ -959,9 +963,11 @@ func (n *node) follow() error {
 	ping := func() error { return errors.Join(u.Send("PING"), u.Flush()) }
 	err = cmp.Or(errID, errTracking, errSubscribe, ping())
 	for pinged := true; err == nil; {
+		var msg []any
 		if _, err = u.in.Peek(1); err == nil {
 			pinged = false
-			err = n.heed(redis.Values(u.reply(false, anyReply)))
+			msg, err = redis.Values(u.reply(false, anyReply))
+			n.heed(msg)
 		} else if errors.Is(err, os.ErrDeadlineExceeded) && !pinged {
 			pinged, err = true, ping()
 		}
@@ -970,21 +976,14 @@ func (n *node) follow() error {
 }
 
 // heed acts on a message: a report of changes, or the answer to PING, which shows that Redis lets it go on.
-func (n *node) heed(msg []any, err error) error {
-	switch {
-	case err != nil:
-		return err
-	case len(msg) == 3:
-		keys, err := redis.ByteSlices(msg[2], nil) // nil: all
-		if err != nil && err != redis.ErrNil {
-			return err
-		}
+func (n *node) heed(msg []any) {
+	if len(msg) == 3 {
+		keys, _ := redis.ByteSlices(msg[2], nil) // nil: all
 		n.pool.invalidations.Add(int64(max(len(keys), 1)))
 		n.pool.cache.forget(keys)
-	case !n.live.Load():
+	} else if len(msg) > 0 && !n.live.Load() {
 		n.pool.cache.forget(nil) // what changed until now was not reported
 		n.live.Store(true)
 		n.log.Info("tracking is live")
 	}
-	return nil
 }
