@@ -82,7 +82,7 @@ func (w *web) serve(c *conn) {
 		w.handOver(c, c)
 	} else if rest := w.quick(c); len(rest) > 0 {
 		c.unread = slices.Concat(rest, c.unread)
-		w.handOver(c, &handed{conn: c})
+		w.handOver(c, &counted{conn: c})
 	} else {
 		c.Close()
 	}
@@ -157,9 +157,9 @@ func (w *web) write(rw http.ResponseWriter, r *http.Request, a *answer, now time
 	http.ServeContent(out, r, "", time.Time{}, strings.NewReader(body))
 }
 
-// correct changes a request where http.ServeContent reads it otherwise than RFC 9110: several lines
-// are one list (§5.3); HEAD, another unit and too many parts have no range, the unit has no case, the
-// last 0 bytes are no part, and no number is too large (§14). header is that of the value.
+// correct changes a request where http.ServeContent reads it otherwise than RFC 9110. It joins repeated
+// fields (§5.3). It drops Range for HEAD, for other units and for too many parts, ignores the case of the
+// unit, makes a suffix of 0 bytes unsatisfiable, and caps large numbers (§14). header is that of the value.
 func correct(r *http.Request, header string) {
 	list := func(name string) string { return strings.Join(r.Header[name], ", ") }
 	if r.Header.Set("If-Match", list("If-Match")); lists([]byte(list("If-None-Match")), header) {
@@ -386,11 +386,11 @@ func appendField(b []byte, field string, n int) []byte {
 
 // appendCaching adds how long an answer may be kept, and how the cache came by it (RFC 9211).
 func (w *web) appendCaching(b []byte, a *answer, now time.Duration) []byte {
-	kept := a.err == nil || a.err == errAbsent && w.cache.absent > 0
-	if kept {
+	cacheable := a.err == nil || a.err == errAbsent && w.cache.absent > 0
+	if cacheable {
 		b = appendField(b, "Age: ", int((now-a.fetched)/time.Second))
 		b = appendField(b, "Cache-Control: max-age=", int((a.expires-a.fetched)/time.Second))
-	} else if b = append(b, "Cache-Control: no-store\r\n"...); a.flight == nil { // the cache was not asked
+	} else if b = append(b, "Cache-Control: no-store\r\n"...); a.flight == nil { // the cache had no part in it
 		return b
 	}
 	how := "fwd=miss"
@@ -403,7 +403,7 @@ func (w *web) appendCaching(b []byte, a *answer, now time.Duration) []byte {
 	if a.flight == nil {
 		return appendField(b, "; ttl=", int((a.expires-now)/time.Second))
 	}
-	if kept && a.flight.stored {
+	if cacheable && a.flight.stored {
 		b = append(b, "; stored"...)
 	}
 	if a.source == fromAnother {
@@ -502,40 +502,40 @@ func (r *quickRequest) field(line []byte) (ordinary bool) {
 // handOver gives net/http a connection, as what it is to read and write.
 func (w *web) handOver(c *conn, as net.Conn) {
 	c.link.idle = 0
-	l := &handedOver{conn: as}
+	l := &oneConn{conn: as}
 	if w.server.Serve(l); l.conn != nil { // it is shut down
 		c.Close()
 	}
 }
 
-// A handedOver is a net.Listener of one connection.
-type handedOver struct{ conn net.Conn }
+// A oneConn is a listener that accepts one connection.
+type oneConn struct{ conn net.Conn }
 
-func (l *handedOver) Accept() (c net.Conn, err error) {
+func (l *oneConn) Accept() (c net.Conn, err error) {
 	if c, l.conn = l.conn, nil; c == nil {
 		err = net.ErrClosed
 	}
 	return c, err
 }
 
-func (l *handedOver) Close() error   { return nil }
-func (l *handedOver) Addr() net.Addr { return nil }
+func (l *oneConn) Close() error   { return nil }
+func (l *oneConn) Addr() net.Addr { return nil }
 
-// A handed connection is net/http's, for HTTP/1. It counts headers against the budget of requests.
-type handed struct {
+// A counted connection is net/http's, for HTTP/1. It counts headers against the budget of requests.
+type counted struct {
 	*conn
 	held atomic.Int64 // of the budget, since net/http set the last deadline: it does before a header and after
 }
 
 // ConnectionState keeps net/http from looking for HTTP/2 in the middle of a connection.
-func (h *handed) ConnectionState() (none tls.ConnectionState) { return }
+func (h *counted) ConnectionState() (none tls.ConnectionState) { return }
 
-func (h *handed) SetReadDeadline(t time.Time) error {
+func (h *counted) SetReadDeadline(t time.Time) error {
 	h.link.server.requests.release("", int(h.held.Swap(0)))
 	return h.conn.SetReadDeadline(t)
 }
 
-func (h *handed) Read(p []byte) (int, error) {
+func (h *counted) Read(p []byte) (int, error) {
 	n, err := h.conn.Read(p)
 	cost := n + lineCost*bytes.Count(p[:n], []byte("\n"))
 	if h.link.server.requests.hold("", cost) != nil {
@@ -545,7 +545,7 @@ func (h *handed) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (h *handed) Close() error {
+func (h *counted) Close() error {
 	h.SetReadDeadline(time.Now())
 	return h.conn.Close()
 }

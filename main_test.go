@@ -2933,7 +2933,7 @@ func FuzzQuickAnswersAsNetHTTP(f *testing.F) {
 // byNetHTTP is a web without its quick way.
 type byNetHTTP struct{ *web }
 
-func (w byNetHTTP) serve(c *conn) { w.handOver(c, &handed{conn: c}) }
+func (w byNetHTTP) serve(c *conn) { w.handOver(c, &counted{conn: c}) }
 
 // sortHeaders splits what came back into header blocks with sorted lines, and what is between them.
 func sortHeaders(s string) (parts []string) {
