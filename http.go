@@ -1,7 +1,8 @@
 // HTTP: the key from the path, the answer and its header.
 //
-// net/http reads, frames and times requests, but for ordinary ones over HTTP/1, which quick answers
-// alike. RFC 9110 (semantics), 9111 (caching) and 9211 (Cache-Status) say what goes into the answers.
+// A connection begins with quick, which answers ordinary requests over HTTP/1. It goes to net/http, for good,
+// with the first other request; both ways answer alike. RFC 9110 (semantics), 9111 (caching) and 9211
+// (Cache-Status) say what goes into the answers.
 package main
 
 import (
@@ -34,9 +35,9 @@ import (
 )
 
 const (
-	bodyTimeout    = time.Second // how long the rest of a body is read after the answer
-	quickBuffer    = 2 << 10     // what a connection has to read ordinary requests into
-	longBuffer     = 8 << 10     // the same, from its first longer request on; longer ones still are net/http's
+	bodyTimeout    = time.Second // how long a body is read, which means nothing here
+	quickBuffer    = 2 << 10     // quick reads into so much
+	longBuffer     = 8 << 10     // and into so much from the first longer request on; still longer ones are net/http's
 	maxHeaderBytes = 80 << 10    // of a request; net/http takes 4 KB more
 	lineCost       = 128         // what net/http makes of a line of it, beside its bytes
 	maxStreams     = 100         // of an HTTP/2 connection
@@ -100,7 +101,7 @@ func (w *web) refuse(c *conn) {
 // that are idle, although a request may be on its way.)
 func (w *web) drain() { w.draining.Store(true) }
 
-// shutdown closes idle connections, and the others when they are answered or ctx is done.
+// shutdown closes net/http's idle connections, and the others when they are answered or ctx is done.
 func (w *web) shutdown(ctx context.Context) {
 	if w.server.Shutdown(ctx) != nil {
 		w.server.Close()
@@ -299,7 +300,7 @@ func (w *web) quick(c *conn) (rest []byte) {
 			return nil
 		}
 		left, ordinary, err := w.answer(c, afterEmptyLines(buf[:len(rest)+n]))
-		ordinary = ordinary && n > 0 && len(left) < longBuffer // half a request at the end is not
+		ordinary = ordinary && n > 0 && len(left) < longBuffer // at EOF, half a request is not
 		switch {
 		case err != nil || n == 0 && len(left) < 4:
 			return nil
@@ -308,15 +309,17 @@ func (w *web) quick(c *conn) (rest []byte) {
 		case len(left) == len(buf):
 			buf = make([]byte, longBuffer)
 		}
-		if len(left) <= n { // it has begun just now
-			c.link.hurry(time.Duration(min(len(left), 1)) * firstLineTimeout)
+		if len(left) == 0 {
+			c.link.hurry(0)
+		} else if len(left) <= n { // a request began with this read
+			c.link.hurry(firstLineTimeout)
 		}
 		rest = buf[:copy(buf, left)]
 	}
 }
 
 // answer answers the ordinary requests that b begins with. It returns what is left, and whether that
-// may become another.
+// may be the beginning of another.
 func (w *web) answer(c *conn, b []byte) (rest []byte, ordinary bool, err error) {
 	out := writers.Get().(*bufio.Writer)
 	defer writers.Put(out)
@@ -499,11 +502,11 @@ func (r *quickRequest) field(line []byte) (ordinary bool) {
 	return ok
 }
 
-// handOver gives net/http a connection, as what it is to read and write.
+// handOver has net/http serve c through as, which reads and writes c. It sets its own deadlines from now on.
 func (w *web) handOver(c *conn, as net.Conn) {
 	c.link.idle = 0
 	l := &oneConn{conn: as}
-	if w.server.Serve(l); l.conn != nil { // it is shut down
+	if w.server.Serve(l); l.conn != nil { // the server is shut down
 		c.Close()
 	}
 }
@@ -521,10 +524,11 @@ func (l *oneConn) Accept() (c net.Conn, err error) {
 func (l *oneConn) Close() error   { return nil }
 func (l *oneConn) Addr() net.Addr { return nil }
 
-// A counted connection is net/http's, for HTTP/1. It counts headers against the budget of requests.
+// A counted connection is one of HTTP/1 that net/http serves. It counts what net/http reads of a header
+// against the budget of requests, until the next deadline: net/http sets one before and after each header.
 type counted struct {
 	*conn
-	held atomic.Int64 // of the budget, since net/http set the last deadline: it does before a header and after
+	held atomic.Int64
 }
 
 // ConnectionState keeps net/http from looking for HTTP/2 in the middle of a connection.
