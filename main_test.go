@@ -453,7 +453,7 @@ var beginnings = []struct {
 	{"HTTP without carriage return", "GET / HTTP/1.1\n\n", protoHTTP, true},
 	{"HTTP without path", "GET HTTP/1.1\r\n", protoHTTP, true},
 	{"HTTP/2 preface", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", protoHTTP, true},
-	{"part of the HTTP/2 preface", "PRI * HTTP/2.0\r\n\r\nSM\r\n", protoHTTP, false},
+	{"part of the HTTP/2 preface", "PRI * HTTP/2.0\r\n\r\nSM\r\n", "", false},
 	{"longest line", "GET /" + strings.Repeat("a", 64<<10-16) + " HTTP/1.1\r\n", protoHTTP, true},
 	{"no version", "GET /key\r\n", protoRESP, true},
 	{"no blank before the version", "GET /HTTP/1.1\r\n", protoRESP, true},
