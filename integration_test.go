@@ -951,7 +951,7 @@ func TestIntegrationPanicEndsItsConnection(t *testing.T) {
 		t.Fatal(err)
 	}
 	log := new(lockedBuffer)
-	s := newServer(l, serverSettings{maxClients: 10, writeTimeout: time.Second},
+	s := newServer(l, serverSettings{maxClients: 10, writeTimeout: time.Second, grown: func(int) {}},
 		slog.New(slog.NewTextHandler(log, nil)),
 		map[protocol]frontEnd{protoHTTP: panicker{}, protoRESP: echo{}})
 	go s.run()

@@ -221,14 +221,13 @@ func fitMemory(cfg *config, log *slog.Logger) {
 			"wanted", cfg.cache.maxBytes, "memory", allowed/9*10)
 		cfg.cache.maxBytes = fits
 	}
-	if os.Getenv("GOGC") != "" || os.Getenv("GOMEMLIMIT") != "" {
-		return
+	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetGCPercent(400)
+		cfg.clients.grown = func(clients int) { // most often to the same limit, which costs nothing
+			debug.SetMemoryLimit(min(allowed, 2*cfg.cache.maxBytes+others+int64(clients/1000)<<25))
+		}
+		cfg.clients.grown(0)
 	}
-	debug.SetGCPercent(400)
-	cfg.clients.grown = func(clients int) {
-		debug.SetMemoryLimit(min(allowed, 2*cfg.cache.maxBytes+others+int64(clients)<<15))
-	}
-	cfg.clients.grown(0)
 }
 
 // cgroupLimit returns the least number above 0 that one of the files begins with in the control groups of the

@@ -59,7 +59,7 @@ type serverSettings struct {
 	idleTimeout  time.Duration // how long a client may be silent; 0: for ever, over HTTP httpIdleTimeout
 	writeTimeout time.Duration // how long a client may take nothing of its replies
 	tls          *tls.Config   // nil: no TLS
-	grown        func(int)     // is called when the number of clients passes another thousand
+	grown        func(int)     // is called with the number of connections when there is one more
 	requests     *budget       // what clients have sent that is not answered, beyond a buffer for each
 	values       *budget       // values on their way to clients, where they are more than a client's buffer
 }
@@ -95,12 +95,10 @@ type server struct {
 	refusing int // links that are one too many
 	accepted int
 	refused  int
-	expected int // clients that grown has heard of
 }
 
 func newServer(l net.Listener, s serverSettings, log *slog.Logger, frontEnds map[protocol]frontEnd) *server {
-	return &server{serverSettings: s, listener: l, log: log, frontEnds: frontEnds,
-		links: make(map[*link]struct{}), expected: 1000}
+	return &server{serverSettings: s, listener: l, log: log, frontEnds: frontEnds, links: make(map[*link]struct{})}
 }
 
 // run accepts until stop.
@@ -140,10 +138,8 @@ func (s *server) add(l *link) {
 	default:
 		s.accepted++
 	}
-	if s.links[l] = struct{}{}; clients >= s.expected {
-		s.expected += 1000
-		s.grown(s.expected)
-	}
+	s.links[l] = struct{}{}
+	s.grown(len(s.links))
 	s.handlers.Go(func() { s.handle(l) }) // ends with the connection, which stop and wait see to
 }
 
