@@ -8,7 +8,6 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -561,9 +560,7 @@ func init() {
 }
 
 // takes reports whether a command takes n arguments, its name among them.
-func (cmd command) takes(n int) bool {
-	return cmd.run != nil && (n == cmd.arity || cmd.arity < 0 && n >= -cmd.arity)
-}
+func (cmd command) takes(n int) bool { return n == cmd.arity || cmd.arity < 0 && n >= -cmd.arity }
 
 // execute answers one command, or queues it in a transaction.
 func (c *client) execute(args [][]byte) string {
@@ -652,8 +649,8 @@ func (c *client) mget(args [][]byte) string {
 		keys = c.ask(keys)
 		for i := range c.answers {
 			switch a := &c.answers[i]; {
-			case a.err == nil || a.err == errAbsent:
-			case errors.Is(a.err, errWrongType):
+			case a.err == nil:
+			case !isOutage(a.err):
 				a.err = errAbsent
 			case !c.sent:
 				c.out = c.out[:begin]
@@ -674,11 +671,10 @@ func (c *client) exists(args [][]byte) string {
 	for keys := args[1:]; len(keys) > 0 && c.err == nil; {
 		keys = c.ask(keys)
 		for i := range c.answers {
-			switch err := c.answers[i].err; {
-			case err == nil || errors.Is(err, errWrongType):
-				n++
-			case err != errAbsent:
+			if err := c.answers[i].err; isOutage(err) {
 				return c.refusal(err)
+			} else if err != errAbsent {
+				n++
 			}
 		}
 	}
