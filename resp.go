@@ -377,11 +377,11 @@ func (c *client) ask(keys [][]byte) (rest [][]byte) {
 		size += len(c.answers[i].data) + answerSize
 	}
 	switch n = 1; {
-	case size <= flushAt || got > 1 && link.hold("", size) == nil:
+	case got > 1 && link.hold("", size) == nil:
 		n = got
-	case len(first) > flushAt && link.hold(first, 0) != nil:
+	case link.hold(first, 0) != nil:
 		clear(c.answers)
-		c.answers[0] = link.get(c.resp.cache, new(tally), keys[0])
+		c.answers[0] = c.resp.cache.getHeld(new(tally), keys[0], link.hold)
 	}
 	if c.few = min(2*c.few, maxAhead); n < got {
 		c.few = n
