@@ -238,12 +238,8 @@ func (c *cache) get(since time.Duration, keys [][]byte, answers []answer) int {
 func (c *cache) getHeld(t *tally, key []byte, hold func(string, int) (full <-chan struct{})) answer {
 	keys, answers, late := [1][]byte{key}, [1]answer{}, c.now()+c.timeout
 	c.get(c.now(), keys[:], answers[:])
-	for a := &answers[0]; ; {
-		full := hold(a.data, 0)
-		if full == nil {
-			break
-		}
-		*a = answer{err: errCrowded}
+	for full := hold(answers[0].data, 0); full != nil; full = hold(answers[0].data, 0) {
+		answers[0] = answer{err: errCrowded}
 		select {
 		case <-full:
 			c.get(c.now(), keys[:], answers[:])
