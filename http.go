@@ -132,7 +132,7 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	case !ok && (path != "" || r.URL.Host == ""): // in absolute form there may be no path (RFC 9110 §4.2.3)
 		a.err = errPath
 	default:
-		a = w.values.get(w.cache, &w.tally, []byte(path), 0) // a client may take its time with any value
+		a = w.cache.getHeld(&w.tally, []byte(path), w.values.hold) // a client may take its time with any value
 		defer w.values.release(a.data, 0)
 	}
 	w.write(rw, r, &a, w.cache.now())
@@ -331,7 +331,7 @@ func (w *web) answer(c *conn, b []byte) (rest []byte, ordinary bool, err error) 
 		}
 		a := answer{err: errDenied}
 		if w.authorised(r.authorization) {
-			a = c.link.get(w.cache, &w.tally, r.key)
+			a = w.cache.getHeld(&w.tally, r.key, c.link.hold)
 		}
 		if out.Available() < 1<<10 { // a header has less
 			out.Flush()

@@ -150,6 +150,7 @@ var (
 	errUnavailable = errors.New("upstream unavailable")
 	errTimeout     = errors.New("upstream timed out")
 	errRefused     = errors.New("upstream refused")
+	errCrowded     = errors.New("too many large values on their way")
 )
 
 // isOutage reports whether an error says nothing about the key: Redis could not answer.
@@ -233,6 +234,23 @@ func (c *cache) get(since time.Duration, keys [][]byte, answers []answer) int {
 	n := c.decide(since, keys, answers)
 	c.wait(since, keys, answers[:n])
 	return n
+}
+
+// getHeld answers a key, and has hold count its value. If that returns what is closed when there may be room, getHeld
+// lets go of the value, waits for room as long as for Redis, and asks again.
+func (c *cache) getHeld(t *tally, key []byte, hold func(string, int) (full <-chan struct{})) answer {
+	keys, answers, late := [1][]byte{key}, [1]answer{}, c.now()+c.timeout
+	c.get(c.now(), keys[:], answers[:])
+	for full := hold(answers[0].data, 0); full != nil; full = hold(answers[0].data, 0) {
+		answers[0] = answer{err: errCrowded}
+		select {
+		case <-full:
+			c.get(c.now(), keys[:], answers[:])
+		case <-time.After(late - c.now()):
+		}
+	}
+	t.add(answers[:])
+	return answers[0]
 }
 
 // decide answers keys that the cache holds, and gives each of the others a flight. It returns how many keys

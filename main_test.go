@@ -94,7 +94,8 @@ func (p *parts) get(key string) answer {
 
 // getHTTP asks for a key as a quick request does.
 func (p *parts) getHTTP(key []byte) answer {
-	return p.web.values.get(p.cache, &p.web.tally, key, flushAt)
+	l := link{server: &server{serverSettings: serverSettings{values: p.web.values}}}
+	return p.cache.getHeld(&p.web.tally, key, l.hold)
 }
 
 // serveRESP serves a client that speaks RESP until it ends.
@@ -657,7 +658,7 @@ func TestLinkWrites(t *testing.T) {
 				c := newConn(nc, settings)
 				c.link.readsOn = true
 				if tt.holding {
-					c.link.hold("", 10)
+					c.link.hold("", flushAt+1)
 				}
 				if tt.crowded {
 					c.link.server.values.freed = make(chan struct{})
@@ -912,10 +913,11 @@ func TestHTTPHalfARequest(t *testing.T) {
 func TestHTTPHitAllocatesNothing(t *testing.T) {
 	p := newParts(t, "--cache-timeout", "1h")
 	cacheNow(p, "k", "value")
+	c := newConn(nil, p.cfg.clients)
 	out, r := make([]byte, 0, flushAt), []byte("GET /k HTTP/1.1\r\nHost: h\r\nIf-None-Match: \"x\"\r\n\r\n")
 	if n := testing.AllocsPerRun(1000, func() {
 		q, _ := parse(r)
-		a := p.getHTTP(q.key)
+		a := p.cache.getHeld(&p.web.tally, q.key, c.link.hold)
 		p.web.appendAnswer(out, &q, &a, p.now())
 	}); n >= 1 { // the date may change
 		t.Errorf("got %v allocations; want none", n)

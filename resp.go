@@ -8,7 +8,6 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -379,11 +378,11 @@ func (c *client) ask(keys [][]byte) (rest [][]byte) {
 		size += len(c.answers[i].data) + answerSize
 	}
 	switch n = 1; {
-	case size <= flushAt || got > 1 && link.hold("", size) == nil:
+	case got > 1 && link.hold("", size) == nil:
 		n = got
-	case len(first) > flushAt && link.hold(first, 0) != nil:
+	case link.hold(first, 0) != nil:
 		clear(c.answers)
-		c.answers[0] = link.get(c.resp.cache, new(tally), keys[0])
+		c.answers[0] = c.resp.cache.getHeld(new(tally), keys[0], link.hold)
 	}
 	if c.few = min(2*c.few, maxAhead); n < got {
 		c.few = n
@@ -564,9 +563,7 @@ func init() {
 }
 
 // takes reports whether a command takes n arguments, its name among them.
-func (cmd command) takes(n int) bool {
-	return cmd.run != nil && (n == cmd.arity || cmd.arity < 0 && n >= -cmd.arity)
-}
+func (cmd command) takes(n int) bool { return n == cmd.arity || cmd.arity < 0 && n >= -cmd.arity }
 
 // execute answers one command, or queues it in a transaction.
 func (c *client) execute(args [][]byte) string {
@@ -655,8 +652,8 @@ func (c *client) mget(args [][]byte) string {
 		keys = c.ask(keys)
 		for i := range c.answers {
 			switch a := &c.answers[i]; {
-			case a.err == nil || a.err == errAbsent:
-			case errors.Is(a.err, errWrongType):
+			case a.err == nil:
+			case !isOutage(a.err):
 				a.err = errAbsent
 			case !c.sent:
 				c.out = c.out[:begin]
@@ -677,11 +674,10 @@ func (c *client) exists(args [][]byte) string {
 	for keys := args[1:]; len(keys) > 0 && c.err == nil; {
 		keys = c.ask(keys)
 		for i := range c.answers {
-			switch err := c.answers[i].err; {
-			case err == nil || errors.Is(err, errWrongType):
-				n++
-			case err != errAbsent:
+			if err := c.answers[i].err; isOutage(err) {
 				return c.refusal(err)
+			} else if err != errAbsent {
+				n++
 			}
 		}
 	}

@@ -459,21 +459,15 @@ func (l *link) readOn() bool {
 	return n > 0
 }
 
-// hold counts a value and more bytes on their way to the client until letGo. See budget.hold.
+// hold counts a value and more bytes on their way to the client until letGo, if they are more than flushAt. See
+// budget.hold.
 func (l *link) hold(value string, more int) (full <-chan struct{}) {
-	if full = l.server.values.hold(value, more); full == nil {
-		l.held = hold{value, more}
+	if len(value)+more > flushAt {
+		if full = l.server.values.hold(value, more); full == nil {
+			l.held = hold{value, more}
+		}
 	}
 	return full
-}
-
-// get asks for one key. A value of more than flushAt bytes is held until letGo. See budget.get.
-func (l *link) get(c *cache, t *tally, key []byte) answer {
-	a := l.server.values.get(c, t, key, flushAt)
-	if len(a.data) > flushAt {
-		l.held = hold{a.data, 0}
-	}
-	return a
 }
 
 // letGo ends the hold, if there is one.
@@ -521,8 +515,6 @@ type hold struct {
 	more  int
 }
 
-var errCrowded = errors.New("too many large values on their way")
-
 func newBudget(max int) *budget { return &budget{max: max, held: make(map[*byte]int)} }
 
 // hold counts a value and more bytes until release, and returns nil. Several holds of one value count once.
@@ -546,27 +538,6 @@ func (b *budget) hold(value string, more int) (full <-chan struct{}) {
 		b.held[id]++
 	}
 	return nil
-}
-
-// get asks the cache for one key. A value of more than most bytes is held until release. If there is no room for
-// it, get lets go of it, waits for room as long as it would for Redis, and asks again.
-func (b *budget) get(c *cache, t *tally, key []byte, most int) answer {
-	keys, answers, late := [1][]byte{key}, [1]answer{}, c.now()+c.timeout
-	ask, a := func() { c.get(c.now(), keys[:], answers[:]) }, &answers[0]
-	for ask(); len(a.data) > most; {
-		full := b.hold(a.data, 0)
-		if full == nil {
-			break
-		}
-		*a = answer{err: errCrowded}
-		select {
-		case <-full:
-			ask()
-		case <-time.After(late - c.now()):
-		}
-	}
-	t.add(answers[:])
-	return *a
 }
 
 // release ends a hold.
