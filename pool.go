@@ -492,10 +492,9 @@ func (n *node) work() {
 	began := p.cache.now()
 	conn := n.conns.Get()
 	self, err := conn.Do("")
-	u, made := self.(*upstream)
 	fs := n.take()
 	rest := fs
-	if made {
+	if u, made := self.(*upstream); made {
 		rest, err = n.exchange(u, fs)
 	}
 	conn.Close()
@@ -586,6 +585,7 @@ func (n *node) exchange(u *upstream, fs []*flight) (rest []*flight, err error) {
 		u.Conn.Close()
 		return fs, err
 	}
+	runtime.Gosched() // where there is other work, the replies are there after it
 	for ; len(fs) > 0; fs = fs[1:] {
 		f := fs[0]
 		v, err := n.receive(u, f, sent)
@@ -909,8 +909,7 @@ func (u *upstream) readValue(n int) (val []byte, err error) {
 	return val, nil
 }
 
-// A wire is a connection whose every read and write has a deadline. It replaces redigo's own time-outs,
-// which cost two system clock readings and timer changes for each GET, not for each batch.
+// A wire is a connection whose every read and write has a deadline: one for a batch, not for each GET.
 type wire struct {
 	net.Conn
 	patience time.Duration
