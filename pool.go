@@ -108,7 +108,7 @@ type pool struct {
 
 	flights, batches, errors, redirects, refreshes, invalidations atomic.Int64 // see figures
 
-	// mu guards the following, and fields of nodes. The cache's lock may be taken under it, not the other way round.
+	// mu guards the following, and fields of nodes. The cache's lock may be taken under it.
 	mu         sync.Mutex
 	latency    histogram        // of batches
 	nodes      map[string]*node // by address
@@ -313,8 +313,9 @@ func (p *pool) watch() {
 	}
 }
 
-// learn asks one server after the other who owns which keys, until one knows: sentinels, the one that knew
-// last first; or the node at hint, and the owners and the nodes that the URL names, those that are down last.
+// learn asks one server after the other who owns which keys, until one knows: sentinels, the one
+// that knew last first; or the node at hint, the owners and the nodes that the URL names. Those
+// that are down come last.
 func (p *pool) learn(hint string) {
 	addrs := p.servers
 	if p.redis.master == "" {
@@ -492,10 +493,9 @@ func (n *node) work() {
 	began := p.cache.now()
 	conn := n.conns.Get()
 	self, err := conn.Do("")
-	u, made := self.(*upstream)
 	fs := n.take()
 	rest := fs
-	if made {
+	if u, made := self.(*upstream); made {
 		rest, err = n.exchange(u, fs)
 	}
 	conn.Close()
@@ -586,6 +586,7 @@ func (n *node) exchange(u *upstream, fs []*flight) (rest []*flight, err error) {
 		u.Conn.Close()
 		return fs, err
 	}
+	runtime.Gosched() // where there is other work, the replies are there after it
 	for ; len(fs) > 0; fs = fs[1:] {
 		f := fs[0]
 		v, err := n.receive(u, f, sent)
@@ -619,8 +620,8 @@ func (n *node) answers() {
 	}
 }
 
-// refuses counts an error reply that is not about a key, and logs one a minute. A node that loads its data is
-// down, and another may own the keys by now.
+// refuses counts an error reply that is not about a key, and logs one a minute. A node that loads
+// its data is down, and another may own its keys by now.
 func (n *node) refuses(reply redis.Error) {
 	now := n.pool.cache.now()
 	n.pool.errors.Add(1)
@@ -887,8 +888,8 @@ func (u *upstream) read(kinds string) (any, error) {
 	return nil, fmt.Errorf("reading a reply: it begins with %.40q", line)
 }
 
-// readValue reads the bytes of a value, which hold until the next read. Of a long one it believes only as much
-// again as has come.
+// readValue reads the bytes of a value, which hold until the next read. Of a long one it believes
+// only as much again as has come.
 func (u *upstream) readValue(n int) (val []byte, err error) {
 	if n += len("\r\n"); n <= u.in.Size() {
 		val, err = u.in.Peek(n)
@@ -909,8 +910,7 @@ func (u *upstream) readValue(n int) (val []byte, err error) {
 	return val, nil
 }
 
-// A wire is a connection whose every read and write has a deadline. It replaces redigo's own time-outs,
-// which cost two system clock readings and timer changes for each GET, not for each batch.
+// A wire is a connection whose every read and write has a deadline.
 type wire struct {
 	net.Conn
 	patience time.Duration
