@@ -807,8 +807,8 @@ func TestHTTPHalfARequest(t *testing.T) {
 		{"a header block, in more and more frames", preface + settings + headers,
 			strings.Repeat("\x00\x00\x00\x09\x00\x00\x00\x00\x01", 9), 10 * time.Second},
 		{"no frame of HTTP/2", preface + settings, "", 2*time.Minute + time.Second}, // and one for GOAWAY
-		{"nothing after a long frame of HTTP/2", preface + settings + h2Frame(0xbe, 0, 0, strings.Repeat("\x00", 70_001)),
-			"", 2*time.Minute + time.Second},
+		{"nothing after a long frame of HTTP/2",
+			preface + settings + h2Frame(0xbe, 0, 0, strings.Repeat("\x00", 70_001)), "", 2*time.Minute + time.Second},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
