@@ -448,6 +448,15 @@ func (c *rawClient) expectClosed() {
 	}
 }
 
+// expectGone waits until the other side takes nothing any more.
+func (c *rawClient) expectGone() {
+	c.t.Helper()
+	eventually(c.t, "the connection is closed for good", func() bool {
+		_, err := io.WriteString(c.Conn, "x")
+		return err != nil
+	})
+}
+
 // response reads one HTTP answer.
 func (c *rawClient) response() (*http.Response, string) {
 	c.t.Helper()
@@ -760,6 +769,7 @@ func TestIntegrationMaxClients(t *testing.T) {
 		if got, err := io.ReadAll(c.Reader); err != nil || !strings.HasPrefix(string(got), row.want) {
 			t.Errorf("after %.20q: got %q, %v; want %q", row.send, got, err, row.want)
 		}
+		c.expectGone()
 	}
 	// A flood, most of it silent, does not disturb clients that are served.
 	var flood []net.Conn
@@ -781,6 +791,62 @@ func TestIntegrationMaxClients(t *testing.T) {
 		fmt.Sscan(infoField(t, served[0], "rejected_connections"), &refused)
 		return refused >= 502
 	})
+}
+
+// Clients that are being refused take nobody's place, and are no clients to the figures.
+func TestIntegrationRefusedClientsTakeNoPlace(t *testing.T) {
+	p := startProxy(t, sharedRedis(t), "--max-clients", "2")
+	first := dial(t, p.addr).send(request("PING")).expect("+PONG\r\n")
+	second := dial(t, p.addr).send(request("PING")).expect("+PONG\r\n")
+	for range 5 {
+		dial(t, p.addr) // silent, and refused before it is closed
+	}
+	eventually(t, "5 refused clients", func() bool { return infoField(t, first, "rejected_connections") == "5" })
+	for name, want := range map[string]string{"connected_clients": "2", "total_connections_received": "2"} {
+		compare(t, name, infoField(t, first, name), want)
+	}
+	second.Close()
+	eventually(t, "the second has left", func() bool { return infoField(t, first, "connected_clients") == "1" })
+	dial(t, p.addr).send(request("PING")).expect("+PONG\r\n")
+}
+
+// A flakyListener fails a few times before it accepts.
+type flakyListener struct {
+	net.Listener
+	fails atomic.Int64
+}
+
+func (l *flakyListener) Accept() (net.Conn, error) {
+	if l.fails.Add(-1) >= 0 {
+		return nil, syscall.EMFILE
+	}
+	return l.Listener.Accept()
+}
+
+// Where no connection can be accepted, the proxy tries again, more and more slowly, and says so.
+func TestIntegrationAcceptingIsTriedAgain(t *testing.T) {
+	const fails = 4
+	cfg, err := parseConfig(redisAt(t, sharedRedis(t)), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inner, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := &flakyListener{Listener: inner}
+	l.fails.Store(fails)
+	var log lockedBuffer
+	ctx, stop := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	t.Cleanup(func() { stop(); running.Wait() })
+	began := time.Now()
+	running.Go(func() { run(ctx, cfg, l, nil, slog.New(slog.NewTextHandler(&log, nil))) }) // ends with stop
+	dial(t, inner.Addr().String()).send(request("PING")).expect("+PONG\r\n")
+	if took := time.Since(began); took < 75*time.Millisecond { // 5, 10, 20 and 40
+		t.Errorf("accepted after %v; want pauses that grow", took)
+	}
+	compare(t, "complaints in the log", strings.Count(log.String(), "accepting a connection"), fails)
 }
 
 func TestIntegrationIdleTimeout(t *testing.T) {
@@ -6307,6 +6373,18 @@ func TestIntegrationIdleAdminConnections(t *testing.T) {
 	}
 }
 
+// A client that goes on sending after a malformed request sees what was wrong with it, and is not read for ever.
+func TestIntegrationProtocolErrorIsSeen(t *testing.T) {
+	p := startProxy(t, sharedRedis(t))
+	c := dial(t, p.addr)
+	go io.WriteString(c.Conn, "*1\r\n$-5\r\n"+strings.Repeat("x", 4<<20)) // ends with the connection
+	c.expect("-ERR Protocol error: invalid bulk length\r\n")
+	if rest, err := io.ReadAll(c.Reader); len(rest) > 0 || err != nil {
+		t.Errorf("after the error: got %q, %v; want an orderly end", rest, err)
+	}
+	c.expectGone()
+}
+
 func TestIntegrationLargeRequestsAreTaken(t *testing.T) {
 	t.Parallel()
 	p := runProxy(t, playRedis(t, func(_ int, args []string) string { return bulk(args[1]) }))
@@ -7273,12 +7351,30 @@ func TestIntegrationAdmin(t *testing.T) {
 		expect(t, "", "/debug/pprof/goroutine", 200)
 		expect(t, "", "/k", 404)
 		expect(t, "", "/debug/pprof/cmdline", 404)
+		for path, want := range map[string]string{"/healthz": "alive\n|text/plain; charset=utf-8",
+			"/readyz": "ready\n|text/plain; charset=utf-8", "/debug/pprof/": "goroutine|text/html; charset=utf-8",
+			"/metrics": "redis_proxy_cache_keys 1\n|text/plain; version=0.0.4; charset=utf-8",
+			"/":        "<title>redis_proxy</title>|text/html; charset=utf-8"} {
+			resp, body := httpDo(t, "GET", admin+path)
+			words, kind, _ := strings.Cut(want, "|")
+			if got := resp.Header.Get("Content-Type"); !strings.Contains(body, words) || got != kind {
+				t.Errorf("%s: got %.60q, %q; want %q, %q", path, body, got, words, kind)
+			}
+		}
+		resp, _ := httpDo(t, "POST", admin+"/")
+		compare(t, "POST /", resp.StatusCode, 405)
 	})
 	t.Run("forgetting", func(t *testing.T) {
 		for _, path := range []string{"/cache/k", "/cache/"} {
 			exchange(t, proxy, request("GET", "k"))
-			httpDo(t, "DELETE", admin+path)
+			expect(t, " with GET", path, 404) // and forgets nothing
 			resp, _ := httpDo(t, "GET", "http://"+proxy+"/k")
+			if got := resp.Header.Get("Cache-Status"); !strings.Contains(got, "; hit") {
+				t.Errorf("before DELETE %s: got %q; want a hit", path, got)
+			}
+			resp, _ = httpDo(t, "DELETE", admin+path)
+			compare(t, "DELETE "+path, resp.StatusCode, 204)
+			resp, _ = httpDo(t, "GET", "http://"+proxy+"/k")
 			if got := resp.Header.Get("Cache-Status"); !strings.Contains(got, "fwd=miss") {
 				t.Errorf("after DELETE %s: got %q; want a miss", path, got)
 			}

@@ -997,6 +997,37 @@ func TestHTTPLargeValuesWaitForRoom(t *testing.T) {
 	compare(t, "values on their way at the end", len(p.web.values.held), 0)
 }
 
+// However many large values one connection asks for, all of them have left the budget afterwards.
+func TestHTTPLargeValuesAreLetGo(t *testing.T) {
+	p := newParts(t, "--redis-timeout", "50ms", "--cache-timeout", "1h")
+	p.web.values = newBudget(5 * flushAt)
+	var send string
+	for i := range 10 {
+		cacheNow(p, fmt.Sprint(i), strings.Repeat("x", 2*flushAt))
+		send += plainRequest(fmt.Sprint(i))
+	}
+	s := &scripted{pieces: [][]byte{[]byte(send)}, closed: make(chan struct{})}
+	p.web.serve(newConn(s, serverSettings{idleTimeout: time.Hour}))
+	<-s.closed
+	compare(t, "values", strings.Count(s.got.String(), "HTTP/1.1 200 OK"), 10)
+	compare(t, "bytes on their way at the end", p.web.values.used, 0)
+}
+
+// While the proxy stops, a connection gets one more answer, which says that it is the last.
+func TestHTTPDrains(t *testing.T) {
+	p := newParts(t, "--cache-timeout", "1h")
+	cacheNow(p, "k", "value")
+	p.web.drain()
+	s := &scripted{pieces: [][]byte{[]byte(plainRequest("k") + plainRequest("k"))}, closed: make(chan struct{})}
+	p.web.serve(newConn(s, serverSettings{idleTimeout: time.Hour}))
+	<-s.closed
+	got := s.got.String()
+	if strings.Count(got, "HTTP/1.1 200 OK") != 1 || strings.Count(got, "Connection: close\r\n") != 1 {
+		t.Errorf("got %q; want one answer with Connection: close", got)
+	}
+	p.web.shutdown(context.Background())
+}
+
 // What HTTP says about a value is kept with its entry, counts as its bytes, and goes with it.
 func TestHTTPHeaderIsKeptWithTheEntry(t *testing.T) {
 	p := newParts(t, "--cache-timeout", "1h")
@@ -1097,8 +1128,8 @@ func TestMetricsOfLatency(t *testing.T) {
 	}
 	var out strings.Builder
 	writeMetrics(&out, p.pool.figures())
-	for _, want := range []string{`bucket{le="0.0001"} 2`, `bucket{le="0.00025"} 3`, `bucket{le="0.5"} 3`, `bucket{le="1"} 4`,
-		`bucket{le="+Inf"} 5`, `sum 3.0003`, `count 5`} {
+	for _, want := range []string{`bucket{le="0.0001"} 2`, `bucket{le="0.00025"} 3`, `bucket{le="0.5"} 3`,
+		`bucket{le="1"} 4`, `bucket{le="+Inf"} 5`, `sum 3.0003`, `count 5`} {
 		if !strings.Contains(out.String(), "\nredis_proxy_upstream_seconds_"+want+"\n") {
 			t.Errorf("got %s; want it to have %s", out.String(), want)
 		}
@@ -1492,6 +1523,10 @@ func TestRESPReplies(t *testing.T) {
 		{"COMMAND FOO\r\n", "-ERR unknown subcommand 'FOO'. Try COMMAND HELP.\r\n"},
 		{"COMMAND COUNT x\r\n", arity("command|count")},
 		{"CONFIG GET save\r\n", "MAP"},
+		{"CONFIG GET save maxmemory\r\nCLUSTER SLOTS\r\nCLUSTER KEYSLOT a\r\n", "MAP" +
+			strings.Repeat("-ERR This instance has cluster support disabled\r\n", 2)},
+		{"CONFIG HELP\r\nPING\r\n", "*3\r\n+CONFIG <subcommand> [<arg> [value] [opt] ...]. Subcommands are:\r\n" +
+			"+GET <pattern>\r\n+HELP\r\n+PONG\r\n"},
 		{"CONFIG\r\nCONFIG GET\r\n", arity("config") + arity("config|get")},
 		{"CONFIG SET a b\r\n", "-ERR unknown subcommand 'SET'. Try CONFIG HELP.\r\n"},
 		{"CLIENT ID\r\n", ":1\r\n"},
@@ -1530,6 +1565,10 @@ func TestRESPReplies(t *testing.T) {
 		compare(t, "a byte at a time: "+tt.in, talk(t, p, iotest.OneByteReader(strings.NewReader(tt.in))), want2)
 		compare(t, "in RESP3: "+tt.in, talk(t, p, strings.NewReader("HELLO 3\r\n"+tt.in)), helloReply(3)+want3)
 	}
+	third := newParts(t, "--redis-url", "redis://h/3")
+	compare(t, "SELECT with a database in the URL",
+		talk(t, third, strings.NewReader("SELECT 3\r\nSELECT 0\r\nSELECT 1\r\n")),
+		"+OK\r\n+OK\r\n-ERR DB index is out of range\r\n")
 	compare(t, "HELLO", talk(t, p, strings.NewReader("HELLO\r\nHELLO 3\r\nHELLO\r\nHELLO 2\r\n")),
 		helloReply(2)+helloReply(3)+helloReply(3)+helloReply(2))
 }
@@ -1543,6 +1582,8 @@ func TestRESPDescribesItself(t *testing.T) {
 		{"INFO all\r\n", "# Server\r\n|# Cache\r\n"},
 		{"GET key\r\nINFO STATS memory\r\n", "# Memory\r\n|# Stats\r\n|keyspace_hits:1\r\n"},
 		{"CLIENT SETNAME me\r\nCLIENT INFO\n", "id=1 |name=me |resp=2 "},
+		{"COMMAND INFO cluster config command client get\r\n", "*5\r\n*10\r\n$7\r\ncluster\r\n:-2\r\n|" +
+			"config\r\n:-2\r\n|command\r\n:-1\r\n|client\r\n:-2\r\n|get\r\n:2\r\n*2\r\n"},
 		{"CLIENT LIST TYPE normal\n", "\r\nid=1 "},
 		{"CLIENT LIST ID 7 1 8\n", "\r\nid=1 "},
 		{"CLIENT SETINFO LIB-NAME x\r\nHELLO 3\r\nCLIENT LIST\n", "\r\ntxt:id=1 |resp=3 lib-name=x "},
@@ -1651,6 +1692,9 @@ func TestRESPAnswersFromRedis(t *testing.T) {
 		"GET number":            "-ERR upstream unavailable\r\n",
 		"MGET text absent list": "*3\r\n" + bulk("hello") + "NULLNULL",
 		"MGET text loading":     "-LOADING Redis is loading the dataset in memory\r\n",
+		// Nothing is left over for the next reply.
+		"MGET text loading\r\nGET empty":   "-LOADING Redis is loading the dataset in memory\r\n" + bulk(""),
+		"EXISTS text loading\r\nGET empty": "-LOADING Redis is loading the dataset in memory\r\n" + bulk(""),
 	} {
 		p := newParts(t, playRedis(t, replies)...)
 		compare(t, in, talk(t, p, strings.NewReader(in+"\r\n")), strings.ReplaceAll(want, "NULL", "$-1\r\n"))
@@ -1674,6 +1718,16 @@ func TestRESPTransactionsAreOfOneMoment(t *testing.T) {
 	compare(t, "replies", got, "+OK\r\n"+strings.Repeat("+QUEUED\r\n", 3)+
 		"*3\r\n"+bulk("new")+"*2\r\n"+bulk("fetched")+bulk("fetched")+":2\r\n")
 	compare(t, "GETs", asked.Load(), 2)
+
+	asked.Store(0) // the cache has room for one of the keys
+	p = newParts(t, append(playRedis(t, func(_ int, args []string) string {
+		asked.Add(1)
+		return bulk("of " + args[1])
+	}), "--cache-size", "1")...)
+	got = talk(t, p, strings.NewReader("MULTI\r\nGET a\r\nGET b\r\nMGET b a\r\nEXEC\r\n"))
+	compare(t, "replies with little room", got, "+OK\r\n"+strings.Repeat("+QUEUED\r\n", 3)+
+		"*3\r\n"+bulk("of a")+bulk("of b")+"*2\r\n"+bulk("of b")+bulk("of a"))
+	compare(t, "GETs with little room", asked.Load(), 2)
 }
 
 // However many nulls and errors come before a value, none of them is lost, and none held back for long.
@@ -1781,6 +1835,10 @@ func TestRESPTransactionsAreBounded(t *testing.T) {
 		t.Errorf("got %d commands queued, and at the end %.80q; want about 100, and an error", n, got[len(got)-80:])
 	}
 	compare(t, "held at the end", p.cfg.clients.requests.used, 0)
+	got = talk(t, p, strings.NewReader("MULTI\r\n"+strings.Repeat(request("GET", "k"), 20_000)))
+	if !strings.HasSuffix(got, want[len(want)-60:]) { // they cost more than their bytes
+		t.Errorf("small commands: got at the end %.80q; want an error", got[len(got)-80:])
+	}
 	in := "MULTI\r\n" + strings.Repeat(request("GET", key), 50) + "DISCARD\r\n"
 	got = talk(t, p, strings.NewReader(strings.Repeat(in, 10)+"PING\r\n"))
 	compare(t, "after transactions that have ended", got[len(got)-12:], "+OK\r\n+PONG\r\n")
@@ -2773,6 +2831,10 @@ var httpRequests = []string{
 		"HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n\r\n",
 	"GET /k HTTP/1.1\r\nHost: h\r\nRange: bytes=0-0\r\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\nIf-None-Match: *\r\n\r\n",
 	"GET /k HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer x\r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer x\r\nAuthorization: Bearer secret\r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost: h\r\nAuthorization:\r\nAuthorization: Bearer secret\r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost: h\r\nIf-None-Match: " + tagOfK + "\r\nIf-None-Match: \"x\"\r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost: h\r\nIf-None-Match:\r\nIf-None-Match: " + tagOfK + "\r\n\r\n",
 	"GET /%6b HTTP/1.1\r\nHost: h\r\n\r\n", "GET /%zz HTTP/1.1\r\nHost: h\r\n\r\n",
 	"GET /k?q HTTP/1.1\r\nHost: h\r\n\r\n", "GET /k#f HTTP/1.1\r\nHost: h\r\n\r\n",
 	"GET //k HTTP/1.1\r\nHost: h\r\n\r\n",
