@@ -179,7 +179,7 @@ func listen(network, address string) (net.Listener, error) {
 	return net.Listen(network, address)
 }
 
-// check asks a running proxy for a sign of life: any reply, such as that there are too many clients.
+// check asks a running proxy for a sign of life. Any reply is one, an error too.
 func check(cfg config) error {
 	network, address := cfg.address()
 	c, err := net.DialTimeout(network, address, 2*time.Second)
@@ -495,8 +495,8 @@ func (o option) assign(where, val string) (err error) {
 	return fmt.Errorf("%s: must be %s", where, must)
 }
 
-// parseConfig reads the arguments, then the environment, then the defaults, each for what is not given before.
-// The error is flag.ErrHelp where help was asked for.
+// parseConfig reads the arguments, the environment for what they leave open, and defaults. The error
+// is flag.ErrHelp where help was asked for.
 func parseConfig(args, environ []string) (config, error) {
 	cfg := config{clients: serverSettings{writeTimeout: 30 * time.Second, grown: func(int) {}}}
 	var bad error
@@ -539,8 +539,8 @@ func parseConfig(args, environ []string) (config, error) {
 	return cfg, err
 }
 
-// readEnvironment sets the options that are not given yet from variables that are not empty: ours, else PORT and
-// REDIS_URL, which platforms set. It returns the first error.
+// readEnvironment sets options that are not given yet from variables that are not empty: ours, else
+// PORT and REDIS_URL, which platforms set. It returns the first error.
 func (c *config) readEnvironment(environ []string, given map[string]bool) (bad error) {
 	vars := make(map[string]string)
 	for _, kv := range environ {
@@ -617,8 +617,8 @@ func parseSize(s string) (int64, error) {
 const redisURLForms = "redis://[[user]:pass@]host[:port][,host[:port]...][/db],\nredis-sentinel://.../master[/db], " +
 	"rediss for TLS,\nor unix:///path[?db=n]"
 
-// redisURL splits a URL where package url does not take all that we do: into unix, or TLS and sentinels; login; hosts;
-// the rest.
+// redisURL splits a URL, as package url does not take lists of hosts: into unix or TLS and sentinels,
+// login, hosts, and the rest.
 var redisURL = regexp.MustCompile(`(?i)^(?:(unix)|(?:redis|valkey)(s?)([-+]sentinel)?)://([^/?#]*@)?([^/?#]*)(.*)$`)
 
 // parseRedisURL reads the URL of a Redis, of nodes of a cluster, or of sentinels. An empty one is the zero
@@ -663,8 +663,8 @@ func parseRedisURL(s string) (a redisAddress, err error) {
 	return a, err
 }
 
-// parseRedisHosts reads host[:port],... with brackets around IPv6 addresses, and gives each a port. It returns
-// nothing if one is malformed.
+// parseRedisHosts reads host[:port],... with brackets around IPv6 addresses, and gives each a port.
+// It returns nothing if one is malformed.
 func parseRedisHosts(s, port string) string {
 	hosts := strings.Split(s, ",")
 	for i, host := range hosts {

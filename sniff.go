@@ -578,8 +578,8 @@ func (p *password) matches(s []byte) bool {
 	return false
 }
 
-// newCertificate returns what crypto/tls gets the certificate from that the flags --OF-cert and --OF-key name, or nil
-// if they are unset. The files are read again with a handshake, every two seconds at most, as they may change.
+// newCertificate returns a source of the certificate that the flags --OF-cert and --OF-key name,
+// or nil if they are unset. It reads the files again every two seconds at most, as they may change.
 func newCertificate[Hello any](of, certFile, keyFile string, log *slog.Logger) (
 	get func(*Hello) (*tls.Certificate, error), err error) {
 	if certFile == "" && keyFile == "" {
