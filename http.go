@@ -63,7 +63,7 @@ func newWeb(s serverSettings, c *cache, pw *password, logger *slog.Logger) *web 
 	w.server = http.Server{
 		Handler:                      w,
 		DisableGeneralOptionsHandler: true,
-		ReadHeaderTimeout:            firstLineTimeout,
+		ReadHeaderTimeout:            requestTimeout,
 		IdleTimeout:                  cmp.Or(s.idleTimeout, httpIdleTimeout),
 		WriteTimeout:                 s.writeTimeout + 2*c.timeout, // of a stream of HTTP/2, which may wait for Redis
 		MaxHeaderBytes:               maxHeaderBytes,
@@ -79,7 +79,7 @@ func newWeb(s serverSettings, c *cache, pw *password, logger *slog.Logger) *web 
 // serve answers requests until the connection ends, or leaves it to net/http.
 func (w *web) serve(c *conn) {
 	if bytes.HasPrefix(c.unread, []byte(preface)) {
-		c.link.release()
+		c.link.exemptFromStop()
 		w.handOver(c, c)
 	} else if rest := w.quick(c); len(rest) > 0 {
 		c.unread = slices.Concat(rest, c.unread)
@@ -312,7 +312,7 @@ func (w *web) quick(c *conn) (rest []byte) {
 		if len(left) == 0 {
 			c.link.hurry(0)
 		} else if len(left) <= n { // a request began with this read
-			c.link.hurry(firstLineTimeout)
+			c.link.hurry(requestTimeout)
 		}
 		rest = buf[:copy(buf, left)]
 	}
@@ -604,7 +604,7 @@ func newAdmin(figures func() []figure, ready func() bool, forget func([][]byte),
 			http.NotFound(rw, r)
 		}
 	}
-	return &http.Server{Handler: http.HandlerFunc(serve), ConnState: limit, ReadHeaderTimeout: firstLineTimeout,
+	return &http.Server{Handler: http.HandlerFunc(serve), ConnState: limit, ReadHeaderTimeout: requestTimeout,
 		IdleTimeout: httpIdleTimeout, ErrorLog: log.New(complaints{logger}, "", 0)}
 }
 

@@ -267,7 +267,7 @@ func runProxy(t testing.TB, flags []string, change ...func(*config)) *testProxy 
 		stop()
 		select {
 		case <-p.done:
-		case <-time.After(2 * drainTimeout):
+		case <-time.After(2 * shutdownTimeout):
 			t.Errorf("the proxy does not stop:\n%s", stacks())
 		}
 	})
@@ -7131,8 +7131,8 @@ func TestIntegrationStopDoesNotWaitForRedis(t *testing.T) {
 	p.stop()
 	select {
 	case <-p.done:
-	case <-time.After(drainTimeout + 3*time.Second):
-		t.Errorf("not stopped after %v", drainTimeout+3*time.Second)
+	case <-time.After(shutdownTimeout + 3*time.Second):
+		t.Errorf("not stopped after %v", shutdownTimeout+3*time.Second)
 	}
 }
 

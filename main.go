@@ -36,8 +36,8 @@ import (
 // version is set by the linker.
 var version = "dev"
 
-// drainTimeout bounds a shutdown: what is not finished by then is cut off.
-const drainTimeout = 9 * time.Second
+// shutdownTimeout bounds a shutdown: what is not finished by then is cut off.
+const shutdownTimeout = 9 * time.Second
 
 func main() {
 	cfg, err := parseConfig(os.Args[1:], os.Environ())
@@ -195,9 +195,9 @@ func check(cfg config) error {
 	return err
 }
 
-// tuneCores has half of the cores serve, and returns which do and why: the others are for the clients, and
-// threads that wait for work cost more than they bring. Where the process has a CPU limit of its own, or
-// GOMAXPROCS is set, Go follows that.
+// tuneCores sets GOMAXPROCS to half of the cores, and returns a description for the log. The other half is for
+// clients on the same machine: threads that wait for work cost more than they bring. Where the process has a
+// CPU limit of its own, or GOMAXPROCS is set, Go follows that.
 func tuneCores() string {
 	all := runtime.GOMAXPROCS(0)
 	switch {
@@ -297,7 +297,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	<-ctx.Done()
 
 	log.Info("stopping")
-	deadline, cancel := context.WithTimeout(context.Background(), drainTimeout)
+	deadline, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer cancel()
 	web.drain()
 	s.stop()

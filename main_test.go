@@ -580,7 +580,8 @@ func TestProtocolIsThatAgreedOn(t *testing.T) {
 	}
 	settings := serverSettings{writeTimeout: time.Second,
 		tls: &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"h2", "http/1.1"}}}
-	s := newServer(nil, settings, slog.New(slog.DiscardHandler), map[protocol]frontEnd{protoHTTP: echo{}, protoRESP: echo{}})
+	ends := map[protocol]frontEnd{protoHTTP: echo{}, protoRESP: echo{}}
+	s := newServer(nil, settings, slog.New(slog.DiscardHandler), ends)
 	for _, tt := range []struct {
 		agreed, send string
 		served       bool

@@ -342,7 +342,7 @@ func (c *client) pause() error {
 	case c.in.end == c.in.start:
 		link.hurry(0)
 	case c.in.start > 0 || !link.hurried: // it has just begun
-		link.hurry(firstLineTimeout)
+		link.hurry(requestTimeout)
 	}
 	return c.err
 }

@@ -29,25 +29,27 @@ import (
 )
 
 const (
-	// firstLineTimeout is how long a client may take for its first line or its next request once it has
-	// begun, and for a TLS handshake.
-	firstLineTimeout = 10 * time.Second
+	// requestTimeout is how long a client may take, from the first byte on, for each of: a TLS handshake,
+	// its first line, the header of an HTTP/1 request, a RESP request.
+	requestTimeout = 10 * time.Second
 	// httpIdleTimeout is how long an HTTP connection is kept alive if the settings do not say.
 	httpIdleTimeout = 2 * time.Minute
 	// maxFirstLine is the longest first line that is looked at, and maxEmptyLines bounds the bytes of empty
-	// lines before it. Longer ones are left to RESP, which refuses the first and takes the others.
+	// lines before it. A longer line goes to RESP, which refuses it; more empty lines go to RESP, which skips
+	// them.
 	maxFirstLine  = 64 << 10
 	maxEmptyLines = 64
 	// maxRefusing bounds the connections that are being told that there are too many clients; more than
-	// these are closed without a word. refuseTimeout is how long each may be silent.
+	// these are closed without a word. refuseTimeout is how long each may be silent, and how long linger reads.
 	maxRefusing   = 100
 	refuseTimeout = time.Second
-	// drainTime is how much longer clients are read from when the server stops: that is answered.
+	// drainTime is how long the server goes on reading after stop. Requests that are complete by then are
+	// answered.
 	drainTime = 100 * time.Millisecond
 	// stallTime is after how long a client counts as one that takes nothing of its replies for now.
 	stallTime = 250 * time.Millisecond
-	// sendBuffer bounds what the system holds of answers to a client, about twice as many bytes. It would hold
-	// megabytes, and those of many clients leave the processor's cache before they are taken.
+	// sendBuffer is the size of a socket's send buffer that is asked for; Linux doubles it. By default a buffer
+	// grows to megabytes, and with many clients that data leaves the processor's cache before it is sent.
 	sendBuffer = 256 << 10
 	// flushAt is how many bytes of answers are gathered before they are written.
 	flushAt = 16 << 10
@@ -87,10 +89,10 @@ type server struct {
 	log       *slog.Logger
 	frontEnds map[protocol]frontEnd
 
-	handlers sync.WaitGroup
-	draining atomic.Pointer[time.Time] // until when clients are read from; nil until stop
+	handlers  sync.WaitGroup
+	readUntil atomic.Pointer[time.Time] // when reading from clients ends; nil until stop
 
-	mu       sync.Mutex // guards the following, and released of a link
+	mu       sync.Mutex // guards the following, and exempt of a link
 	links    map[*link]struct{}
 	refusing int // links that are one too many
 	accepted int
@@ -127,7 +129,7 @@ func (s *server) add(l *link) {
 	clients := len(s.links) - s.refusing
 	l.refused = clients >= s.maxClients
 	switch {
-	case s.draining.Load() != nil || l.refused && s.refusing >= maxRefusing:
+	case s.readUntil.Load() != nil || l.refused && s.refusing >= maxRefusing:
 		s.refused++
 		l.Conn.Close()
 		return
@@ -140,7 +142,7 @@ func (s *server) add(l *link) {
 	}
 	s.links[l] = struct{}{}
 	s.grown(len(s.links))
-	s.handlers.Go(func() { s.handle(l) }) // ends with the connection, which stop and wait see to
+	s.handlers.Go(func() { s.handle(l) }) // ends at the hand-over or with the connection, which stop and wait see to
 }
 
 // figures reports the client connections.
@@ -183,14 +185,14 @@ func (s *server) handle(l *link) {
 func (s *server) protocol(c *conn) (protocol, error) {
 	proto, err := c.detect()
 	if err == nil && (c.unread[0] == 0x16) != (s.tls != nil) { // a handshake (RFC 8446 §5.1)
-		err = errors.New("TLS without a certificate here, or no TLS with one")
+		err = errors.New("TLS on a plain port, or plaintext on a TLS port")
 	}
 	if err != nil || s.tls == nil {
 		return proto, err
 	}
 	outer := *c
 	inner := tls.Server(&outer, s.tls)
-	c.link.hurry(firstLineTimeout)
+	c.link.hurry(requestTimeout)
 	if err := inner.Handshake(); err != nil {
 		return "", err
 	}
@@ -203,14 +205,14 @@ func (s *server) protocol(c *conn) (protocol, error) {
 	return proto, err
 }
 
-// stop ends accepting, and reading a moment later: what has been read by then is answered.
+// stop ends accepting at once, and reading after drainTime.
 func (s *server) stop() {
 	until := time.Now().Add(drainTime)
-	s.draining.Store(&until)
+	s.readUntil.Store(&until)
 	s.listener.Close()
 	s.mu.Lock()
 	for l := range s.links {
-		l.SetReadDeadline(time.Time{}) // or until, unless it is released
+		l.SetReadDeadline(time.Time{}) // that is until, unless the link is exempt
 	}
 	s.mu.Unlock()
 	time.Sleep(drainTime)
@@ -270,7 +272,7 @@ func (c *conn) detect() (protocol, error) {
 		case err != nil:
 			return "", err
 		case begun == 0:
-			c.link.hurry(firstLineTimeout)
+			c.link.hurry(requestTimeout)
 		}
 	}
 }
@@ -327,37 +329,39 @@ func (c *conn) linger() {
 // A link is a client's connection as it was accepted, below TLS, with its deadlines.
 type link struct {
 	net.Conn
-	server   *server
-	refused  bool          // one too many
-	idle     time.Duration // how long the client may be silent; 0: for ever
-	readBy   time.Time     // the read deadline that is set for that
-	hurried  bool          // the read deadline is that of hurry
-	writeBy  time.Time     // the write deadline that is set
-	readsOn  bool          // no goroutine reads while one writes: Write may read on
-	ahead    [][]byte      // what it has read; its capacity counts against the budget of requests
-	held     hold          // of values on their way to the client
-	released bool          // it may be read from after the server's stop; the server's lock guards it
+	server  *server
+	refused bool          // one too many
+	idle    time.Duration // how long the client may be silent; 0: for ever
+	readBy  time.Time     // the read deadline that Read or hurry set last
+	hurried bool          // hurry set it
+	writeBy time.Time     // the write deadline that Write set last
+	readsOn bool          // no goroutine reads while one writes: Write may read on
+	ahead   [][]byte      // what Write has read; its capacity counts against the budget of requests
+	held    hold          // of values on their way to the client
+	exempt  bool          // stop does not end reading; set before the first read by net/http
 }
 
-// release exempts the connection from the server's stop: net/http ends those of HTTP/2 in its way.
-func (l *link) release() {
+// exemptFromStop is for HTTP/2: net/http ends its connections itself, in web.shutdown.
+func (l *link) exemptFromStop() {
 	l.server.mu.Lock()
 	defer l.server.mu.Unlock()
-	l.released = true
+	l.exempt = true
 	l.Conn.SetReadDeadline(time.Time{})
 }
 
-// SetReadDeadline sets the read deadline, or that of the server's stop once that has begun.
+// SetReadDeadline sets the read deadline, or that of the server's stop once that has begun, unless the link
+// is exempt.
 func (l *link) SetReadDeadline(t time.Time) error {
 	err := l.Conn.SetReadDeadline(t)
-	// After, as stop may have set its own in between.
-	if drain := l.server.draining.Load(); drain != nil && !l.released {
-		err = l.Conn.SetReadDeadline(*drain)
+	// This comes after it, as stop may have set its own in between.
+	if until := l.server.readUntil.Load(); until != nil && !l.exempt {
+		err = l.Conn.SetReadDeadline(*until)
 	}
 	return err
 }
 
-// hurry gives the client a time to complete what it has begun to send; 0 ends that.
+// hurry sets a read deadline d from now, which Read does not move. With 0 it removes that, and the idle
+// time-out is in force again.
 func (l *link) hurry(d time.Duration) {
 	var until time.Time
 	if d > 0 {
@@ -370,7 +374,8 @@ func (l *link) hurry(d time.Duration) {
 }
 
 // Read fails when the client is silent for its idle time, or up to a quarter longer: a deadline costs as
-// much as a short request, and is not set anew for each.
+// much as a short request, and is not set anew for each. It leaves the deadline to hurry while that is in
+// force, and sets none where idle is 0.
 func (l *link) Read(p []byte) (int, error) {
 	if len(l.ahead) > 0 {
 		n := copy(p, l.ahead[0])
@@ -391,7 +396,7 @@ func (l *link) Read(p []byte) (int, error) {
 	return l.Conn.Read(p)
 }
 
-// Write fails when the client takes no byte for the write time-out, or stallTime longer. It reads on
+// Write fails when the client takes no byte for as long as patience allows, or stallTime longer. It reads on
 // meanwhile: the client may be one that sends all its requests before it takes the first reply.
 func (l *link) Write(p []byte) (written int, err error) {
 	taken, most := time.Now(), math.MinInt
@@ -430,8 +435,8 @@ func (l *link) untaken() int {
 	return int(n)
 }
 
-// patience returns how long the client may take nothing: a second if others have wanted room for values since
-// the last were released, and it holds some.
+// patience returns how long the client may take nothing: the write time-out, but a second if it holds values
+// and others wait for room.
 func (l *link) patience() time.Duration {
 	v := l.server.values
 	v.mu.Lock()
