@@ -128,7 +128,8 @@ func TestConfigReads(t *testing.T) {
 			c.listenAddress, c.port, c.pool.redis.hosts, c.pool.timeout, c.pool.limit) +
 			fmt.Sprintf("cache-size:%d cache-bytes:%d cache-timeout:%v stale-timeout:%v max-clients:%d ",
 				c.cache.maxKeys, c.cache.maxBytes, c.cache.ttl, c.cache.stale, c.clients.maxClients) +
-			fmt.Sprintf("idle-timeout:%v tracking:%v version:%v ", c.clients.idleTimeout, c.pool.tracking, c.version)
+			fmt.Sprintf("idle-timeout:%v tracking:%v version:%v ", c.clients.idleTimeout, c.pool.tracking, c.version) +
+			fmt.Sprintf("admin-address:%s ", c.adminAddress)
 	}
 	for _, tt := range []struct{ args, env, want string }{
 		{"", "", "listen-address:127.0.0.1 port:8080 redis:127.0.0.1:6379 redis-timeout:1s client-limit:8 " +
@@ -165,6 +166,17 @@ func TestConfigReads(t *testing.T) {
 		{"--redis-url redis://u:7 --redis-host h --redis-port 1", "", "redis:u:7"},
 		{"--redis-host h", "RP_REDIS_URL=redis://u", "redis:u:6379"},
 		{"--redis-url=", "RP_REDIS_URL=redis://u", "redis:127.0.0.1:6379"},
+		{"--admin-address :9100", "", "admin-address::9100"},
+		{"", "PORT=7", "port:7"},
+		{"", "PORT=7 RP_PORT=8", "port:8"},
+		{"", "RP_PORT=8 PORT=7", "port:8"},
+		{"", "PORT=7 RP_PORT=", "port:7"},
+		{"--port 8", "PORT=7", "port:8"},
+		{"", "REDIS_URL=redis://u", "redis:u:6379"},
+		{"", "REDIS_URL=redis://u RP_REDIS_HOST=h", "redis:h:6379"},
+		{"", "RP_REDIS_URL=redis://v REDIS_URL=redis://u", "redis:v:6379"},
+		{"--redis-port 7", "REDIS_URL=redis://u", "redis:127.0.0.1:7"},
+		{"--redis-host=h", "REDIS_URL=redis://u", "redis:h:6379"},
 	} {
 		cfg, err := parseConfig(strings.Fields(tt.args), strings.Fields(tt.env))
 		if err != nil || !strings.Contains(" "+show(cfg), " "+tt.want+" ") {
@@ -199,6 +211,7 @@ func TestConfigRefuses(t *testing.T) {
 		{"--port", "65536", "from 0 to 65535"},
 		{"--port", "-1", "from 0 to 65535"},
 		{"RP_PORT", "8080x", "from 0 to 65535"},
+		{"RP_REDIS_PORT", "tcp://10.0.0.1:6379", "(a Kubernetes Service named rp-redis sets it)"},
 		{"--redis-port", "0", "from 1 to 65535"},
 		{"--client-limit", "0", "from 1 to"},
 		{"--cache-size", "0", "from 1 to"},
@@ -282,6 +295,8 @@ func TestConfigRedisURL(t *testing.T) {
 		{"redis://h:1,h:2,h", redisAddress{hosts: "h:1,h:2,h:6379"}},
 		{"redis://u:p,@[::1]:1,10.0.0.1,[::2]/0",
 			redisAddress{hosts: "[::1]:1,10.0.0.1:6379,[::2]:6379", user: "u", password: "p,"}},
+		{"unix:///run/redis.sock", redisAddress{hosts: "/run/redis.sock"}},
+		{"unix://u:p@/s?db=3", redisAddress{hosts: "/s", user: "u", password: "p", db: 3}},
 		{"redis-sentinel://h,h:1/name", redisAddress{hosts: "h:26379,h:1", master: "name"}},
 		{"redis+sentinel://:p@h/na%20me/3", redisAddress{hosts: "h:26379", master: "na me", db: 3, password: "p"}},
 		{"rediss-sentinel://h#name", redisAddress{hosts: "h:26379", master: "name", tls: true}},
@@ -320,6 +335,8 @@ func TestConfigRefusesRedisURLWithoutTellingIt(t *testing.T) {
 		"control character":                     "redis://:s3cret\x01@h",
 		"bracket without end":                   "redis://:s3cret@[::1",
 		"empty host in a list":                  "redis://:s3cret@h,,h",
+		"socket without a path":                 "unix://:s3cret@/",
+		"socket with a host":                    "unix://:s3cret@h/s",
 		"list that ends with a comma":           "redis://:s3cret@h,",
 		"port 0 in a list":                      "redis://:s3cret@h,h:0",
 		"bracket without end in a list":         "redis://:s3cret@h,[::1",
@@ -378,6 +395,11 @@ func TestHelpListsEveryFlag(t *testing.T) {
 			o.def != "" && o.variable() != "" && !strings.Contains(about, "(default "+o.def+")") {
 			t.Errorf("help on --%s: got %q; want its variable, %s, and its default, %q", o.name, about, o.variable(),
 				o.def)
+		}
+	}
+	for _, want := range []string{"Usage: redis_proxy ", "\n\nServing\n", "\n\nOperations\n"} {
+		if !strings.Contains(b.String(), want) {
+			t.Errorf("got %q; want it to have %q", b.String(), want)
 		}
 	}
 	for line := range strings.Lines(b.String()) {
