@@ -2642,8 +2642,8 @@ func TestIntegrationTLSUpstream(t *testing.T) {
 		warned := strings.Contains(log.String(), "the certificate of Redis is not checked")
 		compare(t, flags[0]+": a warning", warned, flags[0] == "--redis-insecure")
 	}
-	for _, flags := range [][]string{{"--redis-cacert", key}, {"--redis-cacert", dir + "/none"}, {"--redis-cert", cert},
-		{"--redis-key", key}} {
+	for _, flags := range [][]string{{"--redis-cacert", key}, {"--redis-cacert", dir + "/none"},
+		{"--redis-cert", cert}, {"--redis-key", key}} {
 		if out := fails(t, program(t, []string{url}, flags...)); !strings.Contains(out, flags[0]) {
 			t.Errorf("with %q alone: got %q; want an error that names the flag", flags, out)
 		}
