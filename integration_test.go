@@ -2485,6 +2485,14 @@ func TestIntegrationNobodyWaitsLongerThanTheTimeout(t *testing.T) {
 	}
 }
 
+// A Redis that takes nothing keeps no connection in use.
+func TestIntegrationRedisThatDoesNotRead(t *testing.T) {
+	t.Parallel()
+	p := startAt(t, scriptedAt(t, "127.0.0.1").addr, "--client-limit", "1")
+	dial(t, p.addr).send(request("GET", strings.Repeat("k", 20<<20))).expect(timedOut)
+	eventually(t, "no connection in use", func() bool { return p.stat(t, "upstream_connections_used") == "0" })
+}
+
 func TestIntegrationLateReplyFillsTheCache(t *testing.T) {
 	late := make(chan struct{})
 	flags := playRedis(t, func(int, []string) string { <-late; return bulk("value") })
@@ -5893,6 +5901,7 @@ func testScriptedTables(t *testing.T) {
 		{"slots out of range", func(a, b *scriptedNode) string {
 			return rows(row(-5, 99999999, bulk(a.host), a.port), row(8192, 16383, bulk(b.host), b.port))
 		}},
+		{"a slot too many", func(a, b *scriptedNode) string { return rows(row(0, 16384, bulk(a.host), a.port)) }},
 	} {
 		t.Run(table.name, func(t *testing.T) {
 			t.Parallel()

@@ -2579,6 +2579,29 @@ func TestPoolDoesNotRetryForNobody(t *testing.T) {
 	compare(t, "GETs", fetches.Load(), 1)
 }
 
+// What nobody waits for any more when a connection is free is neither sent nor remembered.
+func TestPoolForgetsWhatNobodyWaitsFor(t *testing.T) {
+	var fetches atomic.Int64
+	begun, release := make(chan struct{}), make(chan struct{})
+	p := newParts(t, append(playRedis(t, func(int, []string) string {
+		if fetches.Add(1) == 1 {
+			close(begun)
+			<-release
+		}
+		return bulk("value")
+	}), "--client-limit", "1", "--redis-timeout", "100ms")...) // within that the first is sent
+	askFor(p, "first")
+	<-begun
+	p.wait(askFor(p, "a", "b", "c"))
+	close(release)
+	eventually(t, "no flight is left", func() bool {
+		p.cache.mu.Lock()
+		defer p.cache.mu.Unlock()
+		return len(p.cache.flights) == 0
+	})
+	compare(t, "GETs", fetches.Load(), 1)
+}
+
 // A dial that began while Redis was down does not fail those who ask when it is back.
 func TestPoolHasNoErrorAfterTheFirstSuccess(t *testing.T) {
 	p := newParts(t, playRedis(t, func(int, []string) string { return bulk("value") })...)
