@@ -353,6 +353,22 @@ func expectExit(t testing.TB, cmd *exec.Cmd, within time.Duration) {
 	}
 }
 
+// fails runs a program that is to end with an error by itself, and returns what it writes.
+func fails(t testing.TB, cmd *exec.Cmd) string {
+	t.Helper()
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer time.AfterFunc(20*time.Second, func() { cmd.Process.Kill() }).Stop()
+	var exit *exec.ExitError
+	if err := cmd.Wait(); !errors.As(err, &exit) || exit.ExitCode() < 1 {
+		t.Errorf("%q: got %v; want it to end with an error:\n%s", cmd.Args[1:], err, out.String())
+	}
+	return out.String()
+}
+
 func portOf(addr string) string { return addr[strings.LastIndex(addr, ":")+1:] }
 
 // eventually waits until a condition holds.
@@ -798,8 +814,9 @@ func TestIntegrationRefusedClientsTakeNoPlace(t *testing.T) {
 	p := startProxy(t, sharedRedis(t), "--max-clients", "2")
 	first := dial(t, p.addr).send(request("PING")).expect("+PONG\r\n")
 	second := dial(t, p.addr).send(request("PING")).expect("+PONG\r\n")
+	var refused []*rawClient
 	for range 5 {
-		dial(t, p.addr) // silent, and refused before it is closed
+		refused = append(refused, dial(t, p.addr)) // silent, and not closed yet
 	}
 	eventually(t, "5 refused clients", func() bool { return infoField(t, first, "rejected_connections") == "5" })
 	for name, want := range map[string]string{"connected_clients": "2", "total_connections_received": "2"} {
@@ -808,6 +825,10 @@ func TestIntegrationRefusedClientsTakeNoPlace(t *testing.T) {
 	second.Close()
 	eventually(t, "the second has left", func() bool { return infoField(t, first, "connected_clients") == "1" })
 	dial(t, p.addr).send(request("PING")).expect("+PONG\r\n")
+	for _, c := range refused {
+		c.expectClosed()
+	}
+	eventually(t, "two clients", func() bool { return infoField(t, first, "connected_clients") == "2" })
 }
 
 // A flakyListener fails a few times before it accepts.
@@ -2469,6 +2490,14 @@ func TestIntegrationNobodyWaitsLongerThanTheTimeout(t *testing.T) {
 	}
 }
 
+// A Redis that takes nothing keeps no connection in use.
+func TestIntegrationRedisThatDoesNotRead(t *testing.T) {
+	t.Parallel()
+	p := startAt(t, scriptedAt(t, "127.0.0.1").addr, "--client-limit", "1")
+	dial(t, p.addr).send(request("GET", strings.Repeat("k", 20<<20))).expect(timedOut)
+	eventually(t, "no connection in use", func() bool { return p.stat(t, "upstream_connections_used") == "0" })
+}
+
 func TestIntegrationLateReplyFillsTheCache(t *testing.T) {
 	late := make(chan struct{})
 	flags := playRedis(t, func(int, []string) string { <-late; return bulk("value") })
@@ -2617,6 +2646,84 @@ func TestIntegrationTLSUpstream(t *testing.T) {
 	eventually(t, "the cause in the log", func() bool { return strings.Contains(log.String(), "certificate") })
 	if strings.Contains(log.String(), "secret") {
 		t.Errorf("the log shows the password:\n%s", log)
+	}
+	for _, flags := range [][]string{{"--redis-cacert", cert}, {"--redis-insecure"}} {
+		_, proxy, log := startProgram(t, []string{url}, flags...)
+		if got := exchange(t, proxy, request("GET", "k")); got != bulk("value in 3") {
+			t.Errorf("with %q: got %q; want the value", flags, got)
+		}
+		warned := strings.Contains(log.String(), "the certificate of Redis is not checked")
+		compare(t, flags[0]+": a warning", warned, flags[0] == "--redis-insecure")
+	}
+	for _, flags := range [][]string{{"--redis-cacert", key}, {"--redis-cacert", dir + "/none"},
+		{"--redis-cert", cert}, {"--redis-key", key}} {
+		if out := fails(t, program(t, []string{url}, flags...)); !strings.Contains(out, flags[0]) {
+			t.Errorf("with %q alone: got %q; want an error that names the flag", flags, out)
+		}
+	}
+}
+
+// A Redis may ask for a certificate.
+func TestIntegrationTLSUpstreamAsksForACertificate(t *testing.T) {
+	cert, key := makeCertificate(t, t.TempDir(), "redis")
+	port := freePort()
+	server := startRedis(t, "--tls-port", port, "--tls-cert-file", cert, "--tls-key-file", key,
+		"--tls-auth-clients", "yes", "--tls-ca-cert-file", cert)
+	redisDo(t, server.addr, "SET", "k", "value")
+	flags := []string{"--redis-url", "rediss://127.0.0.1:" + port, "--redis-cacert", cert}
+	_, proxy, _ := startProgram(t, nil, append(flags, "--redis-cert", cert, "--redis-key", key)...)
+	if got := exchange(t, proxy, request("GET", "k")); got != bulk("value") {
+		t.Errorf("with a certificate: got %q; want the value", got)
+	}
+	_, proxy, _ = startProgram(t, nil, flags...)
+	if got := exchange(t, proxy, request("GET", "k")); got != "-ERR upstream unavailable\r\n" {
+		t.Errorf("without one: got %q; want an error", got)
+	}
+}
+
+// A socket on either side. One that a process left behind is replaced, one that answers is not.
+func TestIntegrationUnixSockets(t *testing.T) {
+	dir, err := os.MkdirTemp("", "rp") // t.TempDir may be too long for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	server := startRedis(t, "--unixsocket", dir+"/redis")
+	redisDo(t, server.addr, "SET", "k", "value")
+	left, err := net.Listen("unix", dir+"/proxy")
+	if err != nil {
+		t.Fatal(err)
+	}
+	left.(*net.UnixListener).SetUnlinkOnClose(false)
+	left.Close()
+	flags := []string{"--listen-address", "unix://" + dir + "/proxy", "--redis-url", "unix://" + dir + "/redis"}
+	cmd := program(t, nil, flags...)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	var c net.Conn
+	eventually(t, "a connection", func() bool {
+		c, err = net.Dial("unix", dir+"/proxy")
+		return err == nil
+	})
+	newRawClient(t, c, err).send(request("GET", "k")).expect(bulk("value"))
+	if out, err := program(t, nil, append(flags, "--check")...).CombinedOutput(); err != nil {
+		t.Errorf("--check: %v, %s", err, out)
+	}
+	if out := fails(t, program(t, nil, flags...)); !strings.Contains(out, "in use") {
+		t.Errorf("a second process: got %q; want the address to be in use", out)
+	}
+	c, err = net.Dial("unix", dir+"/proxy")
+	newRawClient(t, c, err).send("PING\r\n").expect("+PONG\r\n")
+}
+
+// The log says what is on, and, before any client has asked, that Redis is not there.
+func TestIntegrationStartSaysWhatIsWrong(t *testing.T) {
+	_, _, log := startProgram(t, nil, "--redis-port", freePort())
+	eventually(t, "Redis is missed", func() bool { return strings.Contains(log.String(), "Redis cannot be read") })
+	if !regexp.MustCompile(`serving.* tls=false password=false`).MatchString(log.String()) {
+		t.Errorf("got %s; want no TLS and no password", log)
 	}
 }
 
@@ -5813,6 +5920,7 @@ func testScriptedTables(t *testing.T) {
 		{"slots out of range", func(a, b *scriptedNode) string {
 			return rows(row(-5, 99999999, bulk(a.host), a.port), row(8192, 16383, bulk(b.host), b.port))
 		}},
+		{"a slot too many", func(a, b *scriptedNode) string { return rows(row(0, 16384, bulk(a.host), a.port)) }},
 	} {
 		t.Run(table.name, func(t *testing.T) {
 			t.Parallel()
@@ -6358,7 +6466,12 @@ func TestIntegrationIdleAdminConnections(t *testing.T) {
 	cmd := program(t, nil, append(flags, "--port", "0", "--admin-address", admin)...)
 	cmd.Args = append([]string{"sh", "-c", `ulimit -n 300 && exec "$0" "$@"`, cmd.Path}, cmd.Args[1:]...)
 	cmd.Path = "/bin/sh"
-	proxy, _ := serves(t, cmd)
+	proxy, log := serves(t, cmd)
+	var most int
+	fmt.Sscan(infoField(t, dial(t, proxy), "maxclients"), &most)
+	if most < 50 || most > 200 || !strings.Contains(log.String(), "fewer clients") {
+		t.Errorf("with 300 files: got %d clients at most; want fewer, and a warning:\n%s", most, log)
+	}
 	for range 400 {
 		c, err := net.Dial("tcp", admin)
 		if err != nil {
@@ -7071,6 +7184,36 @@ func TestIntegrationSecondSignalEndsAtOnce(t *testing.T) {
 	}
 }
 
+// While a request is on its way, a proxy that stops takes no new clients and closes idle ones.
+func TestIntegrationStopFinishesWhatHasBegun(t *testing.T) {
+	asked, answered := make(chan struct{}), make(chan struct{})
+	answer := sync.OnceFunc(func() { close(answered) })
+	flags := playRedis(t, func(_ int, args []string) string {
+		close(asked)
+		<-answered
+		return bulk("value")
+	})
+	t.Cleanup(answer)
+	cmd, addr, _ := startProgram(t, nil, flags...)
+	idle := dial(t, addr).send(request("PING")).expect("+PONG\r\n")
+	waiting := dial(t, addr).send(request("GET", "k"))
+	<-asked
+	cmd.Process.Signal(syscall.SIGTERM)
+	eventually(t, "no new client is taken", func() bool {
+		c, err := net.Dial("tcp", addr)
+		if err == nil {
+			c.Close()
+		}
+		return err != nil
+	})
+	idle.expectClosed()
+	answer()
+	waiting.expect(bulk("value")).expectClosed()
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("got %v; want exit code 0", err)
+	}
+}
+
 // What was asked before the signal is answered.
 func TestIntegrationStopUnderLoad(t *testing.T) {
 	addr := sharedRedis(t)
@@ -7327,6 +7470,16 @@ func TestIntegrationAdmin(t *testing.T) {
 		} {
 			if !strings.Contains(metrics, "\n"+want+"\n") {
 				t.Errorf("/metrics has no %s", want)
+			}
+		}
+		if want := `,tls="false",password="false"} 1`; !strings.Contains(metrics, want) {
+			t.Errorf("/metrics has no %s", want)
+		}
+		for name, most := range map[string]float64{"resident_memory_bytes": 4 << 30, "cpu_seconds_total": 1000} {
+			_, text, _ := strings.Cut(metrics, "\nprocess_"+name+" ")
+			var got float64
+			if fmt.Sscan(text, &got); got <= 0 || got > most {
+				t.Errorf("%s: got %v; want more than 0 and less than %v", name, got, most)
 			}
 		}
 		wellFormed := regexp.MustCompile(`^(# (HELP|TYPE) (redis_proxy|process)_[a-z_]+ .+|` +

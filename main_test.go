@@ -135,7 +135,8 @@ func TestConfigReads(t *testing.T) {
 			c.listenAddress, c.port, c.pool.redis.hosts, c.pool.timeout, c.pool.limit) +
 			fmt.Sprintf("cache-size:%d cache-bytes:%d cache-timeout:%v stale-timeout:%v max-clients:%d ",
 				c.cache.maxKeys, c.cache.maxBytes, c.cache.ttl, c.cache.stale, c.clients.maxClients) +
-			fmt.Sprintf("idle-timeout:%v tracking:%v version:%v ", c.clients.idleTimeout, c.pool.tracking, c.version)
+			fmt.Sprintf("idle-timeout:%v tracking:%v version:%v ", c.clients.idleTimeout, c.pool.tracking, c.version) +
+			fmt.Sprintf("admin-address:%s ", c.adminAddress)
 	}
 	for _, tt := range []struct{ args, env, want string }{
 		{"", "", "listen-address:127.0.0.1 port:8080 redis:127.0.0.1:6379 redis-timeout:1s client-limit:8 " +
@@ -145,6 +146,7 @@ func TestConfigReads(t *testing.T) {
 		{"", "RP_PORT=", "port:8080"},
 		{"", "RP_CACHE_SIZE=5", "cache-size:5"},
 		{"--port 0", "", "port:0"},
+		{"--port 65535", "", "port:65535"},
 		{"--port 2", "RP_PORT=1", "port:2"},
 		{"--port=2", "RP_PORT=1", "port:2"},
 		{"-port 2", "RP_PORT=1", "port:2"},
@@ -172,6 +174,8 @@ func TestConfigReads(t *testing.T) {
 		{"--redis-url redis://u:7 --redis-host h --redis-port 1", "", "redis:u:7"},
 		{"--redis-host h", "RP_REDIS_URL=redis://u", "redis:u:6379"},
 		{"--redis-url=", "RP_REDIS_URL=redis://u", "redis:127.0.0.1:6379"},
+		{"--admin-address :9100", "", "admin-address::9100"},
+		{"--redis-port 7", "REDIS_URL=redis://u", "redis:127.0.0.1:7"},
 		{"", "PORT=1 REDIS_URL=redis://u", "port:1"},
 		{"", "PORT=1 REDIS_URL=redis://u", "redis:u:6379"},
 		{"", "PORT=1 RP_PORT=2", "port:2"},
@@ -340,6 +344,8 @@ func TestConfigRefusesRedisURLWithoutTellingIt(t *testing.T) {
 		"control character":                     "redis://:s3cret\x01@h",
 		"bracket without end":                   "redis://:s3cret@[::1",
 		"empty host in a list":                  "redis://:s3cret@h,,h",
+		"socket without a path":                 "unix://:s3cret@/",
+		"socket with a host":                    "unix://:s3cret@h/s",
 		"list that ends with a comma":           "redis://:s3cret@h,",
 		"port 0 in a list":                      "redis://:s3cret@h,h:0",
 		"bracket without end in a list":         "redis://:s3cret@h,[::1",
@@ -402,6 +408,11 @@ func TestHelpListsEveryFlag(t *testing.T) {
 			o.def != "" && o.variable() != "" && !strings.Contains(about, "(default "+o.def+")") {
 			t.Errorf("help on --%s: got %q; want its variable, %s, and its default, %q", o.name, about, o.variable(),
 				o.def)
+		}
+	}
+	for _, want := range []string{"Usage: redis_proxy ", "\n\nServing\n", "\n\nOperations\n"} {
+		if !strings.Contains(b.String(), want) {
+			t.Errorf("got %q; want it to have %q", b.String(), want)
 		}
 	}
 	for line := range strings.Lines(b.String()) {
@@ -2634,6 +2645,29 @@ func TestPoolDoesNotRetryForNobody(t *testing.T) {
 	compare(t, "GETs", fetches.Load(), 1)
 }
 
+// What nobody waits for any more when a connection is free is neither sent nor remembered.
+func TestPoolForgetsWhatNobodyWaitsFor(t *testing.T) {
+	var fetches atomic.Int64
+	begun, release := make(chan struct{}), make(chan struct{})
+	p := newParts(t, append(playRedis(t, func(int, []string) string {
+		if fetches.Add(1) == 1 {
+			close(begun)
+			<-release
+		}
+		return bulk("value")
+	}), "--client-limit", "1", "--redis-timeout", "100ms")...) // within that the first is sent
+	askFor(p, "first")
+	<-begun
+	p.wait(askFor(p, "a", "b", "c"))
+	close(release)
+	eventually(t, "no flight is left", func() bool {
+		p.cache.mu.Lock()
+		defer p.cache.mu.Unlock()
+		return len(p.cache.flights) == 0
+	})
+	compare(t, "GETs", fetches.Load(), 1)
+}
+
 // A dial that began while Redis was down does not fail those who ask when it is back.
 func TestPoolHasNoErrorAfterTheFirstSuccess(t *testing.T) {
 	p := newParts(t, playRedis(t, func(int, []string) string { return bulk("value") })...)
@@ -2832,6 +2866,8 @@ var httpRequests = []string{
 		"HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n\r\n",
 	"GET /k HTTP/1.1\r\nHost: h\r\nRange: bytes=0-0\r\n\r\n", "GET /k HTTP/1.1\r\nHost: h\r\nIf-None-Match: *\r\n\r\n",
 	"GET /k HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer x\r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer secret\r\n\r\n",
+	"GET /k HTTP/1.1\r\nHost: h\r\nAUTHORIZATION: Bearer secret\r\n\r\n",
 	"GET /k HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer x\r\nAuthorization: Bearer secret\r\n\r\n",
 	"GET /k HTTP/1.1\r\nHost: h\r\nAuthorization:\r\nAuthorization: Bearer secret\r\n\r\n",
 	"GET /k HTTP/1.1\r\nHost: h\r\nIf-None-Match: " + tagOfK + "\r\nIf-None-Match: \"x\"\r\n\r\n",
