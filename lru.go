@@ -1,9 +1,10 @@
 // The read-through cache: least recently used, one TTL for all, bounded in keys and in bytes.
 //
 // Its one lock decides for each key: a hit, a flight to join, or a flight to begin. A flight is the
-// promise of a value; the cache is made with the function that carries flights out, and finish and
-// forget end them. Two lists hold every entry, one in the order of use, one in the order of filling:
-// as the TTL is the same for all, the second is also the order of expiry.
+// promise of a value. The cache is made with the function that queues flights; finish ends each, and
+// forget keeps those whose key has changed from being stored or joined. Two lists hold every entry, one
+// in the order of use, one in the order of filling: as the TTL is the same for all, the second is also
+// the order of expiry, but for entries that end early.
 package main
 
 import (
@@ -25,8 +26,8 @@ const (
 	entryOverhead = 233
 	// refreshPause is the least time between two refreshes of an entry: the first may have failed.
 	refreshPause = 100 * time.Millisecond
-	// maxLate bounds the search for the place of a late reply in the list of filling. Behind more entries
-	// than that, its expiry may be noticed as much too late as the reply was.
+	// maxLate is how many entries put looks past to place a late reply in the order of filling. If that is not
+	// enough, the entry may be dropped late, by as long as the reply was late.
 	maxLate = 1000
 	// aheadBytes bounds the values that one request has asked for and not yet taken, by the size that
 	// values had lately. At least one value is asked for.
@@ -47,9 +48,9 @@ type cacheSettings struct {
 // A cache maps keys to values, and has those that it lacks fetched. It is safe for concurrent use.
 type cache struct {
 	cacheSettings
-	started  time.Time
-	carryOut func([]*flight) // queues flights that have begun; it must not block. finish ends each of them
-	typical  atomic.Int64    // bytes of a key and its value, as of late; 0 before the first
+	started time.Time
+	enqueue func([]*flight) // queues flights that have begun, and must not block; finish ends each of them
+	typical atomic.Int64    // bytes of a key and its value, as of late; 0 before the first
 
 	mu      sync.Mutex // guards the following, and the fields of flights that say so; no other lock is taken under it
 	entries map[string]*entry
@@ -81,8 +82,8 @@ func (e *entry) answer() (a answer) {
 	return a
 }
 
-// A value is what Redis had for a key at one moment. It is a string, because the cache and all its
-// readers share it: nobody can write to it.
+// A value is what Redis had for a key at one moment. Its data is a string, because the cache and all its
+// readers share it and must not write to it.
 type value struct {
 	data    string        // the key, then the value as a bulk string of RESP, in one allocation
 	keyLen  int           // how much of data is the key
@@ -111,13 +112,14 @@ func (v value) content() string {
 	return b[strings.IndexByte(b, '\n')+1 : len(b)-2]
 }
 
-// A flight is a GET that has begun and not yet ended. All requests for the key wait for the same one.
+// A flight is a GET that has begun and not yet ended. Requests for the key join it, until the key changes or
+// it is too old.
 type flight struct {
 	key   string
 	began time.Duration // on the cache's clock
 
 	until atomic.Int64  // when the last waiter gives up; it is set under the cache's lock, which guards the next three
-	older *flight       // in flight for the same key, too late to be joined
+	older *flight       // the flight that this one replaced for the key; it may still be under way
 	dirty bool          // the key changed meanwhile: the reply must not be stored
 	done  chan struct{} // nil until a request waits; closed when finished
 
@@ -135,7 +137,8 @@ type flight struct {
 // wanted reports whether a request will still wait for f at a time.
 func (f *flight) wanted(at time.Duration) bool { return at < time.Duration(f.until.Load()) }
 
-// spoil keeps the replies to f and to older flights for its key out of the cache. It needs the cache's lock.
+// spoil keeps the replies to f, which may be nil, and to older flights for its key out of the cache. It needs
+// the cache's lock.
 func (f *flight) spoil() {
 	for ; f != nil; f = f.older {
 		f.dirty = true
@@ -177,7 +180,8 @@ const (
 	fromStale          // the cache, past the TTL, because Redis cannot answer
 )
 
-// What an answer counts as in the statistics, its source or why it has no value, and the names in the metrics.
+// What an answer counts as in the statistics, and the names in the metrics: the sources in their order, and why
+// there is no value.
 const hit, miss, collapsed, stale, absent, absentHit, failed = 0, 1, 2, 3, 4, 5, 6
 
 var outcomes = [...]string{"hit", "miss", "collapsed", "stale", "absent", "absent_hit", "error"}
@@ -218,8 +222,8 @@ func (t *tally) figures(protocol string) (fs []figure) {
 	return fs
 }
 
-func newCache(s cacheSettings, carryOut func([]*flight)) *cache {
-	return &cache{cacheSettings: s, started: time.Now(), carryOut: carryOut,
+func newCache(s cacheSettings, enqueue func([]*flight)) *cache {
+	return &cache{cacheSettings: s, started: time.Now(), enqueue: enqueue,
 		entries: make(map[string]*entry), flights: make(map[string]*flight)}
 }
 
@@ -236,8 +240,8 @@ func (c *cache) get(since time.Duration, keys [][]byte, answers []answer) int {
 	return n
 }
 
-// getHeld answers a key, and has hold count its value. If that returns what is closed when there may be room, getHeld
-// lets go of the value, waits for room as long as for Redis, and asks again.
+// getHeld answers a key, and has hold count its value. If there is no room for it, hold returns what is closed
+// when there may be: getHeld then lets go of the value, waits as long as it would for Redis, and asks again.
 func (c *cache) getHeld(t *tally, key []byte, hold func(string, int) (full <-chan struct{})) answer {
 	keys, answers, late := [1][]byte{key}, [1]answer{}, c.now()+c.timeout
 	c.get(c.now(), keys[:], answers[:])
@@ -272,7 +276,7 @@ func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n 
 		n++
 		if !e.live(now) {
 			f, source := c.flights[string(key)], fromAnother
-			if f == nil || now >= f.began+min(c.timeout, c.ttl) { // it must not bring what is older than the TTL
+			if f == nil || now >= f.began+min(c.timeout, c.ttl) { // it may bring what is past the TTL, or come too late
 				f, source = c.begin(string(key), f, now, 0), fromRedis
 				begun = append(begun, f)
 			}
@@ -292,14 +296,14 @@ func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n 
 	c.use(used)
 	c.mu.Unlock()
 	if len(begun) > 0 {
-		c.carryOut(begun)
+		c.enqueue(begun)
 	}
 	return n
 }
 
-// again replaces the answers to keys by what the cache holds now, all at one moment: live entries, and for an
+// lookAgain replaces the answers to keys by what the cache holds now, all at one moment: live entries, and for an
 // outage entries that are past the TTL by less than the stale time.
-func (c *cache) again(keys [][]byte, answers []answer) {
+func (c *cache) lookAgain(keys [][]byte, answers []answer) {
 	now := c.now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -325,19 +329,19 @@ func (c *cache) wait(since time.Duration, keys [][]byte, answers []answer) {
 		if late == nil {
 			late = time.After(since + c.timeout - c.now())
 		}
-		if c.ended(a.flight, late) {
+		if c.await(a.flight, late) {
 			a.value, a.err = a.flight.value, a.flight.err
 		} else {
 			a.err, late = errTimeout, time.After(0) // the other flights have had their time too
 		}
 		if c.stale > 0 && isOutage(a.err) {
-			c.again(keys[i:i+1], answers[i:i+1])
+			c.lookAgain(keys[i:i+1], answers[i:i+1])
 		}
 	}
 }
 
-// ended waits for the end of a flight, and reports whether it came before late.
-func (c *cache) ended(f *flight, late <-chan time.Time) bool {
+// await waits until a flight ends or late fires, and reports whether the flight ended.
+func (c *cache) await(f *flight, late <-chan time.Time) bool {
 	if f.finished.Load() { // of a pipeline, only the last is waited for
 		return true
 	}
@@ -355,10 +359,10 @@ func (c *cache) ended(f *flight, late <-chan time.Time) bool {
 	return f.finished.Load()
 }
 
-// finish ends a flight with what Redis had, and stores that. The entry is there before a waiter learns of
-// it, and before another flight for the key can begin.
+// finish ends a flight with what Redis had, and stores that unless the key changed meanwhile. The entry is
+// there before a waiter learns of it.
 //
-// It closes this race, in which an old value would stay in the cache until its TTL:
+// finish and forget together close this race, in which an old value would stay in the cache until its TTL:
 //
 //	1: a request begins a flight; Redis reads the old value for it
 //	2: a writer changes the key; Redis reports it
@@ -370,7 +374,7 @@ func (c *cache) ended(f *flight, late <-chan time.Time) bool {
 func (c *cache) finish(f *flight, v value, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.flights[f.key] == f {
+	if c.flights[f.key] == f { // else a report of a change, or a newer flight, has taken its place
 		delete(c.flights, f.key)
 		size := int64(len(f.key) + len(v.data))
 		if !isOutage(err) && !c.typical.CompareAndSwap(0, size) && err == nil {
@@ -385,11 +389,11 @@ func (c *cache) finish(f *flight, v value, err error) {
 	}
 	v.expires = min(limit, cmp.Or(v.expires, limit))
 	switch {
-	case f.dirty:
+	case f.dirty: // those who wait get v, the cache does not
 	case err == nil || err == errAbsent && c.absent > 0:
 		f.stored = c.put(c.now(), v)
 	case !isOutage(err):
-		c.drop(c.now(), c.entries[f.key]) // or it might be answered once more, as stale
+		c.drop(c.now(), c.entries[f.key]) // another type, or absent and not kept: an outage must not serve what was
 	}
 	f.value, f.err = v, err
 	f.finished.Store(true)
@@ -449,9 +453,10 @@ func (c *cache) figures() []figure {
 	}
 }
 
-// The following need the lock.
+// The cache's functions that follow need the lock.
 
-// use counts uses, in their order. Many at once are quicker: each waits for memory, and not for the one before.
+// use counts uses, in their order, and returns es emptied, for reuse. Many at once are quicker: each waits for
+// memory, and not for the one before.
 func (c *cache) use(es []*list.Element) (none []*list.Element) {
 	for _, e := range es {
 		c.used.MoveToFront(e)

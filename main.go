@@ -267,7 +267,7 @@ func fitDescriptors(cfg *config, log *slog.Logger) {
 // run serves on l, and metrics and health on admin if that is not nil, until ctx is done. Then it stops
 // what it started in reverse order. It owns the listeners.
 func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logger) {
-	var p *pool
+	var p *pool // the cache and the pool need each other; no flight begins before both are there
 	c := newCache(cfg.cache, func(fs []*flight) { p.enqueue(fs) })
 	p = newPool(cfg.pool, c, log)
 	defer p.close()

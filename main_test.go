@@ -2040,7 +2040,7 @@ func (d *flightDeck) ask(key string) string {
 // without returns how a request for a key ends in an outage.
 func (d *flightDeck) without(key string) string {
 	a := [1]answer{{err: errUnavailable}}
-	d.again([][]byte{[]byte(key)}, a[:])
+	d.lookAgain([][]byte{[]byte(key)}, a[:])
 	return outcomes[a[0].outcome()]
 }
 
@@ -2571,7 +2571,7 @@ func TestPoolStoresALateReply(t *testing.T) {
 	p.wait(answers)
 	compare(t, "answer in time", answers[0].err, errTimeout)
 	close(release)
-	p.cache.ended(answers[0].flight, nil)
+	p.cache.await(answers[0].flight, nil)
 	compare(t, "answer of the cache", outcomeOf(p.get("key")), "late")
 }
 
@@ -2641,7 +2641,7 @@ func TestPoolDoesNotRetryForNobody(t *testing.T) {
 		p.wait(asked) // for another 100 ms
 	}
 	close(hangUp)
-	p.cache.ended(asked[0].flight, nil)
+	p.cache.await(asked[0].flight, nil)
 	compare(t, "GETs", fetches.Load(), 1)
 }
 

@@ -229,7 +229,7 @@ func (p *pool) ready() bool {
 	f := &flight{key: key, dirty: true, began: now}
 	f.until.Store(int64(now + p.timeout))
 	p.enqueue([]*flight{f})
-	if !p.cache.ended(f, time.After(p.timeout)) {
+	if !p.cache.await(f, time.After(p.timeout)) {
 		return false
 	}
 	rest, forbidden := strings.CutPrefix(fmt.Sprint(f.err), upstreamRefused+"NOPERM ")

@@ -720,7 +720,7 @@ func (c *client) exec([][]byte) string {
 		}
 	}
 	if len(keys) > 0 && len(c.ask(keys)) == 0 {
-		c.resp.cache.again(keys, c.answers)
+		c.resp.cache.lookAgain(keys, c.answers)
 		c.moment, c.answers = c.answers, nil
 	}
 	write(c, head('*', len(queue)))
