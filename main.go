@@ -293,7 +293,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 		defer a.Close()
 	}
 	go s.run() // ends with s.stop
-	p.try()
+	p.probe()
 	<-ctx.Done()
 
 	log.Info("stopping")

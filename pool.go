@@ -2,7 +2,7 @@
 //
 // Only this file knows redigo. The cache begins flights; the pool queues them, carries them out in
 // batches, and finishes each with the reply or with the failure of the connection. It waits for nobody:
-// those who asked wait in the cache, and a late reply still fills it.
+// those who asked wait in the cache, and a late reply still fills it, unless its key changed.
 package main
 
 import (
@@ -93,18 +93,18 @@ func isHost(s string) bool {
 // A pool carries flights out. It is safe for concurrent use.
 type pool struct {
 	poolSettings
-	cache   *cache
-	log     *slog.Logger
-	ctx     context.Context // done when the pool is closed
-	stop    context.CancelFunc
-	running sync.WaitGroup  // watch and the trackers
-	several atomic.Bool     // false: a single Redis, which is sent nothing that only clusters and sentinels know
-	servers []string        // that the URL names: Redis, nodes of a cluster, or sentinels
-	hints   chan string     // it is time to learn, perhaps from the server at this address
-	learnt  context.Context // done when that was tried once
-	known   context.CancelFunc
-	failed  atomic.Int64 // when a batch last did, on the cache's clock
-	unknown atomic.Value // why a server did not say who owns the keys, a string
+	cache      *cache
+	log        *slog.Logger
+	ctx        context.Context // done when the pool is closed
+	stop       context.CancelFunc
+	running    sync.WaitGroup  // watch and the trackers
+	several    atomic.Bool     // false: a single Redis, which is sent nothing that only clusters and sentinels know
+	servers    []string        // that the URL names: Redis, nodes of a cluster, or sentinels
+	hints      chan string     // it is time to learn, perhaps from the server at this address
+	learnt     context.Context // done when the pool has tried once to learn who owns the keys
+	markLearnt context.CancelFunc
+	failed     atomic.Int64 // when a batch last did, on the cache's clock
+	learnErr   atomic.Value // why a server did not say who owns the keys, a string
 
 	flights, batches, errors, redirects, refreshes, invalidations atomic.Int64 // see figures
 
@@ -125,7 +125,7 @@ func newPool(s poolSettings, c *cache, log *slog.Logger) *pool {
 		50 * time.Millisecond, 100 * time.Millisecond, 250 * time.Millisecond, 500 * time.Millisecond, time.Second}
 	p.latency.counts = make([]int64, len(p.latency.bounds)+1)
 	p.ctx, p.stop = context.WithCancel(context.Background())
-	p.learnt, p.known = context.WithCancel(p.ctx)
+	p.learnt, p.markLearnt = context.WithCancel(p.ctx)
 	p.several.Store(s.redis.master != "" || len(p.servers) > 1)
 	first := p.nodeLocked(cmp.Or(s.redis.master, p.servers[0]))
 	first.owns, first.master = slots, true
@@ -218,8 +218,8 @@ func (p *pool) enqueue(fs []*flight) {
 	}
 }
 
-// try connects once, so that the log says what is wrong before the first request. Nobody waits for its flight.
-func (p *pool) try() { p.enqueue([]*flight{{dirty: true}}) }
+// probe connects once, so that the log says what is wrong before the first request. Nobody waits for its flight.
+func (p *pool) probe() { p.enqueue([]*flight{{dirty: true}}) }
 
 // ready reports whether Redis answers, by a flight like any other, for a key that nobody has. That Redis
 // does not let the proxy read this key is an answer.
@@ -250,7 +250,7 @@ func (p *pool) figures() []figure {
 		if n.owns > 0 && n.down() {
 			down++
 		}
-		if n.owns > 0 && p.tracking && !n.live.Load() {
+		if n.owns > 0 && p.tracking && !n.tracked.Load() {
 			state = 1
 		}
 	}
@@ -305,7 +305,7 @@ func (p *pool) watch() {
 			p.learn(hint)
 			p.settle()
 		}
-		p.known()
+		p.markLearnt()
 		select {
 		case <-p.ctx.Done():
 		case <-time.After(learnPause):
@@ -340,7 +340,7 @@ func (p *pool) learn(hint string) {
 			addrs[0], addrs[i] = addr, addrs[0]
 			return
 		}
-		p.unknown.Store(err.Error())
+		p.learnErr.Store(err.Error())
 	}
 }
 
@@ -419,13 +419,13 @@ func (p *pool) settle() {
 
 // A node is one Redis server, the connections to it, and the flights that wait for one of them.
 type node struct {
-	pool  *pool
-	addr  string // or the name that sentinels know it by, before they have answered
-	log   *slog.Logger
-	ctx   context.Context // done when the node is closed, which closes its connections
-	stop  context.CancelFunc
-	conns *redis.Pool
-	live  atomic.Bool // its changes are reported
+	pool    *pool
+	addr    string // or the name that sentinels know it by, before they have answered
+	log     *slog.Logger
+	ctx     context.Context // done when the node is closed, which closes its connections
+	stop    context.CancelFunc
+	conns   *redis.Pool
+	tracked atomic.Bool // its changes are reported
 
 	// When a connection last broke, a reply last was no outage, and failures and refusals were last logged, on
 	// the cache's clock; 0: never. Connections that have been idle since before the first may be dead.
@@ -454,7 +454,7 @@ func (n *node) dial() (*upstream, error) {
 	p := n.pool
 	<-p.learnt.Done()
 	if n.addr == p.redis.master {
-		return nil, fmt.Errorf("no sentinel names the master %q: %v", n.addr, p.unknown.Load())
+		return nil, fmt.Errorf("no sentinel names the master %q: %v", n.addr, p.learnErr.Load())
 	}
 	return p.dial(n.ctx, n.addr, p.timeout+grace, false)
 }
@@ -538,9 +538,9 @@ func (n *node) take() []*flight {
 	return fs
 }
 
-// broken ends the flights of a connection that broke, or could not be made, since it began. Those that a
-// request waits for are tried again where another node is to be asked by now, and once at the same: the
-// connection may have died while it was idle, and GET does no harm twice.
+// broken takes the flights of a worker that started at began, and whose connection broke or could not be made.
+// Those that a request waits for are tried again where another node is to be asked by now, and once at the same:
+// the connection may have died while it was idle, and GET does no harm twice. The others end with err.
 func (n *node) broken(fs []*flight, err error, began time.Duration) {
 	p, now := n.pool, n.pool.cache.now()
 	p.failed.Store(int64(now))
@@ -705,16 +705,16 @@ func (e replyError) Unwrap() error {
 	return errRefused
 }
 
-// ofStanding has what error replies to GET begin with that concern the proxy's own standing with Redis.
-var ofStanding = regexp.MustCompile("^(NOAUTH|NOPERM|WRONGPASS|DENIED|MOVED|ASK|ERR max number of clients) ")
+// aboutProxy matches error replies to GET that concern the proxy's login, rights or routing, and not the key.
+var aboutProxy = regexp.MustCompile("^(NOAUTH|NOPERM|WRONGPASS|DENIED|MOVED|ASK|ERR max number of clients) ")
 
 // asAnswer returns the answer to a request that failed with err. An error reply that is not to GET, or that is
-// ofStanding, is marked, so that a client does not take it for its own.
+// aboutProxy, is marked, so that a client does not take it for its own.
 func asAnswer(err error, toGET bool) error {
 	var reply redis.Error
 	var network net.Error
 	if errors.As(err, &reply) {
-		if toGET && !ofStanding.MatchString(string(reply)) {
+		if toGET && !aboutProxy.MatchString(string(reply)) {
 			return replyError(reply)
 		}
 		return upstreamRefused + replyError(reply)
@@ -838,8 +838,9 @@ func (u *upstream) Do(command string, args ...any) (any, error) {
 	return u.reply(false, anyReply)
 }
 
-// reply reads the reply to a command, of one of kinds, after that to the ASKING before it: if that was refused,
-// it returns the refusal. Any other reply breaks the connection: those after it might be taken for other keys'.
+// reply reads the reply to a command. Its first byte must be one of kinds: with any other the connection is
+// closed, as later replies could be taken for other keys'. If the command was sent behind ASKING, as asked says,
+// reply first reads the reply to that, and returns its error if it is one.
 func (u *upstream) reply(asked bool, kinds string) (any, error) {
 	var refusal error
 	if asked {
@@ -926,15 +927,15 @@ func (w *wire) Write(p []byte) (int, error) {
 	return w.Conn.Write(p)
 }
 
-// track has Redis report every key that changes, and has the cache forget it, until the node is closed. It
-// only sharpens the TTL: while its connection is down, entries live on by that. It pauses longer and longer
-// between connections until one has lasted.
+// track has Redis report every key that changes, and has the cache forget it, until the node is closed. Without
+// its connection, entries end by their TTL alone. It pauses longer and longer between connections until one has
+// lasted.
 func (n *node) track() {
 	p := n.pool
 	for pause := retryPause; n.ctx.Err() == nil; pause = min(2*pause, 5*time.Second) {
 		began := p.cache.now()
 		err := n.follow()
-		if n.live.Swap(false) && p.cache.now()-began > 2*pingEvery {
+		if n.tracked.Swap(false) && p.cache.now()-began > 2*pingEvery {
 			pause = retryPause
 		}
 		p.hint("")
@@ -975,15 +976,16 @@ func (n *node) follow() error {
 	return err
 }
 
-// heed acts on a message: a report of changes, or the answer to PING, which shows that Redis lets it go on.
+// heed acts on a message: a report of changes, or the answer to PING. The first of these shows that Redis
+// reports changes from now on, and empties the cache.
 func (n *node) heed(msg []any) {
 	if len(msg) == 3 {
 		keys, _ := redis.ByteSlices(msg[2], nil) // nil: all
 		n.pool.invalidations.Add(int64(max(len(keys), 1)))
 		n.pool.cache.forget(keys)
-	} else if len(msg) > 0 && !n.live.Load() {
+	} else if len(msg) > 0 && !n.tracked.Load() {
 		n.pool.cache.forget(nil) // what changed until now was not reported
-		n.live.Store(true)
+		n.tracked.Store(true)
 		n.log.Info("tracking is live")
 	}
 }
