@@ -22,11 +22,13 @@ import (
 	"unsafe"
 )
 
-// A connection reads into readBuffer, into up to pipelineBuffer if it sends more at once, and into more
-// while a request does not fit. What is over pipelineBuffer counts against the budget of requests.
+// A connection reads into readBuffer, into up to pipelineBuffer if it sends more at once, into up to
+// wideBuffer while its requests wait for Redis, so that they wait together, and into more while a
+// request does not fit. What is over pipelineBuffer counts against the budget of requests.
 const (
 	readBuffer     = 2 << 10
 	pipelineBuffer = 16 << 10
+	wideBuffer     = 256 << 10
 	maxRequest     = 64 << 20 // of a request: all its arguments and their framing
 	argSize        = 40       // what an argument costs beside its bytes
 	maxInline      = 64 << 10 // of a line: an inline request, a count or a length (PROTO_INLINE_MAX_SIZE)
@@ -57,22 +59,31 @@ type reader struct {
 	end    int
 	args   [][]byte // of the current request; each is a part of buf, and its capacity reaches to the end of buf
 	strict bool     // the client has not authenticated: it may send only short requests
+	wide   bool     // the client's requests wait for Redis
 	err    error    // nothing more is read
 	budget *budget
 	held   int // of the budget
 	queued int // bytes of the transaction that the client has begun
 }
 
-// fill reads once. A full buffer doubles, and a large one is for one request.
+// fill reads once. A full buffer grows, and a large one is for one request, or for those that wait.
 func (r *reader) fill() {
-	rest, size := r.buf[r.start:r.end], len(r.buf)
+	rest, size, full := r.buf[r.start:r.end], len(r.buf), r.end == len(r.buf)
+	if r.err = r.pause(); r.err != nil {
+		return
+	}
 	switch {
-	case len(rest) == size || r.end == size && size < pipelineBuffer:
+	case len(rest) == size:
 		size *= 2
-	case size > pipelineBuffer && len(rest) <= readBuffer/2:
+	case full && size < pipelineBuffer:
+		size = pipelineBuffer
+	case full && r.wide && size < wideBuffer && r.grant(wideBuffer):
+		size = wideBuffer
+	case size > pipelineBuffer && len(rest) <= readBuffer/2 && !(full && r.wide):
 		size = readBuffer
 	}
-	if r.err = r.pause(); r.err != nil || !r.grant(size) {
+	if !r.grant(size) {
+		r.err = errTooMuch
 		return
 	}
 	if r.start > 0 || size != len(r.buf) {
@@ -102,7 +113,6 @@ func (r *reader) grant(size int) bool {
 	more := max(0, size+len(r.args)*argSize+r.queued-pipelineBuffer) - r.held
 	switch {
 	case more > 0 && r.budget.hold("", more) != nil:
-		r.err = errTooMuch
 		return false
 	case more < 0:
 		r.budget.release("", -more)
@@ -126,8 +136,11 @@ func (r *reader) read() [][]byte {
 				r.args, r.err = splitWords(r.args, line)
 			}
 		}
-		if len(r.args) > 0 && r.err == nil && r.grant(len(r.buf)) {
-			return r.args
+		if len(r.args) > 0 && r.err == nil {
+			if r.grant(len(r.buf)) {
+				return r.args
+			}
+			r.err = errTooMuch
 		}
 	}
 	return nil
@@ -373,6 +386,7 @@ func (c *client) ask(keys [][]byte) (rest [][]byte) {
 	}
 	c.answers = slices.Grow(c.answers, n)[:n]
 	got := c.resp.cache.get(since, keys[:n], c.answers)
+	c.in.wide = c.answers[got-1].flight != nil
 	size, first := 0, c.answers[0].data
 	for i := range got {
 		size += len(c.answers[i].data) + answerSize
@@ -703,7 +717,9 @@ func (c *client) queue(args [][]byte) string {
 		c.in.queued += len(arg) + 2*argSize
 	}
 	c.multi = append(c.multi, own)
-	c.in.grant(len(c.in.buf))
+	if !c.in.grant(len(c.in.buf)) {
+		c.in.err = errTooMuch
+	}
 	return "+QUEUED\r\n"
 }
 
