@@ -2591,10 +2591,11 @@ func TestPoolDoesNotRetryForNobody(t *testing.T) {
 		fetches.Add(1)
 		<-hangUp
 		return hungUp
-	}), "--redis-timeout", "100ms")...) // within that it is sent
-	asked := askFor(p, "key")
-	for gone := p.now() + 2*p.cfg.pool.timeout; p.now() <= gone; {
-		p.wait(asked) // for another 100 ms
+	}), "--redis-timeout", "20ms")...)
+	asked := make([]answer, 1)
+	p.cache.decide(p.now()+300*time.Millisecond, [][]byte{[]byte("key")}, asked) // time enough to be sent
+	for gone := p.now() + 400*time.Millisecond; p.now() <= gone; {
+		p.wait(asked) // for another 20 ms
 	}
 	close(hangUp)
 	p.cache.ended(asked[0].flight, nil)
@@ -2611,8 +2612,8 @@ func TestPoolForgetsWhatNobodyWaitsFor(t *testing.T) {
 			<-release
 		}
 		return bulk("value")
-	}), "--client-limit", "1", "--redis-timeout", "100ms")...) // within that the first is sent
-	askFor(p, "first")
+	}), "--client-limit", "1", "--redis-timeout", "20ms")...)
+	p.cache.decide(p.now()+time.Hour, [][]byte{[]byte("first")}, make([]answer, 1))
 	<-begun
 	p.wait(askFor(p, "a", "b", "c"))
 	close(release)
