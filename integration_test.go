@@ -7548,6 +7548,31 @@ func TestIntegrationAdmin(t *testing.T) {
 	})
 }
 
+// Connections to the admin listener are few at once.
+func TestIntegrationAdminConnectionsAreBounded(t *testing.T) {
+	_, admin := startAdmin(t, sharedRedis(t))
+	addr := strings.TrimPrefix(admin, "http://")
+	var idle []*rawClient
+	for range maxAdmin {
+		idle = append(idle, dial(t, addr))
+	}
+	over := dial(t, addr)
+	over.SetDeadline(time.Now().Add(firstLineTimeout / 2)) // and not when it has been silent for too long
+	over.expectClosed()
+	for _, c := range idle {
+		resp, body := c.send("GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n").response()
+		compare(t, "answer to one of not too many", fmt.Sprint(resp.StatusCode, " ", body), "200 alive\n")
+		c.Close()
+	}
+	eventually(t, "room again", func() bool {
+		resp, err := httpClient.Get(admin + "/healthz")
+		if err == nil {
+			resp.Body.Close()
+		}
+		return err == nil
+	})
+}
+
 // TestIntegrationAdminPage opens the page in a browser, through a relay that adds an unknown figure to the
 // metrics.
 func TestIntegrationAdminPage(t *testing.T) {

@@ -955,6 +955,19 @@ func TestHTTPHeadersHaveABudget(t *testing.T) {
 	p.web.shutdown(context.Background())
 }
 
+// A connection that net/http answers for long holds no more than its latest request.
+func TestHTTPHeadersLeaveTheBudget(t *testing.T) {
+	const n = 100
+	p := newParts(t, "--cache-timeout", "1h")
+	cacheNow(p, "k", "value")
+	send := strings.Repeat("GET /k HTTP/1.1\r\nHost: h\r\nRange: bytes=0-\r\n\r\n", n)
+	s := &scripted{pieces: slices.Collect(slices.Chunk([]byte(send), len(send)/n)), closed: make(chan struct{})}
+	p.web.serve(newConn(s, serverSettings{idleTimeout: time.Hour, requests: newBudget(20 << 10)}))
+	<-s.closed
+	compare(t, "answers", strings.Count(s.got.String(), "HTTP/1.1 206 "), n)
+	p.web.shutdown(context.Background())
+}
+
 // A client may keep a 404 as long as the cache does, and is told so by both ways.
 func TestHTTPAbsenceIsKept(t *testing.T) {
 	p := newParts(t, append(playRedis(t, replies), "--absent-timeout", "10s")...)
@@ -1609,6 +1622,15 @@ func TestRESPDescribesItself(t *testing.T) {
 	}
 	if got := talk(t, p, strings.NewReader("INFO stats\r\n")); strings.Contains(got, "# Server") {
 		t.Errorf("INFO stats: got %q; want that section alone", got)
+	}
+}
+
+func TestRESPCountsHitsAndMisses(t *testing.T) {
+	p := newParts(t, playRedis(t, replies)...)
+	got := talk(t, p, strings.NewReader("GET text\r\n"))
+	got += talk(t, p, strings.NewReader("GET text\r\nMGET text absent\r\nINFO stats\r\n"))
+	if want := "\r\nkeyspace_hits:2\r\nkeyspace_misses:2\r\n"; !strings.Contains(got, want) {
+		t.Errorf("got %q; want it to have %q", got, want)
 	}
 }
 
@@ -2635,10 +2657,11 @@ func TestPoolDoesNotRetryForNobody(t *testing.T) {
 		fetches.Add(1)
 		<-hangUp
 		return hungUp
-	}), "--redis-timeout", "100ms")...) // within that it is sent
-	asked := askFor(p, "key")
-	for gone := p.now() + 2*p.cfg.pool.timeout; p.now() <= gone; {
-		p.wait(asked) // for another 100 ms
+	}), "--redis-timeout", "20ms")...)
+	asked := make([]answer, 1)
+	p.cache.decide(p.now()+300*time.Millisecond, [][]byte{[]byte("key")}, asked) // time enough to be sent
+	for gone := p.now() + 400*time.Millisecond; p.now() <= gone; {
+		p.wait(asked) // for another 20 ms
 	}
 	close(hangUp)
 	p.cache.await(asked[0].flight, nil)
@@ -2655,8 +2678,8 @@ func TestPoolForgetsWhatNobodyWaitsFor(t *testing.T) {
 			<-release
 		}
 		return bulk("value")
-	}), "--client-limit", "1", "--redis-timeout", "100ms")...) // within that the first is sent
-	askFor(p, "first")
+	}), "--client-limit", "1", "--redis-timeout", "20ms")...)
+	p.cache.decide(p.now()+time.Hour, [][]byte{[]byte("first")}, make([]answer, 1))
 	<-begun
 	p.wait(askFor(p, "a", "b", "c"))
 	close(release)
