@@ -1,8 +1,8 @@
 // HTTP: the key from the path, the answer and its header.
 //
-// A connection begins with quick, which answers ordinary requests over HTTP/1. It goes to net/http, for good,
-// with the first other request; both ways answer alike. RFC 9110 (semantics), 9111 (caching) and 9211
-// (Cache-Status) say what goes into the answers.
+// A connection begins with quick, which answers ordinary requests over HTTP/1. It goes to net/http,
+// for good, with the first other request; both ways answer alike. RFC 9110 (semantics), 9111
+// (caching) and 9211 (Cache-Status) say what goes into the answers.
 package main
 
 import (
@@ -101,7 +101,8 @@ func (w *web) refuse(c *conn) {
 // that are idle, although a request may be on its way.)
 func (w *web) drain() { w.draining.Store(true) }
 
-// shutdown closes net/http's idle connections, and the others when they are answered or ctx is done.
+// shutdown closes net/http's idle connections, and the others when they are answered or ctx is
+// done.
 func (w *web) shutdown(ctx context.Context) {
 	if w.server.Shutdown(ctx) != nil {
 		w.server.Close()
@@ -158,9 +159,10 @@ func (w *web) write(rw http.ResponseWriter, r *http.Request, a *answer, now time
 	http.ServeContent(out, r, "", time.Time{}, strings.NewReader(body))
 }
 
-// correct changes a request where http.ServeContent reads it otherwise than RFC 9110. It joins repeated
-// fields (§5.3). It drops Range for HEAD, for other units and for too many parts, ignores the case of the
-// unit, makes a suffix of 0 bytes unsatisfiable, and caps large numbers (§14). header is that of the value.
+// correct changes a request where http.ServeContent reads it otherwise than RFC 9110. It joins
+// repeated fields (§5.3). It drops Range for HEAD, for other units and for too many parts, ignores
+// the case of the unit, makes a suffix of 0 bytes unsatisfiable, and caps large numbers (§14).
+// header is that of the value.
 func correct(r *http.Request, header string) {
 	list := func(name string) string { return strings.Join(r.Header[name], ", ") }
 	if r.Header.Set("If-Match", list("If-Match")); lists([]byte(list("If-None-Match")), header) {
@@ -181,8 +183,8 @@ var (
 	emptySuffix = regexp.MustCompile(`((?:^|,)[ \t]*)-0+\b`)
 )
 
-// A valueWriter gives the client the write time-out for each piece of a large value over HTTP/2. The
-// server's own is for a whole answer.
+// A valueWriter gives the client the write time-out for each piece of a large value over HTTP/2.
+// The server's own is for a whole answer.
 type valueWriter struct {
 	http.ResponseWriter
 	timeout time.Duration
@@ -259,8 +261,8 @@ func httpError(err error) (status int, text, fields string) {
 	return http.StatusBadGateway, errUnavailable.Error() + "\n", ""
 }
 
-// header returns what HTTP says about the value of an answer, a field a line: its tag (tagField), type
-// and length. The tag is the same on every replica. The cache keeps the header.
+// header returns what HTTP says about the value of an answer, a field a line: its tag (tagField),
+// type and length. The tag is the same on every replica. The cache keeps the header.
 func (w *web) header(a *answer) string {
 	if a.header == "" {
 		content := a.content()
@@ -291,8 +293,9 @@ func lists(field []byte, header string) bool {
 // bytesOf returns the bytes of s without a copy. They must not be written to.
 func bytesOf(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
 
-// quick answers requests until one is not ordinary (quickRequest), without net/http, which costs more
-// than all the rest of a hit. It returns what it has read and not answered, for net/http to go on with.
+// quick answers requests until one is not ordinary (quickRequest), without net/http, which costs
+// more than all the rest of a hit. It returns what it has read and not answered, for net/http to go
+// on with.
 func (w *web) quick(c *conn) (rest []byte) {
 	for buf := make([]byte, quickBuffer); ; {
 		n, err := c.Read(buf[len(rest):]) // an error that comes with bytes comes again
@@ -318,8 +321,8 @@ func (w *web) quick(c *conn) (rest []byte) {
 	}
 }
 
-// answer answers the ordinary requests that b begins with. It returns what is left, and whether that
-// may be the beginning of another.
+// answer answers the ordinary requests that b begins with. It returns what is left, and whether
+// that may be the beginning of another.
 func (w *web) answer(c *conn, b []byte) (rest []byte, ordinary bool, err error) {
 	out := writers.Get().(*bufio.Writer)
 	defer writers.Put(out)
@@ -415,9 +418,9 @@ func (w *web) appendCaching(b []byte, a *answer, now time.Duration) []byte {
 	return append(b, "\r\n"...)
 }
 
-// A quickRequest is an ordinary request: GET or HEAD, well-formed to the byte, with one Host, no body, and no
-// field that asks for what net/http alone knows. Fields that mean nothing here are skipped. Its parts lie in
-// the buffer that it was read into.
+// A quickRequest is an ordinary request: GET or HEAD, well-formed to the byte, with one Host, no
+// body, and no field that asks for what net/http alone knows. Fields that mean nothing here are
+// skipped. Its parts lie in the buffer that it was read into.
 type quickRequest struct {
 	head, host    bool
 	old, kept     bool // HTTP/1.0, which need not have a Host, and must ask to be kept alive
@@ -428,7 +431,8 @@ type quickRequest struct {
 
 const hostBytes = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._:[]"
 
-// parse returns the first request in b, and its size: 0 if it is not whole, -1 if it is not ordinary.
+// parse returns the first request in b, and its size: 0 if it is not whole, -1 if it is not
+// ordinary.
 func parse(b []byte) (r quickRequest, size int) {
 	for rest, first := b, true; ; first = false {
 		line, after, whole := bytes.Cut(rest, []byte("\n"))
@@ -502,7 +506,8 @@ func (r *quickRequest) field(line []byte) (ordinary bool) {
 	return ok
 }
 
-// handOver has net/http serve c through as, which reads and writes c. It sets its own deadlines from now on.
+// handOver has net/http serve c through as, which reads and writes c. It sets its own deadlines
+// from now on.
 func (w *web) handOver(c *conn, as net.Conn) {
 	c.link.idle = 0
 	l := &oneConn{conn: as}
@@ -524,8 +529,9 @@ func (l *oneConn) Accept() (c net.Conn, err error) {
 func (l *oneConn) Close() error   { return nil }
 func (l *oneConn) Addr() net.Addr { return nil }
 
-// A counted connection is one of HTTP/1 that net/http serves. It counts what net/http reads of a header
-// against the budget of requests, until the next deadline: net/http sets one before and after each header.
+// A counted connection is one of HTTP/1 that net/http serves. It counts what net/http reads of a
+// header against the budget of requests, until the next deadline: net/http sets one before and
+// after each header.
 type counted struct {
 	*conn
 	held atomic.Int64
@@ -565,8 +571,8 @@ func (c complaints) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// newAdmin serves metrics, health and profiles, and drops keys that it is asked to forget. There is no
-// ServeMux in front, as that would clean the key.
+// newAdmin serves metrics, health and profiles, and drops keys that it is asked to forget. There is
+// no ServeMux in front, as that would clean the key.
 func newAdmin(figures func() []figure, ready func() bool, forget func([][]byte), logger *slog.Logger) *http.Server {
 	var open atomic.Int64
 	limit := func(c net.Conn, state http.ConnState) {
@@ -663,8 +669,8 @@ func digestOf(element string) string {
 	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
 }
 
-// adminPage polls /metrics every two seconds and keeps five minutes of it. It names the four figures
-// that come first; every other one gets a row by its name.
+// adminPage polls /metrics every two seconds and keeps five minutes of it. It names the four
+// figures that come first; every other one gets a row by its name.
 const adminPage = `<!doctype html><html lang="en"><meta charset="utf-8"><title>redis_proxy</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>
 :root { color-scheme: light dark; --accent: light-dark(#1f66d1, #6fabff); --alarm: light-dark(#b3261e, #ff8a80) }

@@ -1000,7 +1000,8 @@ func TestIntegrationSlowReaderIsServed(t *testing.T) {
 	readers.Wait()
 }
 
-// Streams of HTTP/2 that the client takes slowly, a little of each at a time, are served to the end.
+// Streams of HTTP/2 that the client takes slowly, a little of each at a time, are served to the
+// end.
 func TestIntegrationSlowHTTP2StreamsAreServed(t *testing.T) {
 	t.Parallel()
 	const streams, grants, grant = 4, 5, 32 << 10
@@ -1506,8 +1507,8 @@ func TestIntegrationLargeUploadIsRefusedInWords(t *testing.T) {
 	}
 }
 
-// A client that reads none of its answer is given up: by the quick way, by net/http over HTTP/1, and over
-// HTTP/2, where it opens no window.
+// A client that reads none of its answer is given up: by the quick way, by net/http over HTTP/1,
+// and over HTTP/2, where it opens no window.
 func TestIntegrationUnreadHTTPAnswersAreGivenUp(t *testing.T) {
 	flags := playRedis(t, func(_ int, args []string) string {
 		if args[1] == "big" {
@@ -2417,7 +2418,8 @@ func TestIntegrationClientLimitBoundsConnections(t *testing.T) {
 	}
 }
 
-// INFO shows what becomes of connections and nodes, while a GET is on its way, idle, in an outage and after it.
+// INFO shows what becomes of connections and nodes, while a GET is on its way, idle, in an outage
+// and after it.
 func TestIntegrationFiguresOfRedis(t *testing.T) {
 	asked, answered := make(chan struct{}), make(chan struct{})
 	var down atomic.Bool
@@ -3321,8 +3323,8 @@ func TestIntegrationTrackingOffCostsNoConnection(t *testing.T) {
 	}
 }
 
-// Cluster and Sentinel: real servers that are resharded, killed, stopped and failed over, and scripted
-// nodes for what real ones do not do on demand.
+// Cluster and Sentinel: real servers that are resharded, killed, stopped and failed over, and
+// scripted nodes for what real ones do not do on demand.
 
 const (
 	// afterKill and afterStop are how long after all nodes agree a killed and a stopped master may
@@ -3483,7 +3485,8 @@ type testCluster struct {
 	moves []func(t testing.TB) // that have begun, and end once
 }
 
-// startCluster starts a cluster of masters, with so many replicas each, and of some that own nothing.
+// startCluster starts a cluster of masters, with so many replicas each, and of some that own
+// nothing.
 func startCluster(t testing.TB, masters, replicas, idle int, args ...string) *testCluster {
 	t.Helper()
 	c := &testCluster{dir: t.TempDir(), args: append([]string{
@@ -3629,8 +3632,8 @@ func (c *testCluster) replica(t testing.TB, master *testNode) *testNode {
 	return nil
 }
 
-// disagreement returns "" if all nodes that are up have the same table, with an owner that is up for each
-// slot, and else what they say.
+// disagreement returns "" if all nodes that are up have the same table, with an owner that is up
+// for each slot, and else what they say.
 func (c *testCluster) disagreement() (all string) {
 	first, same := "", true
 	for _, n := range c.nodes {
@@ -3670,8 +3673,8 @@ func (c *testCluster) agree(t testing.TB) time.Time {
 	}
 }
 
-// heal revives every node, ends what a test has left half done, and waits until all agree and replicas
-// follow their masters.
+// heal revives every node, ends what a test has left half done, and waits until all agree and
+// replicas follow their masters.
 func (c *testCluster) heal(t testing.TB) {
 	t.Helper()
 	for _, n := range c.nodes {
@@ -3706,7 +3709,8 @@ func (c *testCluster) configure(t testing.TB, name, val string) {
 	}
 }
 
-// moveHalf moves half of the keys of a slot to another node, and returns what moves the rest and ends it.
+// moveHalf moves half of the keys of a slot to another node, and returns what moves the rest and
+// ends it.
 func (c *testCluster) moveHalf(t testing.TB, slot int, to *testNode) (finish func(t testing.TB)) {
 	t.Helper()
 	from := c.owner(t, slot)
@@ -3770,7 +3774,8 @@ func (n *testNode) cut(t testing.TB, kind string) {
 	n.do(t, "CLIENT", "KILL", "TYPE", kind)
 }
 
-// A clusterClient reads and writes keys at the nodes themselves. One goroutine may use it at a time.
+// A clusterClient reads and writes keys at the nodes themselves. One goroutine may use it at a
+// time.
 type clusterClient struct {
 	c      *testCluster
 	conns  map[string]redis.Conn
@@ -3893,9 +3898,9 @@ func (c *testCluster) keysOf(t testing.TB, name string, n int) map[*testNode][]s
 	return groups
 }
 
-// A clusterLoad writes to keys all the time, reads them through proxies, and checks every answer: it
-// must have been written at some time, and must not be older than the bound of its proxy, but for
-// writes that a failover may have lost.
+// A clusterLoad writes to keys all the time, reads them through proxies, and checks every answer:
+// it must have been written at some time, and must not be older than the bound of its proxy, but
+// for writes that a failover may have lost.
 type clusterLoad struct {
 	t       *testing.T
 	c       *testCluster
@@ -3912,7 +3917,8 @@ type clusterLoad struct {
 	wrong   []string
 }
 
-// A writing's value is a number; its index is one less. acked is zero until Redis has acknowledged it.
+// A writing's value is a number; its index is one less. acked is zero until Redis has acknowledged
+// it.
 type writing struct{ acked time.Time }
 
 type interval struct{ from, to time.Time }
@@ -4150,7 +4156,8 @@ func (l *clusterLoad) finish(excused func(r *loadReader, f failedRead) bool) {
 	}
 }
 
-// latency returns the 99th percentile of reads of keys that other nodes own, begun inside an interval.
+// latency returns the 99th percentile of reads of keys that other nodes own, begun inside an
+// interval.
 func (r *loadReader) latency(not *testNode, from, to time.Time) time.Duration {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -4191,7 +4198,8 @@ func (c *testCluster) staleness(t testing.TB, p *testProxy, keys []string) []tim
 	return ds
 }
 
-// coherent checks the staleness through a tracking proxy. A machine under load may be slow once or twice.
+// coherent checks the staleness through a tracking proxy. A machine under load may be slow once or
+// twice.
 func (c *testCluster) coherent(t testing.TB, p *testProxy) {
 	t.Helper()
 	within(t, 5*time.Second, "tracking is live", func() bool { return p.stat(t, "tracking") == "live" })
@@ -4210,7 +4218,8 @@ func (c *testCluster) coherent(t testing.TB, p *testProxy) {
 	t.Errorf("stale after a write: p99 %v; want less than %v", worst, soonStale)
 }
 
-// TestIntegrationCluster has a real cluster of three masters with a replica each, in turn for each subject.
+// TestIntegrationCluster has a real cluster of three masters with a replica each, in turn for each
+// subject.
 func TestIntegrationCluster(t *testing.T) {
 	c := startCluster(t, 3, 1, 1)
 	witness := startAt(t, c.nodes[0].addr, "--tracking", "--cache-timeout", "1h") // sees all that happens
@@ -4243,7 +4252,8 @@ func TestIntegrationCluster(t *testing.T) {
 	t.Run("all was seen", func(t *testing.T) { c.coherent(t, witness) })
 }
 
-// threeProxies are a plain proxy that misses nearly always, one that may answer stale, and one that tracks.
+// threeProxies are a plain proxy that misses nearly always, one that may answer stale, and one that
+// tracks.
 func threeProxies(t *testing.T, c *testCluster, flags ...string) (plain, stale, tracking *loadReader) {
 	t.Helper()
 	start := func(more ...string) *testProxy { return startAt(t, c.nodes[0].addr, append(more, flags...)...) }
@@ -4312,7 +4322,8 @@ func (c *testCluster) sum(t testing.TB, section, pattern string) (sum int) {
 
 const getCalls = `cmdstat_get:calls=(\d+)`
 
-// A key in every slot: each is fetched once, and from the right node as soon as the proxy knows the cluster.
+// A key in every slot: each is fetched once, and from the right node as soon as the proxy knows the
+// cluster.
 func testClusterEverySlot(t *testing.T, c *testCluster) {
 	keys := make([]string, 16384)
 	for i, found := 0, 0; found < len(keys); i++ {
@@ -4372,8 +4383,8 @@ func testClusterEverySlot(t *testing.T, c *testCluster) {
 	}
 }
 
-// Pipelines and MGETs over all nodes are answered in order, whatever the keys hold, and keys that many ask for
-// are fetched once.
+// Pipelines and MGETs over all nodes are answered in order, whatever the keys hold, and keys that
+// many ask for are fetched once.
 func testClusterAnswersInOrder(t *testing.T, c *testCluster) {
 	client := c.client(t)
 	const wrong = "-WRONGTYPE Operation against a key holding the wrong kind of value\r\n"
@@ -4483,8 +4494,8 @@ func testClusterAtRest(t *testing.T, c *testCluster) {
 	}
 }
 
-// Any node, a replica, a node that is down beside others, and a name, are as good as any other address.
-// A database other than 0 is refused in Redis' own words.
+// Any node, a replica, a node that is down beside others, and a name, are as good as any other
+// address. A database other than 0 is refused in Redis' own words.
 func testClusterAddresses(t *testing.T, c *testCluster) {
 	client := c.client(t)
 	var keys []string
@@ -4691,8 +4702,8 @@ type outage struct {
 	grace    time.Duration // for errors, after all nodes agree
 }
 
-// Without full coverage only the victim's slots are disturbed. With it, all nodes refuse all slots for a
-// while, and a client that waits long enough for that sees nothing of it.
+// Without full coverage only the victim's slots are disturbed. With it, all nodes refuse all slots
+// for a while, and a client that waits long enough for that sees nothing of it.
 func testClusterMasterKilled(t *testing.T, c *testCluster) {
 	c.suffer(t, outage{(*testNode).kill, "yes", "8s", afterKill})
 	if soak(0, 1) == 1 {
@@ -4876,8 +4887,8 @@ func testClusterAtRandom(t *testing.T, c *testCluster) {
 	c.coherent(t, tracking.p)
 }
 
-// leavingNode has a scripted node lose its slots, while a proxy has connections to it, and returns what
-// checks, some time later, that none is left.
+// leavingNode has a scripted node lose its slots, while a proxy has connections to it, and returns
+// what checks, some time later, that none is left.
 func leavingNode(t *testing.T) (check func(*testing.T)) {
 	stays, leaves := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
 	left := false
@@ -5046,7 +5057,8 @@ func (s *testSentinels) replicas(i int, name string) (n int) {
 	return n
 }
 
-// switched waits until all sentinels name the replica of a group as the master, and returns when they did.
+// switched waits until all sentinels name the replica of a group as the master, and returns when
+// they did.
 func (s *testSentinels) switched(t testing.TB, g *sentinelGroup) time.Time {
 	t.Helper()
 	within(t, 20*time.Second, "all sentinels name the other master of "+g.name, func() bool {
@@ -5181,8 +5193,8 @@ func TestIntegrationSentinel(t *testing.T) {
 	t.Run("sentinels", func(t *testing.T) { testSentinelsAway(t, s, calm) })
 }
 
-// A sentinelSwitch has sentinels switch to the replica. Its values are read soon, and the old master's never
-// again, though that answers on as a master for some seconds.
+// A sentinelSwitch has sentinels switch to the replica. Its values are read soon, and the old
+// master's never again, though that answers on as a master for some seconds.
 type sentinelSwitch struct {
 	group           *sentinelGroup
 	fail            func() // from which on the sentinels are to switch
@@ -5952,8 +5964,8 @@ func testScriptedTables(t *testing.T) {
 	}
 }
 
-// A batch with values, keys that are absent, errors about keys, and keys that other nodes have is answered
-// in order, each key as it is.
+// A batch with values, keys that are absent, errors about keys, and keys that other nodes have is
+// answered in order, each key as it is.
 func testScriptedMixture(t *testing.T) {
 	nodes := scripts(t, 3)
 	a, b, c := nodes[0], nodes[1], nodes[2]
@@ -6161,8 +6173,8 @@ func TestIntegrationSentinelScripted(t *testing.T) {
 	})
 }
 
-// Behind a replica, tracking is as good as at the master: changes, expiry, and the replacement of all by a full
-// resynchronisation, in each way that a replica can load it.
+// Behind a replica, tracking is as good as at the master: changes, expiry, and the replacement of
+// all by a full resynchronisation, in each way that a replica can load it.
 func TestIntegrationTrackingBehindAReplica(t *testing.T) {
 	for _, load := range []string{"disabled", "on-empty-db", "swapdb"} {
 		t.Run("repl-diskless-load "+load, func(t *testing.T) {
@@ -6211,7 +6223,8 @@ func behindReplica(t *testing.T, load string) {
 	within(t, atRest, "the key is there", func() bool { return p.ask(t, "expiring") == bulk("x") })
 	within(t, 5*time.Second, "the key expires", func() bool { return p.ask(t, "expiring") == "$-1\r\n" })
 
-	// Two thousand keys; half of them change while the replica hears nothing, so long that only all will do.
+	// Two thousand keys; half of them change while the replica hears nothing, so long that only all
+	// will do.
 	check := func(generation string, gone int) {
 		t.Helper()
 		var send, want strings.Builder
@@ -6273,8 +6286,8 @@ func behindReplica(t *testing.T, load string) {
 
 // Hostile clients, a hostile Redis and hostile conditions
 
-// checkPeak watches the memory of a proxy until its peak stays what it is, and compares it with what is promised
-// for a cache of so many bytes, and a tenth of that more.
+// checkPeak watches the memory of a proxy until its peak stays what it is, and compares it with
+// what is promised for a cache of so many bytes, and a tenth of that more.
 func checkPeak(t testing.TB, info *rawClient, cacheBytes int64) {
 	t.Helper()
 	limit, most := (2*cacheBytes+64<<20)/10*11, int64(0)
@@ -6412,7 +6425,8 @@ func TestIntegrationTrackingBacksOffUntilItHasProvedItself(t *testing.T) {
 	}
 }
 
-// What clients hold by not reading, and by not finishing what they send, is bounded over all of them.
+// What clients hold by not reading, and by not finishing what they send, is bounded over all of
+// them.
 func TestIntegrationMemoryHoldsWithHostileClients(t *testing.T) {
 	t.Parallel()
 	const cache = 16 << 20
@@ -6486,7 +6500,8 @@ func TestIntegrationIdleAdminConnections(t *testing.T) {
 	}
 }
 
-// A client that goes on sending after a malformed request sees what was wrong with it, and is not read for ever.
+// A client that goes on sending after a malformed request sees what was wrong with it, and is not
+// read for ever.
 func TestIntegrationProtocolErrorIsSeen(t *testing.T) {
 	p := startProxy(t, sharedRedis(t))
 	c := dial(t, p.addr)
@@ -6655,8 +6670,8 @@ func TestIntegrationPipelineIsWrittenWholeBeforeItIsRead(t *testing.T) {
 	}
 }
 
-// startDistance stands between the proxy and Redis and lets bytes pass in half of a round trip's time, as
-// many at once as there are. It returns its address.
+// startDistance stands between the proxy and Redis and lets bytes pass in half of a round trip's
+// time, as many at once as there are. It returns its address.
 func startDistance(t testing.TB, to string, roundTrip time.Duration) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -7002,7 +7017,8 @@ func TestIntegrationClientThatStopsTakingIsClosedInTime(t *testing.T) {
 	}
 }
 
-// A stream of HTTP/2 that takes nothing for the write time-out is reset, and the others of its connection go on.
+// A stream of HTTP/2 that takes nothing for the write time-out is reset, and the others of its
+// connection go on.
 func TestIntegrationStuckHTTP2StreamIsReset(t *testing.T) {
 	t.Parallel()
 	const timeout, grants = time.Second, 30
@@ -7557,7 +7573,7 @@ func TestIntegrationAdminConnectionsAreBounded(t *testing.T) {
 		idle = append(idle, dial(t, addr))
 	}
 	over := dial(t, addr)
-	over.SetDeadline(time.Now().Add(firstLineTimeout / 2)) // and not when it has been silent for too long
+	over.SetDeadline(time.Now().Add(requestTimeout / 2)) // and not when it has been silent for too long
 	over.expectClosed()
 	for _, c := range idle {
 		resp, body := c.send("GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n").response()
@@ -7573,8 +7589,8 @@ func TestIntegrationAdminConnectionsAreBounded(t *testing.T) {
 	})
 }
 
-// TestIntegrationAdminPage opens the page in a browser, through a relay that adds an unknown figure to the
-// metrics.
+// TestIntegrationAdminPage opens the page in a browser, through a relay that adds an unknown figure
+// to the metrics.
 func TestIntegrationAdminPage(t *testing.T) {
 	proxy, address := startAdmin(t, sharedRedis(t))
 	admin, err := url.Parse(address)
@@ -7652,8 +7668,8 @@ func TestIntegrationAdminPage(t *testing.T) {
 	})
 }
 
-// browse returns the DOM of a page after ten seconds of the browser's virtual time. It calls load repeatedly
-// until then.
+// browse returns the DOM of a page after ten seconds of the browser's virtual time. It calls load
+// repeatedly until then.
 func browse(t *testing.T, chromium, url string, load func()) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "chromium")

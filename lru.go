@@ -1,10 +1,10 @@
 // The read-through cache: least recently used, one TTL for all, bounded in keys and in bytes.
 //
 // Its one lock decides for each key: a hit, a flight to join, or a flight to begin. A flight is the
-// promise of a value. The cache is made with the function that queues flights; finish ends each, and
-// forget keeps those whose key has changed from being stored or joined. Two lists hold every entry, one
-// in the order of use, one in the order of filling: as the TTL is the same for all, the second is also
-// the order of expiry, but for entries that end early.
+// promise of a value. The cache is made with the function that queues flights; finish ends each,
+// and forget keeps those whose key has changed from being stored or joined. Two lists hold every
+// entry, one in the order of use, one in the order of filling: as the TTL is the same for all, the
+// second is also the order of expiry, but for entries that end early.
 package main
 
 import (
@@ -21,16 +21,16 @@ import (
 )
 
 const (
-	// entryOverhead is what an entry costs beside its key and its value, in bytes: two list elements,
-	// the entry, its slot in the map. BenchmarkCacheMemory measures it.
+	// entryOverhead is what an entry costs beside its key and its value, in bytes: two list
+	// elements, the entry, its slot in the map. BenchmarkCacheMemory measures it.
 	entryOverhead = 233
 	// refreshPause is the least time between two refreshes of an entry: the first may have failed.
 	refreshPause = 100 * time.Millisecond
-	// maxLate is how many entries put looks past to place a late reply in the order of filling. If that is not
-	// enough, the entry may be dropped late, by as long as the reply was late.
+	// maxLate is how many entries put looks past to place a late reply in the order of filling. If
+	// that is not enough, the entry may be dropped late, by as long as the reply was late.
 	maxLate = 1000
-	// aheadBytes bounds the values that one request has asked for and not yet taken, by the size that
-	// values had lately. At least one value is asked for.
+	// aheadBytes bounds the values that one request has asked for and not yet taken, by the size
+	// that values had lately. At least one value is asked for.
 	aheadBytes = 512 << 10
 )
 
@@ -82,8 +82,8 @@ func (e *entry) answer() (a answer) {
 	return a
 }
 
-// A value is what Redis had for a key at one moment. Its data is a string, because the cache and all its
-// readers share it and must not write to it.
+// A value is what Redis had for a key at one moment. Its data is a string, because the cache and
+// all its readers share it and must not write to it.
 type value struct {
 	data    string        // the key, then the value as a bulk string of RESP, in one allocation
 	keyLen  int           // how much of data is the key
@@ -112,8 +112,8 @@ func (v value) content() string {
 	return b[strings.IndexByte(b, '\n')+1 : len(b)-2]
 }
 
-// A flight is a GET that has begun and not yet ended. Requests for the key join it, until the key changes or
-// it is too old.
+// A flight is a GET that has begun and not yet ended. Requests for the key join it, until the key
+// changes or it is too old.
 type flight struct {
 	key   string
 	began time.Duration // on the cache's clock
@@ -137,16 +137,16 @@ type flight struct {
 // wanted reports whether a request will still wait for f at a time.
 func (f *flight) wanted(at time.Duration) bool { return at < time.Duration(f.until.Load()) }
 
-// spoil keeps the replies to f, which may be nil, and to older flights for its key out of the cache. It needs
-// the cache's lock.
+// spoil keeps the replies to f, which may be nil, and to older flights for its key out of the
+// cache. It needs the cache's lock.
 func (f *flight) spoil() {
 	for ; f != nil; f = f.older {
 		f.dirty = true
 	}
 }
 
-// What can be wrong with an answer. An error reply of Redis wraps errWrongType or errRefused and has
-// Redis' own words.
+// What can be wrong with an answer. An error reply of Redis wraps errWrongType or errRefused and
+// has Redis' own words.
 var (
 	errAbsent      = errors.New("no such key")
 	errWrongType   = errors.New("the key holds another type than a string")
@@ -180,8 +180,8 @@ const (
 	fromStale          // the cache, past the TTL, because Redis cannot answer
 )
 
-// What an answer counts as in the statistics, and the names in the metrics: the sources in their order, and why
-// there is no value.
+// What an answer counts as in the statistics, and the names in the metrics: the sources in their
+// order, and why there is no value.
 const hit, miss, collapsed, stale, absent, absentHit, failed = 0, 1, 2, 3, 4, 5, 6
 
 var outcomes = [...]string{"hit", "miss", "collapsed", "stale", "absent", "absent_hit", "error"}
@@ -230,18 +230,19 @@ func newCache(s cacheSettings, enqueue func([]*flight)) *cache {
 // now is the cache's clock: the time since it was made, which no change of the wall clock moves.
 func (c *cache) now() time.Duration { return time.Since(c.started) }
 
-// get answers keys to a request that waits since the given time: the flights for all keys begin before
-// the first is waited for. It may stop early, to bound the memory of values that the client has not
-// read yet. It returns how many keys it answered, from the first on, at least one. It does not keep the
-// keys. len(answers) must be len(keys).
+// get answers keys to a request that waits since the given time: the flights for all keys begin
+// before the first is waited for. It may stop early, to bound the memory of values that the client
+// has not read yet. It returns how many keys it answered, from the first on, at least one. It does
+// not keep the keys. len(answers) must be len(keys).
 func (c *cache) get(since time.Duration, keys [][]byte, answers []answer) int {
 	n := c.decide(since, keys, answers)
 	c.wait(since, keys, answers[:n])
 	return n
 }
 
-// getHeld answers a key, and has hold count its value. If there is no room for it, hold returns what is closed
-// when there may be: getHeld then lets go of the value, waits as long as it would for Redis, and asks again.
+// getHeld answers a key, and has hold count its value. If there is no room for it, hold returns
+// what is closed when there may be: getHeld then lets go of the value, waits as long as it would
+// for Redis, and asks again.
 func (c *cache) getHeld(t *tally, key []byte, hold func(string, int) (full <-chan struct{})) answer {
 	keys, answers, late := [1][]byte{key}, [1]answer{}, c.now()+c.timeout
 	c.get(c.now(), keys[:], answers[:])
@@ -257,8 +258,8 @@ func (c *cache) getHeld(t *tally, key []byte, hold func(string, int) (full <-cha
 	return answers[0]
 }
 
-// decide answers keys that the cache holds, and gives each of the others a flight. It returns how many keys
-// it handled.
+// decide answers keys that the cache holds, and gives each of the others a flight. It returns how
+// many keys it handled.
 func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n int) {
 	var begun []*flight
 	now, used := c.now(), make([]*list.Element, 0, 32)
@@ -301,8 +302,8 @@ func (c *cache) decide(since time.Duration, keys [][]byte, answers []answer) (n 
 	return n
 }
 
-// lookAgain replaces the answers to keys by what the cache holds now, all at one moment: live entries, and for an
-// outage entries that are past the TTL by less than the stale time.
+// lookAgain replaces the answers to keys by what the cache holds now, all at one moment: live
+// entries, and for an outage entries that are past the TTL by less than the stale time.
 func (c *cache) lookAgain(keys [][]byte, answers []answer) {
 	now := c.now()
 	c.mu.Lock()
@@ -317,8 +318,8 @@ func (c *cache) lookAgain(keys [][]byte, answers []answer) {
 	}
 }
 
-// wait completes answers. It begins with the last: replies come in the order of the questions, so that a
-// request for many keys is woken once.
+// wait completes answers. It begins with the last: replies come in the order of the questions, so
+// that a request for many keys is woken once.
 func (c *cache) wait(since time.Duration, keys [][]byte, answers []answer) {
 	var late <-chan time.Time
 	for i := range slices.Backward(answers) {
@@ -359,18 +360,20 @@ func (c *cache) await(f *flight, late <-chan time.Time) bool {
 	return f.finished.Load()
 }
 
-// finish ends a flight with what Redis had, and stores that unless the key changed meanwhile. The entry is
-// there before a waiter learns of it.
+// finish ends a flight with what Redis had, and stores that unless the key changed meanwhile. The
+// entry is there before a waiter learns of it.
 //
-// finish and forget together close this race, in which an old value would stay in the cache until its TTL:
+// finish and forget together close this race, in which an old value would stay in the cache until
+// its TTL:
 //
 //	1: a request begins a flight; Redis reads the old value for it
 //	2: a writer changes the key; Redis reports it
 //	3: the report arrives: forget drops the entry, which is not there yet, and spoils the flight
-//	4: the reply to 1 arrives: finish gives the old value to those who asked before 3, and does not store it
-//	5: a request asks after 3: forget has taken the flight off the map, so it begins one of its own
+//	4: the reply to 1 arrives: finish gives it to those who asked before 3, and does not store it
+//	5: a request asks after 3: forget has taken the flight off the map, so it begins a new one
 //
-// 3 and 4 are one step each under the same lock. If 4 comes before 3, forget drops what finish stored.
+// 3 and 4 are one step each under the same lock. If 4 comes before 3, forget drops what finish
+// stored.
 func (c *cache) finish(f *flight, v value, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -402,9 +405,9 @@ func (c *cache) finish(f *flight, v value, err error) {
 	}
 }
 
-// forget drops keys, all of them if keys is nil, because they changed in Redis. What is in flight for them
-// may have been read before: it still goes to those who wait for it, is not stored, and is not joined
-// any more. See finish.
+// forget drops keys, all of them if keys is nil, because they changed in Redis. What is in flight
+// for them may have been read before: it still goes to those who wait for it, is not stored, and is
+// not joined any more. See finish.
 func (c *cache) forget(keys [][]byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -455,8 +458,8 @@ func (c *cache) figures() []figure {
 
 // The cache's functions that follow need the lock.
 
-// use counts uses, in their order, and returns es emptied, for reuse. Many at once are quicker: each waits for
-// memory, and not for the one before.
+// use counts uses, in their order, and returns es emptied, for reuse. Many at once are quicker:
+// each waits for memory, and not for the one before.
 func (c *cache) use(es []*list.Element) (none []*list.Element) {
 	for _, e := range es {
 		c.used.MoveToFront(e)
@@ -472,14 +475,15 @@ func (c *cache) begin(key string, older *flight, now, until time.Duration) *flig
 	return f
 }
 
-// dueForRefresh reports whether a live entry is near enough to its end to be fetched anew. Where a life is
-// short, its second half is.
+// dueForRefresh reports whether a live entry is near enough to its end to be fetched anew. Where a
+// life is short, its second half is.
 func (c *cache) dueForRefresh(e *entry, now time.Duration) bool {
 	return c.refresh > 0 && now >= e.expires-min(c.refresh, (e.expires-e.fetched)/2) &&
 		c.flights[e.key()] == nil && (e.refreshed == 0 || now >= e.refreshed+refreshPause)
 }
 
-// put stores v in place of what its key had. It does not keep a value that is larger than the limit of bytes.
+// put stores v in place of what its key had. It does not keep a value that is larger than the limit
+// of bytes.
 func (c *cache) put(now time.Duration, v value) (stored bool) {
 	c.drop(now, c.entries[v.key()]) // whole: the map's key is part of the old value
 	e := &entry{value: v}
@@ -499,8 +503,8 @@ func (c *cache) put(now time.Duration, v value) (stored bool) {
 	return true
 }
 
-// shrink drops useless entries, a few at a time so that no put takes long, and then as many as the limits
-// ask: expired ones first, then the least recently used.
+// shrink drops useless entries, a few at a time so that no put takes long, and then as many as the
+// limits ask: expired ones first, then the least recently used.
 func (c *cache) shrink(now time.Duration) {
 	const few = 4
 	for n := 0; len(c.entries) > 0; n++ {
@@ -532,8 +536,8 @@ func (c *cache) drop(now time.Duration, e *entry) {
 	c.bytes -= e.size()
 }
 
-// useless reports whether an entry may not even answer in an outage. One that ended before the TTL, with
-// its key or because it is an absence, may not.
+// useless reports whether an entry may not even answer in an outage. One that ended before the TTL,
+// with its key or because it is an absence, may not.
 func (c *cache) useless(e *entry, now time.Duration) bool {
 	return !e.live(now) && (e.expires < e.fetched+c.ttl || now >= e.expires+c.stale)
 }

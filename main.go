@@ -1,8 +1,9 @@
-// Redis_proxy is a read-through cache in front of Redis. One TCP port answers HTTP GET /key and Redis
-// GET key from a local LRU cache if it can, else from the backing Redis.
+// Redis_proxy is a read-through cache in front of Redis. One TCP port answers HTTP GET /key and
+// Redis GET key from a local LRU cache if it can, else from the backing Redis.
 //
-// This file is the roof: configuration, wiring, signals. Nothing in the other files names anything here.
-// Dependencies point downwards: main to http and resp, those to sniff and lru; main to pool, pool to lru.
+// This file is the roof: configuration, wiring, signals. Nothing in the other files names anything
+// here. Dependencies point downwards: main to http and resp, those to sniff and lru; main to pool,
+// pool to lru.
 package main
 
 import (
@@ -118,8 +119,9 @@ func (c *config) loadCertificates(log *slog.Logger) error {
 	return nil
 }
 
-// startLog returns a logger that does not wait for out, which may block or fail: lines that do not go out in
-// time are dropped and counted. flush waits a moment for the last ones; what is logged later is lost.
+// startLog returns a logger that does not wait for out, which may block or fail: lines that do not
+// go out in time are dropped and counted. flush waits a moment for the last ones; what is logged
+// later is lost.
 func startLog(out io.Writer, cfg config) (log *slog.Logger, flush func()) {
 	w := &logWriter{lines: make(chan []byte, 256)}
 	go func() { // ends with the process
@@ -195,9 +197,9 @@ func check(cfg config) error {
 	return err
 }
 
-// tuneCores sets GOMAXPROCS to half of the cores, and returns a description for the log. The other half is for
-// clients on the same machine: threads that wait for work cost more than they bring. Where the process has a
-// CPU limit of its own, or GOMAXPROCS is set, Go follows that.
+// tuneCores sets GOMAXPROCS to half of the cores, and returns a description for the log. The other
+// half is for clients on the same machine: threads that wait for work cost more than they bring.
+// Where the process has a CPU limit of its own, or GOMAXPROCS is set, Go follows that.
 func tuneCores() string {
 	all := runtime.GOMAXPROCS(0)
 	switch {
@@ -210,9 +212,9 @@ func tuneCores() string {
 	return fmt.Sprintf("%d of %d", runtime.GOMAXPROCS(0), all)
 }
 
-// fitMemory makes garbage collection rare while the heap is small, and bounds the heap to about twice the
-// cache and what the clients need, unless GOGC or GOMEMLIMIT say otherwise. Where the container allows less
-// than that, the cache is made smaller.
+// fitMemory makes garbage collection rare while the heap is small, and bounds the heap to about
+// twice the cache and what the clients need, unless GOGC or GOMEMLIMIT say otherwise. Where the
+// container allows less than that, the cache is made smaller.
 func fitMemory(cfg *config, log *slog.Logger) {
 	const others = 32 << 20 // what is not the cache's
 	allowed := cgroupLimit("memory.max", "memory.limit_in_bytes") / 10 * 9
@@ -230,8 +232,9 @@ func fitMemory(cfg *config, log *slog.Logger) {
 	}
 }
 
-// cgroupLimit returns the least number above 0 that one of the files begins with in the control groups of the
-// process, of both versions, from its own up to the root (cgroups(7)). None is math.MaxInt64.
+// cgroupLimit returns the least number above 0 that one of the files begins with in the control
+// groups of the process, of both versions, from its own up to the root (cgroups(7)). None is
+// math.MaxInt64.
 func cgroupLimit(files ...string) int64 {
 	least := int64(math.MaxInt64)
 	groups, _ := os.ReadFile("/proc/self/cgroup")
@@ -251,7 +254,8 @@ func cgroupLimit(files ...string) int64 {
 	return least
 }
 
-// fitDescriptors allows fewer clients where the process may not open enough files, as each client is one.
+// fitDescriptors allows fewer clients where the process may not open enough files, as each client
+// is one.
 func fitDescriptors(cfg *config, log *slog.Logger) {
 	var limit syscall.Rlimit
 	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
@@ -264,8 +268,8 @@ func fitDescriptors(cfg *config, log *slog.Logger) {
 	}
 }
 
-// run serves on l, and metrics and health on admin if that is not nil, until ctx is done. Then it stops
-// what it started in reverse order. It owns the listeners.
+// run serves on l, and metrics and health on admin if that is not nil, until ctx is done. Then it
+// stops what it started in reverse order. It owns the listeners.
 func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logger) {
 	var p *pool // the cache and the pool need each other; no flight begins before both are there
 	c := newCache(cfg.cache, func(fs []*flight) { p.enqueue(fs) })
@@ -306,8 +310,8 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	log.Info("stopped", "uptime", c.now().Round(time.Millisecond).String())
 }
 
-// figures reports the configuration, in labels, and the process, in Redis' and Prometheus' names where they
-// have one.
+// figures reports the configuration, in labels, and the process, in Redis' and Prometheus' names
+// where they have one.
 func (c *config) figures(addr net.Addr, started time.Time, pw *password) []figure {
 	build := fmt.Sprintf("build_info{version=%q,go_version=%q}", version, runtime.Version())
 	info := fmt.Sprintf("info{address=%q,redis=%q,cache_timeout=%q,stale_timeout=%q,absent_timeout=%q,"+
@@ -465,7 +469,8 @@ func (o option) variable() string {
 	return "RP_" + strings.ToUpper(strings.ReplaceAll(o.name, "-", "_"))
 }
 
-// assign stores the value that where, a flag or a variable, gives. Its error is fit for users, without secrets.
+// assign stores the value that where, a flag or a variable, gives. Its error is fit for users,
+// without secrets.
 func (o option) assign(where, val string) (err error) {
 	switch at := o.at.(type) {
 	case *string:
@@ -495,8 +500,8 @@ func (o option) assign(where, val string) (err error) {
 	return fmt.Errorf("%s: must be %s", where, must)
 }
 
-// parseConfig reads the arguments, the environment for what they leave open, and defaults. The error
-// is flag.ErrHelp where help was asked for.
+// parseConfig reads the arguments, the environment for what they leave open, and defaults. The
+// error is flag.ErrHelp where help was asked for.
 func parseConfig(args, environ []string) (config, error) {
 	cfg := config{clients: serverSettings{writeTimeout: 30 * time.Second, grown: func(int) {}}}
 	var bad error
@@ -617,12 +622,12 @@ func parseSize(s string) (int64, error) {
 const redisURLForms = "redis://[[user]:pass@]host[:port][,host[:port]...][/db],\nredis-sentinel://.../master[/db], " +
 	"rediss for TLS,\nor unix:///path[?db=n]"
 
-// redisURL splits a URL, as package url does not take lists of hosts: into unix or TLS and sentinels,
-// login, hosts, and the rest.
+// redisURL splits a URL, as package url does not take lists of hosts: into unix or TLS and
+// sentinels, login, hosts, and the rest.
 var redisURL = regexp.MustCompile(`(?i)^(?:(unix)|(?:redis|valkey)(s?)([-+]sentinel)?)://([^/?#]*@)?([^/?#]*)(.*)$`)
 
-// parseRedisURL reads the URL of a Redis, of nodes of a cluster, or of sentinels. An empty one is the zero
-// address.
+// parseRedisURL reads the URL of a Redis, of nodes of a cluster, or of sentinels. An empty one is
+// the zero address.
 func parseRedisURL(s string) (a redisAddress, err error) {
 	m := redisURL.FindStringSubmatch(s)
 	switch {

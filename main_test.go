@@ -1,7 +1,7 @@
 // Unit tests, fuzz targets and benchmarks, in the order of the files.
 //
-// They need nothing outside the process: Redis is played by a function on a loopback socket, or is an
-// address that cannot be dialled. Where time matters, it is testing/synctest's or a parameter.
+// They need nothing outside the process: Redis is played by a function on a loopback socket, or is
+// an address that cannot be dialled. Where time matters, it is testing/synctest's or a parameter.
 package main
 
 import (
@@ -47,7 +47,8 @@ func compare[T comparable](t testing.TB, what string, got, want T) {
 	}
 }
 
-// Parts are the cache and what stands on it and under it, wired as run wires them, without a listener.
+// Parts are the cache and what stands on it and under it, wired as run wires them, without a
+// listener.
 type parts struct {
 	cfg   config
 	cache *cache
@@ -56,8 +57,8 @@ type parts struct {
 	resp  *resp
 }
 
-// newParts makes the parts with these flags. Unless they say otherwise, the address of their Redis is
-// malformed, so that a miss fails before it reaches any network.
+// newParts makes the parts with these flags. Unless they say otherwise, the address of their Redis
+// is malformed, so that a miss fails before it reaches any network.
 func newParts(t testing.TB, flags ...string) *parts {
 	t.Helper()
 	cfg, err := parseConfig(append([]string{"--redis-port", "1"}, flags...), nil)
@@ -647,8 +648,9 @@ func TestBudget(t *testing.T) {
 	}
 }
 
-// A client that takes nothing is closed the write time-out after the last byte that it took, or after a second
-// where others wait for the room of the values that it holds. A read of what it sends meanwhile is not lost.
+// A client that takes nothing is closed the write time-out after the last byte that it took, or
+// after a second where others wait for the room of the values that it holds. A read of what it
+// sends meanwhile is not lost.
 func TestLinkWrites(t *testing.T) {
 	const timeout = 30 * time.Second
 	settings := serverSettings{writeTimeout: timeout, requests: newBudget(1 << 20), values: newBudget(10)}
@@ -858,8 +860,8 @@ func TestHTTPTellsAge(t *testing.T) {
 	})
 }
 
-// A client that has sent part of a request has 10 s for the rest, whoever reads it: bytes that come do not
-// renew them. A silent one has longer.
+// A client that has sent part of a request has 10 s for the rest, whoever reads it: bytes that come
+// do not renew them. A silent one has longer.
 func TestHTTPHalfARequest(t *testing.T) {
 	const ordinary = "GET /k HTTP/1.1\r\nHost: h\r\n\r\n"
 	const handed = "GET /k HTTP/1.1\r\nHost: h\r\nRange: bytes=0-\r\n\r\n"
@@ -936,7 +938,8 @@ func TestHTTPHitAllocatesNothing(t *testing.T) {
 	}
 }
 
-// What net/http makes of a header that is not whole counts against the budget of requests, tiny lines above all.
+// What net/http makes of a header that is not whole counts against the budget of requests, tiny
+// lines above all.
 func TestHTTPHeadersHaveABudget(t *testing.T) {
 	p := newParts(t, "--cache-timeout", "1h")
 	cacheNow(p, "k", "value")
@@ -989,8 +992,8 @@ func TestHTTPAbsenceIsKept(t *testing.T) {
 	}
 }
 
-// Large values have a budget while they are on their way: a request waits for room, and is answered 503 if none
-// comes in time.
+// Large values have a budget while they are on their way: a request waits for room, and is answered
+// 503 if none comes in time.
 func TestHTTPLargeValuesWaitForRoom(t *testing.T) {
 	p := newParts(t, "--redis-timeout", "50ms", "--cache-timeout", "1h")
 	p.web.values = newBudget(3 * flushAt)
@@ -1304,7 +1307,8 @@ func TestReaderLetsGoOfLargeRequests(t *testing.T) {
 	runtime.KeepAlive(&r)
 }
 
-// A request that does not fit into the budget of all is refused in words; what fits is counted, its arguments too.
+// A request that does not fit into the budget of all is refused in words; what fits is counted, its
+// arguments too.
 func TestReaderCountsWhatIsNotAnswered(t *testing.T) {
 	for _, tt := range []struct {
 		name, in string
@@ -1471,7 +1475,8 @@ func TestUnknownCommandAsRedisHasIt(t *testing.T) {
 	}
 }
 
-// A script is a client's connection: what it sends is there from the start, and its replies are kept.
+// A script is a client's connection: what it sends is there from the start, and its replies are
+// kept.
 type script struct {
 	net.Conn // for all that is not read or written
 	in       io.Reader
@@ -1737,8 +1742,8 @@ func TestRESPAnswersFromRedis(t *testing.T) {
 	}
 }
 
-// A transaction asks for each key once, and is answered from one moment: also a key that was a hit has the
-// value that it has when the last reply has come.
+// A transaction asks for each key once, and is answered from one moment: also a key that was a hit
+// has the value that it has when the last reply has come.
 func TestRESPTransactionsAreOfOneMoment(t *testing.T) {
 	var p *parts
 	var asked atomic.Int64
@@ -1764,7 +1769,8 @@ func TestRESPTransactionsAreOfOneMoment(t *testing.T) {
 	compare(t, "GETs with little room", asked.Load(), 2)
 }
 
-// However many nulls and errors come before a value, none of them is lost, and none held back for long.
+// However many nulls and errors come before a value, none of them is lost, and none held back for
+// long.
 func TestRESPWritesAValueAfterManyShortReplies(t *testing.T) {
 	p := newParts(t)
 	cacheNow(p, "v", "value")
@@ -1832,8 +1838,8 @@ func TestRESPRequestsHaveTheirTime(t *testing.T) {
 	}
 }
 
-// Without room for large values, small ones are still answered, in small lots, and a large one when there is room
-// or, after a while, by an error.
+// Without room for large values, small ones are still answered, in small lots, and a large one when
+// there is room or, after a while, by an error.
 func TestRESPValuesWaitForRoom(t *testing.T) {
 	small, large := strings.Repeat("s", 1000), strings.Repeat("l", 2*flushAt)
 	pipeline := strings.Repeat(request("GET", "small"), 100) +
@@ -2174,7 +2180,8 @@ func TestCacheKeepsWhatIsNewerThanAnAbsence(t *testing.T) {
 	}
 }
 
-// The first value is typical, later ones move that, and what is not about a key that was asked for does not.
+// The first value is typical, later ones move that, and what is not about a key that was asked for
+// does not.
 func TestCacheLearnsHowLargeValuesAre(t *testing.T) {
 	d := newFlightDeck(cacheSettings{ttl: time.Hour})
 	size := func(n int) int64 { return int64(len("k") + len(newValue("k", make([]byte, n), 0).data)) }
@@ -2192,7 +2199,8 @@ func TestCacheLearnsHowLargeValuesAre(t *testing.T) {
 	compare(t, "after a larger one", d.typical.Load(), size(1600)+(size(3200)-size(1600))/16)
 }
 
-// A slowCache does what the cache promises in the plainest way: a list, the most recently used in front.
+// A slowCache does what the cache promises in the plainest way: a list, the most recently used in
+// front.
 type slowCache struct {
 	maxKeys  int
 	maxBytes int64
@@ -2233,7 +2241,8 @@ func (m *slowCache) put(now time.Duration, v value) (stored bool) {
 	return true
 }
 
-// FuzzCache compares the cache with a slowCache. Three bytes are an operation, a key and an argument.
+// FuzzCache compares the cache with a slowCache. Three bytes are an operation, a key and an
+// argument.
 func FuzzCache(f *testing.F) {
 	for seed := range uint64(50) {
 		ops, r := make([]byte, 600), rand.New(rand.NewPCG(seed, 0))
@@ -2910,7 +2919,8 @@ var httpRequests = []string{
 	"GET /" + strings.Repeat("k", 5000) + " HTTP/1.1\r\nHost: h\r\n\r\n",
 }
 
-// nearly are the parts of requests that are nearly ordinary, each in a list: the most usual ones are repeated.
+// nearly are the parts of requests that are nearly ordinary, each in a list: the most usual ones
+// are repeated.
 var nearly = struct{ method, target, version, end, name, colon, value, blank []string }{
 	method: []string{"GET", "GET", "GET", "GET", "HEAD", "HEAD", "OPTIONS", "POST", "PRI", "get", "GE\x00T", ""},
 	target: []string{"/k", "/k", "/k", "/%6b", "/%6B%", "/%2Fk", "//k", "/large", "/medium", "/empty", "/binary",
@@ -2940,7 +2950,8 @@ var nearly = struct{ method, target, version, end, name, colon, value, blank []s
 
 const tagOfK = `"cd42404d52ad55ccfa9aca4adc828aa5"`
 
-// nearlyOrdinary makes requests of choices, one a byte. The empty lines before them are left out of plain.
+// nearlyOrdinary makes requests of choices, one a byte. The empty lines before them are left out of
+// plain.
 func nearlyOrdinary(choices []byte) (sent, plain string) {
 	pick := func(from []string) string {
 		if len(choices) == 0 {
@@ -2969,7 +2980,8 @@ func nearlyOrdinary(choices []byte) (sent, plain string) {
 	return sent + last, plain + last
 }
 
-// A scripted is a connection of which the other side is written down: it sends pieces and ends, and takes all.
+// A scripted is a connection of which the other side is written down: it sends pieces and ends, and
+// takes all.
 type scripted struct {
 	net.Conn
 	mu     sync.Mutex
@@ -3000,8 +3012,9 @@ func (s *scripted) LocalAddr() net.Addr              { return &net.TCPAddr{} }
 func (s *scripted) SetReadDeadline(time.Time) error  { return nil }
 func (s *scripted) SetWriteDeadline(time.Time) error { return nil }
 
-// Whatever is sent, in whatever pieces, the quick way and net/http answer alike: there is nothing that one takes
-// for a request and the other for something else. Input that begins with a byte of 0xff chooses from the lists.
+// Whatever is sent, in whatever pieces, the quick way and net/http answer alike: there is nothing
+// that one takes for a request and the other for something else. Input that begins with a byte of
+// 0xff chooses from the lists.
 func FuzzQuickAnswersAsNetHTTP(f *testing.F) {
 	for _, r := range httpRequests {
 		f.Add([]byte(r))
@@ -3093,7 +3106,8 @@ func TestProxyForgetsWhatRedisSaysIsGone(t *testing.T) {
 	}
 }
 
-// Redis takes longer than anybody waits, and the key is asked for all the time: its replies are stored.
+// Redis takes longer than anybody waits, and the key is asked for all the time: its replies are
+// stored.
 func TestPoolStoresLateRepliesForAHotKey(t *testing.T) {
 	p := newParts(t, append(playRedis(t, func(int, []string) string {
 		time.Sleep(60 * time.Millisecond)

@@ -1,8 +1,9 @@
 // Redis: its nodes with their bounded connections, batches of GETs, health, and invalidation.
 //
 // Only this file knows redigo. The cache begins flights; the pool queues them, carries them out in
-// batches, and finishes each with the reply or with the failure of the connection. It waits for nobody:
-// those who asked wait in the cache, and a late reply still fills it, unless its key changed.
+// batches, and finishes each with the reply or with the failure of the connection. It waits for
+// nobody: those who asked wait in the cache, and a late reply still fills it, unless its key
+// changed.
 package main
 
 import (
@@ -32,25 +33,29 @@ import (
 )
 
 const (
-	// A batch has at most maxBatch GETs, and brings at most batchBytes by the size that values had lately.
+	// A batch has at most maxBatch GETs, and brings at most batchBytes by the size that values had
+	// lately.
 	maxBatch   = 1 << 12
 	batchBytes = 1 << 20
-	// maxQueue bounds the flights that wait for a connection, and maxQueueBytes their keys. More of them
-	// end with errTimeout at once: they would not be carried out in time.
+	// maxQueue bounds the flights that wait for a connection, and maxQueueBytes their keys. More of
+	// them end with errTimeout at once: they would not be carried out in time.
 	maxQueue      = 1 << 16
 	maxQueueBytes = 64 << 20
-	// grace is how much longer than a waiter a connection waits for a reply, which still fills the cache.
+	// grace is how much longer than a waiter a connection waits for a reply, which still fills the
+	// cache.
 	grace = time.Second
-	// maxReply is the longest value that Redis can hold (proto-max-bulk-len), maxElements the longest array
-	// that is believed.
+	// maxReply is the longest value that Redis can hold (proto-max-bulk-len), maxElements the
+	// longest array that is believed.
 	maxReply    = 512 << 20
 	maxElements = 1 << 20
-	// anyReply has the first bytes of all replies, and as many * as arrays may be inside one another.
+	// anyReply has the first bytes of all replies, and as many * as arrays may be inside one
+	// another.
 	anyReply = "-+:$****"
 	// slots is into how many parts a cluster divides the keys. Each has an owner.
 	slots = 1 << 14
-	// Servers are asked who owns what at hints and ticks, at most once in learnPause. The tick of a cluster is
-	// twice that while batches fail, and for a clusterTick more. Each server has askTimeout to answer.
+	// Servers are asked who owns what at hints and ticks, at most once in learnPause. The tick of a
+	// cluster is twice that while batches fail, and for a clusterTick more. Each server has
+	// askTimeout to answer.
 	learnPause   = 250 * time.Millisecond
 	sentinelTick = time.Second
 	clusterTick  = 10 * time.Second
@@ -218,11 +223,12 @@ func (p *pool) enqueue(fs []*flight) {
 	}
 }
 
-// probe connects once, so that the log says what is wrong before the first request. Nobody waits for its flight.
+// probe connects once, so that the log says what is wrong before the first request. Nobody waits
+// for its flight.
 func (p *pool) probe() { p.enqueue([]*flight{{dirty: true}}) }
 
-// ready reports whether Redis answers, by a flight like any other, for a key that nobody has. That Redis
-// does not let the proxy read this key is an answer.
+// ready reports whether Redis answers, by a flight like any other, for a key that nobody has. That
+// Redis does not let the proxy read this key is an answer.
 func (p *pool) ready() bool {
 	now := p.cache.now()
 	key := fmt.Sprint("redis_proxy:ready:", p.cache.started.UnixNano())
@@ -361,8 +367,8 @@ func (p *pool) ask(addr string) error {
 	return cmp.Or(err, p.adopt(addr, []any{[]any{int64(0), int64(slots - 1), master}}))
 }
 
-// adopt takes the owners of slots over from an answer to CLUSTER SLOTS. Slots that it does not name keep
-// theirs. It returns an error if it names none.
+// adopt takes the owners of slots over from an answer to CLUSTER SLOTS. Slots that it does not name
+// keep theirs. It returns an error if it names none.
 func (p *pool) adopt(from string, rows []any) error {
 	err := errors.New("it names nobody")
 	p.mu.Lock()
@@ -394,8 +400,9 @@ func (p *pool) giveLocked(slot int, n *node) {
 	n.owns++
 }
 
-// settle follows a change of the owners: it closes nodes that own nothing any more, or never did, unless they
-// were named lately. Their connections break, and what they carried or queued goes to the owners of today.
+// settle follows a change of the owners: it closes nodes that own nothing any more, or never did,
+// unless they were named lately. Their connections break, and what they carried or queued goes to
+// the owners of today.
 func (p *pool) settle() {
 	var owners []string
 	changed := false
@@ -427,8 +434,9 @@ type node struct {
 	conns   *redis.Pool
 	tracked atomic.Bool // its changes are reported
 
-	// When a connection last broke, a reply last was no outage, and failures and refusals were last logged, on
-	// the cache's clock; 0: never. Connections that have been idle since before the first may be dead.
+	// When a connection last broke, a reply last was no outage, and failures and refusals were last
+	// logged, on the cache's clock; 0: never. Connections that have been idle since before the
+	// first may be dead.
 	broke, answered, warned, refused atomic.Int64
 
 	// The pool's lock guards the following.
@@ -459,8 +467,8 @@ func (n *node) dial() (*upstream, error) {
 	return p.dial(n.ctx, n.addr, p.timeout+grace, false)
 }
 
-// test returns an error if an idle connection may be dead, or if there is anything to read on it, which would be
-// taken for the reply to the next command.
+// test returns an error if an idle connection may be dead, or if there is anything to read on it,
+// which would be taken for the reply to the next command.
 func (n *node) test(c redis.Conn, idleSince time.Time) error {
 	u := c.(*upstream)
 	usable := u.in.Buffered() == 0 && n.pool.cache.now()-time.Since(idleSince) > time.Duration(n.broke.Load())
@@ -474,8 +482,8 @@ func (n *node) test(c redis.Conn, idleSince time.Time) error {
 	return nil
 }
 
-// startLocked starts a worker for the queue, unless one is on its way to it. If too many are busy, the first
-// that ends does.
+// startLocked starts a worker for the queue, unless one is on its way to it. If too many are busy,
+// the first that ends does.
 func (n *node) startLocked() {
 	if len(n.queue) > 0 && !n.coming && n.busy < n.pool.limit {
 		n.coming = true
@@ -511,8 +519,8 @@ func (n *node) work() {
 	n.startLocked()
 }
 
-// take removes from the queue as much as fits a batch. It ends the flights that no request waits for any
-// more, and returns the others.
+// take removes from the queue as much as fits a batch. It ends the flights that no request waits
+// for any more, and returns the others.
 func (n *node) take() []*flight {
 	p := n.pool
 	p.mu.Lock()
@@ -538,9 +546,10 @@ func (n *node) take() []*flight {
 	return fs
 }
 
-// broken takes the flights of a worker that started at began, and whose connection broke or could not be made.
-// Those that a request waits for are tried again where another node is to be asked by now, and once at the same:
-// the connection may have died while it was idle, and GET does no harm twice. The others end with err.
+// broken takes the flights of a worker that started at began, and whose connection broke or could
+// not be made. Those that a request waits for are tried again where another node is to be asked by
+// now, and once at the same: the connection may have died while it was idle, and GET does no harm
+// twice. The others end with err.
 func (n *node) broken(fs []*flight, err error, began time.Duration) {
 	p, now := n.pool, n.pool.cache.now()
 	p.failed.Store(int64(now))
@@ -571,8 +580,8 @@ func (n *node) broken(fs []*flight, err error, began time.Duration) {
 	}
 }
 
-// exchange sends a GET for each flight and finishes it with the reply. It lets go of the flights that it
-// finished, and returns the rest.
+// exchange sends a GET for each flight and finishes it with the reply. It lets go of the flights
+// that it finished, and returns the rest.
 func (n *node) exchange(u *upstream, fs []*flight) (rest []*flight, err error) {
 	p, answered := n.pool, false
 	sent := p.cache.now()
@@ -652,9 +661,9 @@ func (n *node) receive(u *upstream, f *flight, sent time.Duration) (v value, err
 	return v, err
 }
 
-// redirect has a flight carried out where an error reply says, or later where it says that this may help.
-// It reports whether it did; else the flight is to end with the reply. Nodes that name each other for ever
-// are asked less and less often, until no request waits any more.
+// redirect has a flight carried out where an error reply says, or later where it says that this may
+// help. It reports whether it did; else the flight is to end with the reply. Nodes that name each
+// other for ever are asked less and less often, until no request waits any more.
 func (n *node) redirect(f *flight, reply redis.Error) bool {
 	p := n.pool
 	words := append(strings.Fields(string(reply)), "", "", "")
@@ -705,11 +714,12 @@ func (e replyError) Unwrap() error {
 	return errRefused
 }
 
-// aboutProxy matches error replies to GET that concern the proxy's login, rights or routing, and not the key.
+// aboutProxy matches error replies to GET that concern the proxy's login, rights or routing, and
+// not the key.
 var aboutProxy = regexp.MustCompile("^(NOAUTH|NOPERM|WRONGPASS|DENIED|MOVED|ASK|ERR max number of clients) ")
 
-// asAnswer returns the answer to a request that failed with err. An error reply that is not to GET, or that is
-// aboutProxy, is marked, so that a client does not take it for its own.
+// asAnswer returns the answer to a request that failed with err. An error reply that is not to GET,
+// or that is aboutProxy, is marked, so that a client does not take it for its own.
 func asAnswer(err error, toGET bool) error {
 	var reply redis.Error
 	var network net.Error
@@ -725,8 +735,8 @@ func asAnswer(err error, toGET bool) error {
 	return errUnavailable
 }
 
-// An upstream is a connection that reads replies itself. redigo believes whatever length a reply states, and
-// takes any reply for that to the command. It is not safe for concurrent use.
+// An upstream is a connection that reads replies itself. redigo believes whatever length a reply
+// states, and takes any reply for that to the command. It is not safe for concurrent use.
 type upstream struct {
 	redis.Conn
 	wire    *wire
@@ -736,8 +746,9 @@ type upstream struct {
 	release func() bool     // its context
 }
 
-// dial makes a connection to Redis or to a sentinel, which is closed when ctx is done. It gives up when that
-// takes longer than the timeout or than patience. A read or write on it fails after patience.
+// dial makes a connection to Redis or to a sentinel, which is closed when ctx is done. It gives up
+// when that takes longer than the timeout or than patience. A read or write on it fails after
+// patience.
 func (p *pool) dial(ctx context.Context, addr string, patience time.Duration, sentinel bool) (*upstream, error) {
 	soon, cancel := context.WithTimeout(ctx, min(p.timeout, patience))
 	defer cancel()
@@ -767,8 +778,8 @@ func (p *pool) dial(ctx context.Context, addr string, patience time.Duration, se
 	return u, nil
 }
 
-// dialInTurn connects to the first address of a name that answers. Each has its share of the time that is
-// left: net.Dialer would give the first 2 s of it.
+// dialInTurn connects to the first address of a name that answers. Each has its share of the time
+// that is left: net.Dialer would give the first 2 s of it.
 func dialInTurn(ctx context.Context, addr string) (c net.Conn, err error) {
 	var d net.Dialer
 	if strings.HasPrefix(addr, "/") {
@@ -826,8 +837,8 @@ func (u *upstream) send(f *flight, command string) {
 	u.out.WriteString("\r\n")
 }
 
-// Do sends a command and reads the reply, of any type. Without a command, which is what redigo's pool has it
-// do before it keeps a connection, it returns the connection.
+// Do sends a command and reads the reply, of any type. Without a command, which is what redigo's
+// pool has it do before it keeps a connection, it returns the connection.
 func (u *upstream) Do(command string, args ...any) (any, error) {
 	if command == "" {
 		return u, u.Err()
@@ -838,9 +849,10 @@ func (u *upstream) Do(command string, args ...any) (any, error) {
 	return u.reply(false, anyReply)
 }
 
-// reply reads the reply to a command. Its first byte must be one of kinds: with any other the connection is
-// closed, as later replies could be taken for other keys'. If the command was sent behind ASKING, as asked says,
-// reply first reads the reply to that, and returns its error if it is one.
+// reply reads the reply to a command. Its first byte must be one of kinds: with any other the
+// connection is closed, as later replies could be taken for other keys'. If the command was sent
+// behind ASKING, as asked says, reply first reads the reply to that, and returns its error if it is
+// one.
 func (u *upstream) reply(asked bool, kinds string) (any, error) {
 	var refusal error
 	if asked {
@@ -927,9 +939,9 @@ func (w *wire) Write(p []byte) (int, error) {
 	return w.Conn.Write(p)
 }
 
-// track has Redis report every key that changes, and has the cache forget it, until the node is closed. Without
-// its connection, entries end by their TTL alone. It pauses longer and longer between connections until one has
-// lasted.
+// track has Redis report every key that changes, and has the cache forget it, until the node is
+// closed. Without its connection, entries end by their TTL alone. It pauses longer and longer
+// between connections until one has lasted.
 func (n *node) track() {
 	p := n.pool
 	for pause := retryPause; n.ctx.Err() == nil; pause = min(2*pause, 5*time.Second) {
@@ -949,8 +961,8 @@ func (n *node) track() {
 	}
 }
 
-// follow tracks over one connection, until that breaks. The connection redirects to itself: Redis reports
-// changes only to RESP3 clients or to subscribers.
+// follow tracks over one connection, until that breaks. The connection redirects to itself: Redis
+// reports changes only to RESP3 clients or to subscribers.
 func (n *node) follow() error {
 	u, err := n.dial()
 	if err != nil {
@@ -976,8 +988,8 @@ func (n *node) follow() error {
 	return err
 }
 
-// heed acts on a message: a report of changes, or the answer to PING. The first of these shows that Redis
-// reports changes from now on, and empties the cache.
+// heed acts on a message: a report of changes, or the answer to PING. The first of these shows that
+// Redis reports changes from now on, and empties the cache.
 func (n *node) heed(msg []any) {
 	if len(msg) == 3 {
 		keys, _ := redis.ByteSlices(msg[2], nil) // nil: all

@@ -1,8 +1,9 @@
 // RESP: reading commands, the command table, writing replies, in RESP2 and RESP3.
 //
-// What a client sends is answered as Redis 7 answers it, to the byte, errors included (networking.c,
-// server.c). Commands are parsed in place: their arguments are parts of the read buffer, and hold until
-// more is read. The GETs of a pipeline are asked for together, before the first reply is written.
+// What a client sends is answered as Redis 7 answers it, to the byte, errors included
+// (networking.c, server.c). Commands are parsed in place: their arguments are parts of the read
+// buffer, and hold until more is read. The GETs of a pipeline are asked for together, before the
+// first reply is written.
 package main
 
 import (
@@ -22,9 +23,9 @@ import (
 	"unsafe"
 )
 
-// A connection reads into readBuffer, into up to pipelineBuffer if it sends more at once, into up to
-// wideBuffer while its requests wait for Redis, so that they wait together, and into more while a
-// request does not fit. What is over pipelineBuffer counts against the budget of requests.
+// A connection reads into readBuffer, into up to pipelineBuffer if it sends more at once, into up
+// to wideBuffer while its requests wait for Redis, so that they wait together, and into more while
+// a request does not fit. What is over pipelineBuffer counts against the budget of requests.
 const (
 	readBuffer     = 2 << 10
 	pipelineBuffer = 16 << 10
@@ -108,7 +109,8 @@ func (r *reader) move(rest []byte, size int) {
 	r.start, r.next, r.end = 0, r.next-r.start, len(rest)
 }
 
-// grant counts a buffer, arguments and transaction against the budget. It reports whether there is room.
+// grant counts a buffer, arguments and transaction against the budget. It reports whether there is
+// room.
 func (r *reader) grant(size int) bool {
 	more := max(0, size+len(r.args)*argSize+r.queued-pipelineBuffer) - r.held
 	switch {
@@ -342,7 +344,8 @@ func (c *client) answer(args [][]byte) {
 	c.end(c.in.err)
 }
 
-// pause answers all that has been read before more is, and limits the time for a request that has begun.
+// pause answers all that has been read before more is, and limits the time for a request that has
+// begun.
 func (c *client) pause() error {
 	if b := c.buffers; b != nil {
 		c.get()
@@ -371,9 +374,10 @@ func (c *client) get() {
 	c.keys = c.keys[:0]
 }
 
-// ask asks for keys, or for the first of them, and returns the others. The answers are in c.answers until
-// the next call. If they are more than flushAt bytes, they count against the budget of values. If there is
-// no room for all, there is one of them, which waits for room if it is as large by itself.
+// ask asks for keys, or for the first of them, and returns the others. The answers are in c.answers
+// until the next call. If they are more than flushAt bytes, they count against the budget of
+// values. If there is no room for all, there is one of them, which waits for room if it is as large
+// by itself.
 func (c *client) ask(keys [][]byte) (rest [][]byte) {
 	if n := len(keys); c.moment != nil {
 		c.answers, c.moment = c.moment[:n], c.moment[n:]
@@ -471,7 +475,8 @@ func failure(format string, args ...any) string {
 	return "-" + strings.NewReplacer("\r", " ", "\n", " ").Replace(fmt.Sprintf(format, args...)) + "\r\n"
 }
 
-// refusal returns what stands for the error of an answer. Redis' own error replies pass as they are.
+// refusal returns what stands for the error of an answer. Redis' own error replies pass as they
+// are.
 func (c *client) refusal(err error) string {
 	c.late = c.late || err == errTimeout
 	switch err {
@@ -505,8 +510,8 @@ func (c *client) echo(b []byte) string {
 	return "\r\n"
 }
 
-// A command has Redis' arity: how many arguments, its name among them; at least so many if negative.
-// run returns the reply, or none if it has written that.
+// A command has Redis' arity: how many arguments, its name among them; at least so many if
+// negative. run returns the reply, or none if it has written that.
 type command struct {
 	arity int
 	keys  bool                                  // all arguments are keys
@@ -656,8 +661,8 @@ func (c *client) getOne(args [][]byte) string {
 	return ""
 }
 
-// mget answers MGET as Redis does: with null for a key that holds another type, and with an error instead of
-// the array. An error that comes after a part of the array has been sent is an element.
+// mget answers MGET as Redis does: with null for a key that holds another type, and with an error
+// instead of the array. An error that comes after a part of the array has been sent is an element.
 func (c *client) mget(args [][]byte) string {
 	begin := len(c.out)
 	c.sent = false
@@ -723,8 +728,8 @@ func (c *client) queue(args [][]byte) string {
 	return "+QUEUED\r\n"
 }
 
-// exec answers all that is queued, from one moment of the cache: first what it lacks is fetched, then all
-// keys are looked up at once. What is too large together for that is answered as it comes.
+// exec answers all that is queued, from one moment of the cache: first what it lacks is fetched,
+// then all keys are looked up at once. What is too large together for that is answered as it comes.
 func (c *client) exec([][]byte) string {
 	queue, keys := c.multi, [][]byte(nil)
 	if c.discard(nil); c.broken {
@@ -797,7 +802,8 @@ func (c *client) hello(args [][]byte) string {
 		bulks("mode", "standalone", "role", "master", "modules") + "*0\r\n"
 }
 
-// login authenticates the client. There is one user, the default one; without a password for it, any is right.
+// login authenticates the client. There is one user, the default one; without a password for it,
+// any is right.
 func (c *client) login(user, password []byte) string {
 	switch pw := c.resp.password; {
 	case string(user) != "default":
@@ -852,8 +858,8 @@ func commandList(_ *client, args [][]byte) string {
 	return head('*', len(commands)) + bulks(slices.Sorted(maps.Keys(commands))...)
 }
 
-// commandInfo answers COMMAND and COMMAND INFO in the form of Redis 7: name, arity, flags, first and last
-// key, step, ACL categories, tips, key specifications, subcommands.
+// commandInfo answers COMMAND and COMMAND INFO in the form of Redis 7: name, arity, flags, first
+// and last key, step, ACL categories, tips, key specifications, subcommands.
 func commandInfo(c *client, args [][]byte) string {
 	names := args[min(len(args), 2):]
 	if len(names) == 0 {

@@ -1,8 +1,8 @@
 // The listener: accept, find the protocol in the first line, hand over, drain.
 //
-// The protocol of a connection is decided once, and looking consumes nothing: the front end that gets
-// the connection reads it from the first byte. Each connection is looked at by a goroutine of its own,
-// so that a slow one delays nobody.
+// The protocol of a connection is decided once, and looking consumes nothing: the front end that
+// gets the connection reads it from the first byte. Each connection is looked at by a goroutine of
+// its own, so that a slow one delays nobody.
 package main
 
 import (
@@ -29,27 +29,29 @@ import (
 )
 
 const (
-	// requestTimeout is how long a client may take, from the first byte on, for each of: a TLS handshake,
-	// its first line, the header of an HTTP/1 request, a RESP request.
+	// requestTimeout is how long a client may take, from the first byte on, for each of: a TLS
+	// handshake, its first line, the header of an HTTP/1 request, a RESP request.
 	requestTimeout = 10 * time.Second
 	// httpIdleTimeout is how long an HTTP connection is kept alive if the settings do not say.
 	httpIdleTimeout = 2 * time.Minute
-	// maxFirstLine is the longest first line that is looked at, and maxEmptyLines bounds the bytes of empty
-	// lines before it. A longer line goes to RESP, which refuses it; more empty lines go to RESP, which skips
-	// them.
+	// maxFirstLine is the longest first line that is looked at, and maxEmptyLines bounds the bytes
+	// of empty lines before it. A longer line goes to RESP, which refuses it; more empty lines go
+	// to RESP, which skips them.
 	maxFirstLine  = 64 << 10
 	maxEmptyLines = 64
-	// maxRefusing bounds the connections that are being told that there are too many clients; more than
-	// these are closed without a word. refuseTimeout is how long each may be silent, and how long linger reads.
+	// maxRefusing bounds the connections that are being told that there are too many clients; more
+	// than these are closed without a word. refuseTimeout is how long each may be silent, and how
+	// long linger reads.
 	maxRefusing   = 100
 	refuseTimeout = time.Second
-	// drainTime is how long the server goes on reading after stop. Requests that are complete by then are
-	// answered.
+	// drainTime is how long the server goes on reading after stop. Requests that are complete by
+	// then are answered.
 	drainTime = 100 * time.Millisecond
 	// stallTime is after how long a client counts as one that takes nothing of its replies for now.
 	stallTime = 250 * time.Millisecond
-	// sendBuffer is the size of a socket's send buffer that is asked for; Linux doubles it. By default a buffer
-	// grows to megabytes, and with many clients that data leaves the processor's cache before it is sent.
+	// sendBuffer is the size of a socket's send buffer that is asked for; Linux doubles it. By
+	// default a buffer grows to megabytes, and with many clients that data leaves the processor's
+	// cache before it is sent.
 	sendBuffer = 256 << 10
 	// flushAt is how many bytes of answers are gathered before they are written.
 	flushAt = 16 << 10
@@ -218,7 +220,8 @@ func (s *server) stop() {
 	time.Sleep(drainTime)
 }
 
-// wait returns when no handler is left, or when ctx is done, and cuts off what connections there are.
+// wait returns when no handler is left, or when ctx is done, and cuts off what connections there
+// are.
 func (s *server) wait(ctx context.Context) {
 	ctx, done := context.WithCancel(ctx)
 	go func() { s.handlers.Wait(); done() }() // ends with the last handler
@@ -230,8 +233,8 @@ func (s *server) wait(ctx context.Context) {
 	}
 }
 
-// A conn is what a front end reads from and writes to, inside TLS if there is any. The link below keeps the
-// deadlines.
+// A conn is what a front end reads from and writes to, inside TLS if there is any. The link below
+// keeps the deadlines.
 type conn struct {
 	net.Conn
 	unread []byte // what has been read already: Read begins with it
@@ -277,8 +280,8 @@ func (c *conn) detect() (protocol, error) {
 	}
 }
 
-// protocolOf returns the protocol of a connection that begins with these bytes, once they suffice. Empty
-// lines come before the first line in both protocols (RFC 9112 §2.2), and say nothing.
+// protocolOf returns the protocol of a connection that begins with these bytes, once they suffice.
+// Empty lines come before the first line in both protocols (RFC 9112 §2.2), and say nothing.
 func protocolOf(begin []byte) (proto protocol, ok bool) {
 	first := afterEmptyLines(begin[:min(len(begin), maxFirstLine)])
 	line, _, whole := bytes.Cut(first, []byte("\n"))
@@ -306,8 +309,8 @@ func afterEmptyLines(b []byte) []byte {
 	return b
 }
 
-// CloseWrite ends the sending side, that of TLS first. net/http does so when it hangs up on a client that is
-// still sending.
+// CloseWrite ends the sending side, that of TLS first. net/http does so when it hangs up on a
+// client that is still sending.
 func (c *conn) CloseWrite() error {
 	for _, side := range []net.Conn{c.Conn, c.link.Conn} {
 		if half, ok := side.(interface{ CloseWrite() error }); ok {
@@ -317,8 +320,8 @@ func (c *conn) CloseWrite() error {
 	return nil
 }
 
-// linger ends the sending side and reads on until the client has ended too, or for a moment: the last words
-// would be lost if bytes that nobody has read were there at the end (RFC 9112 §9.6).
+// linger ends the sending side and reads on until the client has ended too, or for a moment: the
+// last words would be lost if bytes that nobody has read were there at the end (RFC 9112 §9.6).
 func (c *conn) linger() {
 	c.CloseWrite()
 	c.link.hurry(refuseTimeout)
@@ -349,8 +352,8 @@ func (l *link) exemptFromStop() {
 	l.Conn.SetReadDeadline(time.Time{})
 }
 
-// SetReadDeadline sets the read deadline, or that of the server's stop once that has begun, unless the link
-// is exempt.
+// SetReadDeadline sets the read deadline, or that of the server's stop once that has begun, unless
+// the link is exempt.
 func (l *link) SetReadDeadline(t time.Time) error {
 	err := l.Conn.SetReadDeadline(t)
 	// This comes after it, as stop may have set its own in between.
@@ -360,8 +363,8 @@ func (l *link) SetReadDeadline(t time.Time) error {
 	return err
 }
 
-// hurry sets a read deadline d from now, which Read does not move. With 0 it removes that, and the idle
-// time-out is in force again.
+// hurry sets a read deadline d from now, which Read does not move. With 0 it removes that, and the
+// idle time-out is in force again.
 func (l *link) hurry(d time.Duration) {
 	var until time.Time
 	if d > 0 {
@@ -373,9 +376,9 @@ func (l *link) hurry(d time.Duration) {
 	}
 }
 
-// Read fails when the client is silent for its idle time, or up to a quarter longer: a deadline costs as
-// much as a short request, and is not set anew for each. It leaves the deadline to hurry while that is in
-// force, and sets none where idle is 0.
+// Read fails when the client is silent for its idle time, or up to a quarter longer: a deadline
+// costs as much as a short request, and is not set anew for each. It leaves the deadline to hurry
+// while that is in force, and sets none where idle is 0.
 func (l *link) Read(p []byte) (int, error) {
 	if len(l.ahead) > 0 {
 		n := copy(p, l.ahead[0])
@@ -396,8 +399,9 @@ func (l *link) Read(p []byte) (int, error) {
 	return l.Conn.Read(p)
 }
 
-// Write fails when the client takes no byte for as long as patience allows, or stallTime longer. It reads on
-// meanwhile: the client may be one that sends all its requests before it takes the first reply.
+// Write fails when the client takes no byte for as long as patience allows, or stallTime longer. It
+// reads on meanwhile: the client may be one that sends all its requests before it takes the first
+// reply.
 func (l *link) Write(p []byte) (written int, err error) {
 	taken, most := time.Now(), math.MinInt
 	for now := taken; ; now = time.Now() {
@@ -421,9 +425,9 @@ func (l *link) Write(p []byte) (written int, err error) {
 	}
 }
 
-// untaken returns how much of what was written the client's side has not acknowledged, where the system
-// knows, else 0. Linux lets a writer go on only when a third of its buffer is free, long after the client took
-// a byte (sk_stream_write_space).
+// untaken returns how much of what was written the client's side has not acknowledged, where the
+// system knows, else 0. Linux lets a writer go on only when a third of its buffer is free, long
+// after the client took a byte (sk_stream_write_space).
 func (l *link) untaken() int {
 	n := int32(0)
 	if c, ok := l.Conn.(syscall.Conn); ok {
@@ -435,8 +439,8 @@ func (l *link) untaken() int {
 	return int(n)
 }
 
-// patience returns how long the client may take nothing: the write time-out, but a second if it holds values
-// and others wait for room.
+// patience returns how long the client may take nothing: the write time-out, but a second if it
+// holds values and others wait for room.
 func (l *link) patience() time.Duration {
 	v := l.server.values
 	v.mu.Lock()
@@ -447,7 +451,8 @@ func (l *link) patience() time.Duration {
 	return l.server.writeTimeout
 }
 
-// readOn reads once what the client sends, for Read to return later, and reports whether anything came soon.
+// readOn reads once what the client sends, for Read to return later, and reports whether anything
+// came soon.
 func (l *link) readOn() bool {
 	buf := make([]byte, 512+min(len(l.ahead), 1)*(flushAt-512)) // most stalled clients send nothing
 	if l.server.requests.hold("", cap(buf)) != nil {
@@ -464,8 +469,8 @@ func (l *link) readOn() bool {
 	return n > 0
 }
 
-// hold counts a value and more bytes on their way to the client until letGo, if they are more than flushAt. See
-// budget.hold.
+// hold counts a value and more bytes on their way to the client until letGo, if they are more than
+// flushAt. See budget.hold.
 func (l *link) hold(value string, more int) (full <-chan struct{}) {
 	if len(value)+more > flushAt {
 		if full = l.server.values.hold(value, more); full == nil {
@@ -522,9 +527,9 @@ type hold struct {
 
 func newBudget(max int) *budget { return &budget{max: max, held: make(map[*byte]int)} }
 
-// hold counts a value and more bytes until release, and returns nil. Several holds of one value count once.
-// If there is no room, hold returns what is closed when there may be. In a budget half empty there is room for
-// any value.
+// hold counts a value and more bytes until release, and returns nil. Several holds of one value
+// count once. If there is no room, hold returns what is closed when there may be. In a budget half
+// empty there is room for any value.
 func (b *budget) hold(value string, more int) (full <-chan struct{}) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
