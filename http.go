@@ -97,12 +97,11 @@ func (w *web) refuse(c *conn) {
 	}
 }
 
-// drain has connections closed with their next answer. (SetKeepAlivesEnabled would close those
-// that are idle, although a request may be on its way.)
+// drain has connections closed with their next answer. (SetKeepAlivesEnabled would close those that
+// are idle, although a request may be on its way.)
 func (w *web) drain() { w.draining.Store(true) }
 
-// shutdown closes net/http's idle connections, and the others when they are answered or ctx is
-// done.
+// shutdown closes net/http's idle connections, and others when they are answered or ctx is done.
 func (w *web) shutdown(ctx context.Context) {
 	if w.server.Shutdown(ctx) != nil {
 		w.server.Close()
@@ -294,8 +293,7 @@ func lists(field []byte, header string) bool {
 func bytesOf(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
 
 // quick answers requests until one is not ordinary (quickRequest), without net/http, which costs
-// more than all the rest of a hit. It returns what it has read and not answered, for net/http to go
-// on with.
+// more than all the rest of a hit. It returns what it has not answered, for net/http to go on with.
 func (w *web) quick(c *conn) (rest []byte) {
 	for buf := make([]byte, quickBuffer); ; {
 		n, err := c.Read(buf[len(rest):]) // an error that comes with bytes comes again
@@ -431,8 +429,7 @@ type quickRequest struct {
 
 const hostBytes = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._:[]"
 
-// parse returns the first request in b, and its size: 0 if it is not whole, -1 if it is not
-// ordinary.
+// parse returns the first request in b and its size: 0 if it is not whole, -1 if not ordinary.
 func parse(b []byte) (r quickRequest, size int) {
 	for rest, first := b, true; ; first = false {
 		line, after, whole := bytes.Cut(rest, []byte("\n"))
@@ -506,8 +503,8 @@ func (r *quickRequest) field(line []byte) (ordinary bool) {
 	return ok
 }
 
-// handOver has net/http serve c through as, which reads and writes c. It sets its own deadlines
-// from now on.
+// handOver has net/http serve c through as, which is c or wraps it. It sets the deadlines from now
+// on.
 func (w *web) handOver(c *conn, as net.Conn) {
 	c.link.idle = 0
 	l := &oneConn{conn: as}
@@ -530,8 +527,8 @@ func (l *oneConn) Close() error   { return nil }
 func (l *oneConn) Addr() net.Addr { return nil }
 
 // A counted connection is one of HTTP/1 that net/http serves. It counts what net/http reads of a
-// header against the budget of requests, until the next deadline: net/http sets one before and
-// after each header.
+// header against the budget of requests, until the next deadline: net/http sets some around each
+// header.
 type counted struct {
 	*conn
 	held atomic.Int64

@@ -372,8 +372,7 @@ func (c *cache) await(f *flight, late <-chan time.Time) bool {
 //	4: the reply to 1 arrives: finish gives it to those who asked before 3, and does not store it
 //	5: a request asks after 3: forget has taken the flight off the map, so it begins a new one
 //
-// 3 and 4 are one step each under the same lock. If 4 comes before 3, forget drops what finish
-// stored.
+// 3 and 4 are one step each under the same lock. If 4 comes before 3, forget drops the entry.
 func (c *cache) finish(f *flight, v value, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -482,8 +481,7 @@ func (c *cache) dueForRefresh(e *entry, now time.Duration) bool {
 		c.flights[e.key()] == nil && (e.refreshed == 0 || now >= e.refreshed+refreshPause)
 }
 
-// put stores v in place of what its key had. It does not keep a value that is larger than the limit
-// of bytes.
+// put stores v in place of what its key had, unless it is larger than the limit of bytes.
 func (c *cache) put(now time.Duration, v value) (stored bool) {
 	c.drop(now, c.entries[v.key()]) // whole: the map's key is part of the old value
 	e := &entry{value: v}

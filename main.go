@@ -233,7 +233,7 @@ func fitMemory(cfg *config, log *slog.Logger) {
 }
 
 // cgroupLimit returns the least number above 0 that one of the files begins with in the control
-// groups of the process, of both versions, from its own up to the root (cgroups(7)). None is
+// groups of the process, of both versions, from its own up to the root (cgroups(7)). None:
 // math.MaxInt64.
 func cgroupLimit(files ...string) int64 {
 	least := int64(math.MaxInt64)
@@ -254,8 +254,7 @@ func cgroupLimit(files ...string) int64 {
 	return least
 }
 
-// fitDescriptors allows fewer clients where the process may not open enough files, as each client
-// is one.
+// fitDescriptors allows fewer clients where the process may not open enough files for them.
 func fitDescriptors(cfg *config, log *slog.Logger) {
 	var limit syscall.Rlimit
 	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
@@ -469,8 +468,7 @@ func (o option) variable() string {
 	return "RP_" + strings.ToUpper(strings.ReplaceAll(o.name, "-", "_"))
 }
 
-// assign stores the value that where, a flag or a variable, gives. Its error is fit for users,
-// without secrets.
+// assign stores the value that where, a flag or a variable, gives. Its error has no secrets.
 func (o option) assign(where, val string) (err error) {
 	switch at := o.at.(type) {
 	case *string:
@@ -626,8 +624,8 @@ const redisURLForms = "redis://[[user]:pass@]host[:port][,host[:port]...][/db],\
 // sentinels, login, hosts, and the rest.
 var redisURL = regexp.MustCompile(`(?i)^(?:(unix)|(?:redis|valkey)(s?)([-+]sentinel)?)://([^/?#]*@)?([^/?#]*)(.*)$`)
 
-// parseRedisURL reads the URL of a Redis, of nodes of a cluster, or of sentinels. An empty one is
-// the zero address.
+// parseRedisURL reads the URL of a Redis, of nodes of a cluster, or of sentinels. Empty: the zero
+// address.
 func parseRedisURL(s string) (a redisAddress, err error) {
 	m := redisURL.FindStringSubmatch(s)
 	switch {

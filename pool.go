@@ -2,8 +2,7 @@
 //
 // Only this file knows redigo. The cache begins flights; the pool queues them, carries them out in
 // batches, and finishes each with the reply or with the failure of the connection. It waits for
-// nobody: those who asked wait in the cache, and a late reply still fills it, unless its key
-// changed.
+// nobody: those who asked wait in the cache, and a late reply may still fill it.
 package main
 
 import (
@@ -33,23 +32,20 @@ import (
 )
 
 const (
-	// A batch has at most maxBatch GETs, and brings at most batchBytes by the size that values had
-	// lately.
+	// A batch has at most maxBatch GETs, and brings at most batchBytes by the size of recent
+	// values.
 	maxBatch   = 1 << 12
 	batchBytes = 1 << 20
 	// maxQueue bounds the flights that wait for a connection, and maxQueueBytes their keys. More of
 	// them end with errTimeout at once: they would not be carried out in time.
 	maxQueue      = 1 << 16
 	maxQueueBytes = 64 << 20
-	// grace is how much longer than a waiter a connection waits for a reply, which still fills the
-	// cache.
+	// grace is how much longer than a request a connection waits: the reply still fills the cache.
 	grace = time.Second
-	// maxReply is the longest value that Redis can hold (proto-max-bulk-len), maxElements the
-	// longest array that is believed.
+	// maxReply bounds a value as Redis does (proto-max-bulk-len), and maxElements an array.
 	maxReply    = 512 << 20
 	maxElements = 1 << 20
-	// anyReply has the first bytes of all replies, and as many * as arrays may be inside one
-	// another.
+	// anyReply has the first bytes of all replies, and as many * as arrays may be nested.
 	anyReply = "-+:$****"
 	// slots is into how many parts a cluster divides the keys. Each has an owner.
 	slots = 1 << 14
@@ -223,8 +219,8 @@ func (p *pool) enqueue(fs []*flight) {
 	}
 }
 
-// probe connects once, so that the log says what is wrong before the first request. Nobody waits
-// for its flight.
+// probe connects once, so that the log says what is wrong before the first request. No request
+// waits for it.
 func (p *pool) probe() { p.enqueue([]*flight{{dirty: true}}) }
 
 // ready reports whether Redis answers, by a flight like any other, for a key that nobody has. That
@@ -435,8 +431,7 @@ type node struct {
 	tracked atomic.Bool // its changes are reported
 
 	// When a connection last broke, a reply last was no outage, and failures and refusals were last
-	// logged, on the cache's clock; 0: never. Connections that have been idle since before the
-	// first may be dead.
+	// logged, on the cache's clock; 0: never. Connections idle since before the first may be dead.
 	broke, answered, warned, refused atomic.Int64
 
 	// The pool's lock guards the following.
@@ -714,8 +709,7 @@ func (e replyError) Unwrap() error {
 	return errRefused
 }
 
-// aboutProxy matches error replies to GET that concern the proxy's login, rights or routing, and
-// not the key.
+// aboutProxy matches error replies to GET about the proxy's login, rights or routing, not the key.
 var aboutProxy = regexp.MustCompile("^(NOAUTH|NOPERM|WRONGPASS|DENIED|MOVED|ASK|ERR max number of clients) ")
 
 // asAnswer returns the answer to a request that failed with err. An error reply that is not to GET,
@@ -851,8 +845,7 @@ func (u *upstream) Do(command string, args ...any) (any, error) {
 
 // reply reads the reply to a command. Its first byte must be one of kinds: with any other the
 // connection is closed, as later replies could be taken for other keys'. If the command was sent
-// behind ASKING, as asked says, reply first reads the reply to that, and returns its error if it is
-// one.
+// behind ASKING, as asked says, reply first reads the reply to that, and returns its error if any.
 func (u *upstream) reply(asked bool, kinds string) (any, error) {
 	var refusal error
 	if asked {
@@ -988,8 +981,8 @@ func (n *node) follow() error {
 	return err
 }
 
-// heed acts on a message: a report of changes, or the answer to PING. The first of these shows that
-// Redis reports changes from now on, and empties the cache.
+// heed acts on a message: a report of changes, or an answer to PING. The first such answer shows
+// that Redis reports changes from now on, and empties the cache.
 func (n *node) heed(msg []any) {
 	if len(msg) == 3 {
 		keys, _ := redis.ByteSlices(msg[2], nil) // nil: all

@@ -109,8 +109,7 @@ func (r *reader) move(rest []byte, size int) {
 	r.start, r.next, r.end = 0, r.next-r.start, len(rest)
 }
 
-// grant counts a buffer, arguments and transaction against the budget. It reports whether there is
-// room.
+// grant counts buffer, arguments and transaction against the budget, if there is room for them.
 func (r *reader) grant(size int) bool {
 	more := max(0, size+len(r.args)*argSize+r.queued-pipelineBuffer) - r.held
 	switch {
@@ -344,7 +343,7 @@ func (c *client) answer(args [][]byte) {
 	c.end(c.in.err)
 }
 
-// pause answers all that has been read before more is, and limits the time for a request that has
+// pause answers all that has been read before more is, and limits the time of a request that has
 // begun.
 func (c *client) pause() error {
 	if b := c.buffers; b != nil {
@@ -475,8 +474,7 @@ func failure(format string, args ...any) string {
 	return "-" + strings.NewReplacer("\r", " ", "\n", " ").Replace(fmt.Sprintf(format, args...)) + "\r\n"
 }
 
-// refusal returns what stands for the error of an answer. Redis' own error replies pass as they
-// are.
+// refusal returns what stands for the error of an answer. Redis' own replies pass as they are.
 func (c *client) refusal(err error) string {
 	c.late = c.late || err == errTimeout
 	switch err {
@@ -802,8 +800,8 @@ func (c *client) hello(args [][]byte) string {
 		bulks("mode", "standalone", "role", "master", "modules") + "*0\r\n"
 }
 
-// login authenticates the client. There is one user, the default one; without a password for it,
-// any is right.
+// login authenticates the client. There is one user, the default one; if it has no password, any is
+// right.
 func (c *client) login(user, password []byte) string {
 	switch pw := c.resp.password; {
 	case string(user) != "default":

@@ -40,12 +40,12 @@ const (
 	maxFirstLine  = 64 << 10
 	maxEmptyLines = 64
 	// maxRefusing bounds the connections that are being told that there are too many clients; more
-	// than these are closed without a word. refuseTimeout is how long each may be silent, and how
-	// long linger reads.
+	// than these are closed without a word. refuseTimeout is how long each may be silent, and
+	// linger reads.
 	maxRefusing   = 100
 	refuseTimeout = time.Second
-	// drainTime is how long the server goes on reading after stop. Requests that are complete by
-	// then are answered.
+	// drainTime is how long the server goes on reading after stop. Requests complete by then are
+	// answered.
 	drainTime = 100 * time.Millisecond
 	// stallTime is after how long a client counts as one that takes nothing of its replies for now.
 	stallTime = 250 * time.Millisecond
@@ -220,8 +220,7 @@ func (s *server) stop() {
 	time.Sleep(drainTime)
 }
 
-// wait returns when no handler is left, or when ctx is done, and cuts off what connections there
-// are.
+// wait returns when no handler is left, or when ctx is done, and cuts off the connections.
 func (s *server) wait(ctx context.Context) {
 	ctx, done := context.WithCancel(ctx)
 	go func() { s.handlers.Wait(); done() }() // ends with the last handler
@@ -400,8 +399,7 @@ func (l *link) Read(p []byte) (int, error) {
 }
 
 // Write fails when the client takes no byte for as long as patience allows, or stallTime longer. It
-// reads on meanwhile: the client may be one that sends all its requests before it takes the first
-// reply.
+// reads on meanwhile: the client may be one that sends all its requests before it takes a reply.
 func (l *link) Write(p []byte) (written int, err error) {
 	taken, most := time.Now(), math.MinInt
 	for now := taken; ; now = time.Now() {
@@ -451,8 +449,8 @@ func (l *link) patience() time.Duration {
 	return l.server.writeTimeout
 }
 
-// readOn reads once what the client sends, for Read to return later, and reports whether anything
-// came soon.
+// readOn reads once what the client sends, for Read to return later, and reports whether any came
+// soon.
 func (l *link) readOn() bool {
 	buf := make([]byte, 512+min(len(l.ahead), 1)*(flushAt-512)) // most stalled clients send nothing
 	if l.server.requests.hold("", cap(buf)) != nil {
@@ -588,8 +586,8 @@ func (p *password) matches(s []byte) bool {
 	return false
 }
 
-// newCertificate returns a source of the certificate that the flags --OF-cert and --OF-key name,
-// or nil if they are unset. It reads the files again every two seconds at most, as they may change.
+// newCertificate returns a source of the certificate that the flags --OF-cert and --OF-key name, or
+// nil if they are unset. It reads the files again every two seconds at most, as they may change.
 func newCertificate[Hello any](of, certFile, keyFile string, log *slog.Logger) (
 	get func(*Hello) (*tls.Certificate, error), err error) {
 	if certFile == "" && keyFile == "" {
