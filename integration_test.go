@@ -7126,6 +7126,14 @@ func TestIntegrationCommandLine(t *testing.T) {
 			`^redis_proxy: --tls-cert "/no/cert.pem", --tls-key "/no/key.pem": open /no/cert.pem: no such file .*\n$`,
 		},
 		{
+			"a certificate without its key",
+			nil,
+			[]string{"--tls-cert", "/no/cert.pem"},
+			2,
+			`^$`,
+			`^redis_proxy: --tls-cert "/no/cert.pem", --tls-key "": both must be given, or neither\n$`,
+		},
+		{
 			"an address that is taken",
 			nil,
 			[]string{"--listen-address", "192.0.2.1"},

@@ -594,6 +594,9 @@ func newCertificate[Hello any](of, certFile, keyFile string, log *slog.Logger) (
 		return nil, nil
 	}
 	first, err := tls.LoadX509KeyPair(certFile, keyFile)
+	if certFile == "" || keyFile == "" {
+		err = errors.New("both must be given, or neither")
+	}
 	if err != nil {
 		return nil, fmt.Errorf("--%s-cert %q, --%s-key %q: %w", of, certFile, of, keyFile, err)
 	}
