@@ -7585,7 +7585,7 @@ func TestIntegrationAdminConnectionsAreBounded(t *testing.T) {
 	over.expectClosed()
 	for _, c := range idle {
 		resp, body := c.send("GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n").response()
-		compare(t, "answer to one of not too many", fmt.Sprint(resp.StatusCode, " ", body), "200 alive\n")
+		compare(t, "answer to one of not too many", fmt.Sprint(resp.StatusCode, " ", body), "200 ok\n")
 		c.Close()
 	}
 	eventually(t, "room again", func() bool {
