@@ -534,10 +534,10 @@ func (c *cache) drop(now time.Duration, e *entry) {
 	c.bytes -= e.size()
 }
 
-// useless reports whether an entry may not even answer in an outage. One that ended before the TTL,
-// with its key or because it is an absence, may not.
+// useless reports whether an entry may not even answer in an outage. An absence may not, nor one
+// that ended before the TTL, with its key.
 func (c *cache) useless(e *entry, now time.Duration) bool {
-	return !e.live(now) && (e.expires < e.fetched+c.ttl || now >= e.expires+c.stale)
+	return !e.live(now) && (e.absent() || e.expires < e.fetched+c.ttl || now >= e.expires+c.stale)
 }
 
 // A figure is what a part reports about itself: in INFO, in the metrics, or in both.

@@ -2080,22 +2080,24 @@ func (d *flightDeck) land(v value, err error) {
 }
 
 func TestCacheKeepsAbsencesForTheirTime(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		d := newFlightDeck(cacheSettings{ttl: 10 * time.Second, absent: 2 * time.Second, stale: time.Hour})
-		compare(t, "at first", d.ask("k"), "flight")
-		d.land(newAbsent("k", d.now()), errAbsent)
-		time.Sleep(2*time.Second - 1)
-		compare(t, "within its time", d.ask("k"), "absent_hit")
-		time.Sleep(time.Nanosecond)
-		compare(t, "after its time", d.ask("k"), "flight")
-		d.land(value{}, errUnavailable)
-		compare(t, "in an outage", d.without("k"), "error")
-		d.ask("k")
-		d.land(newValue("k", []byte("v"), d.now()), nil)
-		compare(t, "created", d.ask("k"), "hit")
-		d.forget([][]byte{[]byte("k")})
-		compare(t, "reported as changed", d.ask("k"), "flight")
-	})
+	for _, absent := range []time.Duration{2 * time.Second, 10 * time.Second} { // the second is the TTL
+		synctest.Test(t, func(t *testing.T) {
+			d := newFlightDeck(cacheSettings{ttl: 10 * time.Second, absent: absent, stale: time.Hour})
+			compare(t, "at first", d.ask("k"), "flight")
+			d.land(newAbsent("k", d.now()), errAbsent)
+			time.Sleep(absent - 1)
+			compare(t, "within its time", d.ask("k"), "absent_hit")
+			time.Sleep(time.Nanosecond)
+			compare(t, "after its time", d.ask("k"), "flight")
+			d.land(value{}, errUnavailable)
+			compare(t, "in an outage", d.without("k"), "error")
+			d.ask("k")
+			d.land(newValue("k", []byte("v"), d.now()), nil)
+			compare(t, "created", d.ask("k"), "hit")
+			d.forget([][]byte{[]byte("k")})
+			compare(t, "reported as changed", d.ask("k"), "flight")
+		})
+	}
 }
 
 func TestCacheEndsEntriesWithTheirKeys(t *testing.T) {
