@@ -1,8 +1,8 @@
 // HTTP: the key from the path, the answer and its header.
 //
-// A connection begins with quick, which answers ordinary requests over HTTP/1. It goes to net/http,
-// for good, with the first other request; both ways answer alike. RFC 9110 (semantics), 9111
-// (caching) and 9211 (Cache-Status) say what goes into the answers.
+// A connection of HTTP/1 begins with quick, which answers ordinary requests. It goes to net/http,
+// for good, with the first other request, and one of HTTP/2 at once; both ways answer alike. RFC
+// 9110 (semantics), 9111 (caching) and 9211 (Cache-Status) say what goes into the answers.
 package main
 
 import (
@@ -41,8 +41,8 @@ const (
 	maxHeaderBytes = 80 << 10    // of a request; net/http takes 4 KB more
 	lineCost       = 128         // what net/http makes of a line of it, beside its bytes
 	maxStreams     = 100         // of an HTTP/2 connection
-	maxFrame       = 16 << 10    // of HTTP/2, the least; net/http has room for one from its first byte on
-	valuePiece     = 32 << 10    // of a value, which http.ServeContent writes at once
+	maxFrame       = 16 << 10    // of HTTP/2, the least that may be allowed: net/http makes room for a whole one
+	valuePiece     = 32 << 10    // is what http.ServeContent writes at once of a value
 	maxRanges      = 16          // in a Range field
 	maxAdmin       = 64          // connections to the admin listener
 )
@@ -160,8 +160,8 @@ func (w *web) write(rw http.ResponseWriter, r *http.Request, a *answer, now time
 
 // correct changes a request where http.ServeContent reads it otherwise than RFC 9110. It joins
 // repeated fields (§5.3). It drops Range for HEAD, for other units and for too many parts, ignores
-// the case of the unit, makes a suffix of 0 bytes unsatisfiable, and caps large numbers (§14).
-// header is that of the value.
+// the case of the unit, makes a suffix of 0 bytes unsatisfiable, and caps large numbers (§14). Of
+// If-None-Match it leaves *, if the tag is listed, or nothing. header is that of the value.
 func correct(r *http.Request, header string) {
 	list := func(name string) string { return strings.Join(r.Header[name], ", ") }
 	if r.Header.Set("If-Match", list("If-Match")); lists([]byte(list("If-None-Match")), header) {
@@ -503,8 +503,8 @@ func (r *quickRequest) field(line []byte) (ordinary bool) {
 	return ok
 }
 
-// handOver has net/http serve c through as, which is c or wraps it. It sets the deadlines from now
-// on.
+// handOver has net/http serve c through as, which is c or wraps it. It sets the read deadlines from
+// now on.
 func (w *web) handOver(c *conn, as net.Conn) {
 	c.link.idle = 0
 	l := &oneConn{conn: as}

@@ -56,7 +56,7 @@ type cache struct {
 	entries map[string]*entry
 	flights map[string]*flight // those that may be joined, at most one for a key
 	used    list.List          // of *entry, the most recently read or filled in front
-	filled  list.List          // of *entry, the most recently filled in front
+	filled  list.List          // of *entry, the one that Redis was asked for last in front
 	bytes   int64
 
 	evictions, expirations int64 // entries that have left the cache

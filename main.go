@@ -2,8 +2,7 @@
 // Redis GET key from a local LRU cache if it can, else from the backing Redis.
 //
 // This file is the roof: configuration, wiring, signals. Nothing in the other files names anything
-// here. Dependencies point downwards: main to http and resp, those to sniff and lru; main to pool,
-// pool to lru.
+// here. Dependencies point downwards: main to http and resp, those to sniff; sniff and pool to lru.
 package main
 
 import (
@@ -492,7 +491,7 @@ func (o option) assign(where, val string) (err error) {
 		return nil
 	}
 	must := strings.ReplaceAll(o.must, "\n", " ")
-	if o.name != "redis-url" {
+	if o.name != "redis-url" && !strings.Contains(val, "@") { // or it may be a URL with a password
 		where += " " + strconv.Quote(val)
 	}
 	return fmt.Errorf("%s: must be %s", where, must)

@@ -376,7 +376,7 @@ func TestConfigRefusesRedisURLWithoutTellingIt(t *testing.T) {
 		}
 	}
 	for _, args := range [][]string{{"--redis-ulr=redis://:s3cret@h"}, {"--redis-url=", "redis://:s3cret@h"},
-		{"--password", "my", "s3cret"}} {
+		{"--password", "my", "s3cret"}, {"--redis-host", "redis://:s3cret@h"}} {
 		if got := refusal(t, args, nil); strings.Contains(got, "s3cret") {
 			t.Errorf("%q: got error %q; want the secret left out", args, got)
 		}

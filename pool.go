@@ -51,7 +51,7 @@ const (
 	slots = 1 << 14
 	// Servers are asked who owns what at hints and ticks, at most once in learnPause. The tick of a
 	// cluster is twice that while batches fail, and for a clusterTick more. Each server has
-	// askTimeout to answer.
+	// askTimeout to connect and for each reply, and twice that in all.
 	learnPause   = 250 * time.Millisecond
 	sentinelTick = time.Second
 	clusterTick  = 10 * time.Second
@@ -565,7 +565,7 @@ func (n *node) broken(fs []*flight, err error, began time.Duration) {
 	p.hint("")
 	p.enqueue(again)
 	p.errors.Add(int64(len(ended)))
-	// What failed says nothing about the time after it.
+	// If the node has answered since began, this failure is older than that.
 	news := len(again) == 0 && n.ctx.Err() == nil && !n.down() && time.Duration(n.answered.Load()) <= began
 	if news && due(&n.warned, now, time.Second) {
 		n.log.Warn("Redis cannot be read; hits go on", "error", err)

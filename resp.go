@@ -67,7 +67,8 @@ type reader struct {
 	queued int // bytes of the transaction that the client has begun
 }
 
-// fill reads once. A full buffer grows, and a large one is for one request, or for those that wait.
+// fill reads once. A full buffer grows; a large one shrinks, unless it holds a large request or
+// requests that wait for Redis.
 func (r *reader) fill() {
 	rest, size, full := r.buf[r.start:r.end], len(r.buf), r.end == len(r.buf)
 	if r.err = r.pause(); r.err != nil {
@@ -201,7 +202,7 @@ func (r *reader) readLength(marker byte, what, number string) int {
 	return -1
 }
 
-// readLine returns a line without its end. After that comes so much more.
+// readLine returns a line without its end, and skips so many more bytes after that.
 func (r *reader) readLine(end byte, more int, what string) []byte {
 	for ; r.err == nil; r.fill() {
 		rest := r.buf[r.next:r.end]

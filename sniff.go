@@ -214,7 +214,7 @@ func (s *server) stop() {
 	s.listener.Close()
 	s.mu.Lock()
 	for l := range s.links {
-		l.SetReadDeadline(time.Time{}) // that is until, unless the link is exempt
+		l.SetReadDeadline(time.Time{}) // it is until, unless the link is exempt
 	}
 	s.mu.Unlock()
 	time.Sleep(drainTime)
@@ -398,8 +398,9 @@ func (l *link) Read(p []byte) (int, error) {
 	return l.Conn.Read(p)
 }
 
-// Write fails when the client takes no byte for as long as patience allows, or stallTime longer. It
-// reads on meanwhile: the client may be one that sends all its requests before it takes a reply.
+// Write fails when the client takes no byte for as long as patience allows, or stallTime longer.
+// Over RESP it reads on meanwhile: the client may be one that sends all its requests before it
+// takes a reply.
 func (l *link) Write(p []byte) (written int, err error) {
 	taken, most := time.Now(), math.MinInt
 	for now := taken; ; now = time.Now() {
