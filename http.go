@@ -531,19 +531,24 @@ func (l *oneConn) Addr() net.Addr { return nil }
 // header.
 type counted struct {
 	*conn
-	held atomic.Int64
+	header atomic.Bool // it is read; a body is not kept
+	held   atomic.Int64
 }
 
 // ConnectionState keeps net/http from looking for HTTP/2 in the middle of a connection.
 func (h *counted) ConnectionState() (none tls.ConnectionState) { return }
 
 func (h *counted) SetReadDeadline(t time.Time) error {
+	h.header.Store(time.Until(t) > bodyTimeout)
 	h.link.server.requests.release("", int(h.held.Swap(0)))
 	return h.conn.SetReadDeadline(t)
 }
 
 func (h *counted) Read(p []byte) (int, error) {
 	n, err := h.conn.Read(p)
+	if !h.header.Load() {
+		return n, err
+	}
 	cost := n + lineCost*bytes.Count(p[:n], []byte("\n"))
 	if h.link.server.requests.hold("", cost) != nil {
 		return 0, errors.New("too much of all clients' requests is unanswered")

@@ -172,7 +172,7 @@ func (c *config) address() (network, address string) {
 
 // listen takes the place of a Unix socket that a process left behind; one that answers stays.
 func listen(network, address string) (net.Listener, error) {
-	if network == "unix" {
+	if file, err := os.Lstat(address); network == "unix" && err == nil && file.Mode()&os.ModeSocket != 0 {
 		if _, err := net.Dial(network, address); errors.Is(err, syscall.ECONNREFUSED) {
 			os.Remove(address)
 		}
@@ -192,7 +192,10 @@ func check(cfg config) error {
 	}
 	c.SetDeadline(time.Now().Add(2 * time.Second))
 	io.WriteString(c, "PING\r\n") // if that fails, so does reading
-	_, err = c.Read(make([]byte, 1))
+	reply := make([]byte, 1)
+	if _, err = c.Read(reply); err == nil && reply[0] != '+' && reply[0] != '-' {
+		err = fmt.Errorf("PING was answered by %q", reply)
+	}
 	return err
 }
 
@@ -301,6 +304,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	log.Info("stopping")
 	deadline, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer cancel()
+	context.AfterFunc(deadline, s.cut) // also where net/http waits for a client that takes nothing
 	web.drain()
 	s.stop()
 	web.shutdown(deadline)

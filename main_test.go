@@ -958,6 +958,26 @@ func TestHTTPHeadersHaveABudget(t *testing.T) {
 	p.web.shutdown(context.Background())
 }
 
+// A body is not kept, and does not count.
+func TestHTTPBodiesHaveNoBudget(t *testing.T) {
+	budget := newBudget(1 << 20)
+	nc := &scripted{pieces: [][]byte{[]byte("a\n"), []byte("b\n"), []byte("c\n")}, closed: make(chan struct{})}
+	c := &counted{conn: newConn(nc, serverSettings{requests: budget})}
+	for _, tt := range []struct {
+		what  string
+		until time.Time
+		want  int
+	}{
+		{"header", time.Now().Add(requestTimeout), len("a\n") + lineCost},
+		{"body", time.Time{}, 0},
+		{"body that means nothing", time.Now().Add(bodyTimeout), 0},
+	} {
+		c.SetReadDeadline(tt.until)
+		c.Read(make([]byte, 10))
+		compare(t, tt.what, budget.used, tt.want)
+	}
+}
+
 // A connection that net/http answers for long holds no more than its latest request.
 func TestHTTPHeadersLeaveTheBudget(t *testing.T) {
 	const n = 100
@@ -2658,6 +2678,49 @@ func TestPoolRetriesOnAFreshConnection(t *testing.T) {
 	close(down)
 	p.wait(first)
 	compare(t, "after the restart", outcomeOf(first[0]), "value")
+}
+
+// A connection that cannot be made says nothing of those that are there.
+func TestPoolKeepsIdleConnectionsWhenOneCannotBeMade(t *testing.T) {
+	held, dialled, release := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	flags := playRedis(t, func(conn int, args []string) string {
+		switch {
+		case args[0] == "AUTH" && conn > 1:
+			if conn == 2 {
+				close(dialled)
+			}
+			return "" // and the connection is never made
+		case args[0] == "AUTH":
+			return "+OK\r\n"
+		case args[1] == "held":
+			close(held)
+			<-release
+		}
+		return bulk("value")
+	})
+	url := "redis://:password@" + net.JoinHostPort(flags[1], flags[3])
+	p := newParts(t, append(flags, "--redis-url", url, "--redis-timeout", "500ms", "--client-limit", "2")...)
+	first := askFor(p, "held")
+	<-held
+	second := askFor(p, "x")
+	<-dialled
+	close(release)
+	p.wait(first)
+	p.wait(second)
+	compare(t, "without a connection", outcomeOf(second[0]), errTimeout.Error())
+	compare(t, "by the one that is idle", outcomeOf(p.get("after")), outcomeOf(first[0]))
+}
+
+// An expiry that is centuries away is none for the cache.
+func TestPoolBoundsAnExpiry(t *testing.T) {
+	p := newParts(t, append(playRedis(t, func(_ int, args []string) string {
+		if args[0] == "PTTL" {
+			return ":253402300799000\r\n"
+		}
+		return bulk("value")
+	}), "--redis-ttl", "--cache-timeout", "1h")...)
+	a := p.get("k")
+	compare(t, "life", a.expires-a.fetched, time.Hour)
 }
 
 // A batch is not sent again when those who asked have long gone.

@@ -499,7 +499,9 @@ func (n *node) work() {
 	fs := n.take()
 	rest := fs
 	if u, made := self.(*upstream); made {
-		rest, err = n.exchange(u, fs)
+		if rest, err = n.exchange(u, fs); err != nil {
+			n.broke.Store(int64(p.cache.now()))
+		}
 	}
 	conn.Close()
 	if err != nil {
@@ -548,7 +550,6 @@ func (n *node) take() []*flight {
 func (n *node) broken(fs []*flight, err error, began time.Duration) {
 	p, now := n.pool, n.pool.cache.now()
 	p.failed.Store(int64(now))
-	n.broke.Store(int64(now))
 	var again, ended []*flight
 	p.mu.Lock()
 	for _, f := range fs {
@@ -650,7 +651,8 @@ func (n *node) receive(u *upstream, f *flight, sent time.Duration) (v value, err
 	if n.pool.keyTTL {
 		left, failure := redis.Int64(u.reply(f.asking != "", "-:"))
 		if err = cmp.Or(err, failure); found && left != -1 { // -1: no expiry; -2: gone meanwhile
-			v.expires = sent + time.Duration(max(left, 0))*time.Millisecond
+			most := int64(n.pool.cache.ttl / time.Millisecond) // a Duration does not hold every PTTL
+			v.expires = sent + time.Duration(min(max(left, 0), most+1))*time.Millisecond
 		}
 	}
 	return v, err

@@ -76,7 +76,9 @@ func (r *reader) fill() {
 	}
 	switch {
 	case len(rest) == size:
-		size *= 2
+		if size *= 2; !r.grant(size) {
+			size -= size / 4
+		}
 	case full && size < pipelineBuffer:
 		size = pipelineBuffer
 	case full && r.wide && size < wideBuffer && r.grant(wideBuffer):

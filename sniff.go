@@ -220,11 +220,15 @@ func (s *server) stop() {
 	time.Sleep(drainTime)
 }
 
-// wait returns when no handler is left, or when ctx is done, and cuts off the connections.
+// wait returns when no handler is left, or when ctx is done.
 func (s *server) wait(ctx context.Context) {
 	ctx, done := context.WithCancel(ctx)
 	go func() { s.handlers.Wait(); done() }() // ends with the last handler
 	<-ctx.Done()
+}
+
+// cut closes the connections that there are.
+func (s *server) cut() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for l := range s.links {
@@ -366,6 +370,9 @@ func (l *link) SetReadDeadline(t time.Time) error {
 // idle time-out is in force again.
 func (l *link) hurry(d time.Duration) {
 	var until time.Time
+	if l.refused {
+		d = min(d, refuseTimeout)
+	}
 	if d > 0 {
 		until = time.Now().Add(d)
 	}
@@ -602,15 +609,19 @@ func newCertificate[Hello any](of, certFile, keyFile string, log *slog.Logger) (
 		return nil, fmt.Errorf("--%s-cert %q, --%s-key %q: %w", of, certFile, of, keyFile, err)
 	}
 	var current atomic.Pointer[tls.Certificate]
-	var looked atomic.Int64 // when the files were read last
+	var looked atomic.Int64  // when the files were read last
+	var problem atomic.Value // the text of the last failure, which is logged once
 	current.Store(&first)
 	return func(*Hello) (*tls.Certificate, error) {
 		if now := time.Now().Unix() / 2; looked.Swap(now) == now {
 			return current.Load(), nil
 		}
 		renewed, err := tls.LoadX509KeyPair(certFile, keyFile)
-		if err != nil {
+		text := fmt.Sprint(err)
+		if before := problem.Swap(text); err != nil && before != text {
 			log.Warn("the certificate was not renewed; the old one goes on", "error", err)
+		} else if err != nil {
+			return current.Load(), nil
 		} else if old := current.Swap(&renewed); !renewed.Leaf.Equal(old.Leaf) {
 			log.Info("the certificate was renewed", "expires", renewed.Leaf.NotAfter)
 		}
