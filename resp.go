@@ -241,10 +241,11 @@ var (
 // splitWords splits an inline request.
 func splitWords(words [][]byte, line []byte) ([][]byte, error) {
 	for line = bytes.TrimLeft(line, blanks); len(line) > 0; line = bytes.TrimLeft(line, blanks) {
-		word, rest := line, line[len(line):]
-		if n := bytes.IndexAny(line, " \t\n\r\"'"); n >= 0 {
-			word, rest = line[:n:n], line[n:]
+		n := bytes.IndexAny(line, " \t\n\r\"'")
+		if n < 0 {
+			n = len(line)
 		}
+		word, rest := line[:n:n], line[n:]
 		if len(rest) > 0 && (rest[0] == '"' || rest[0] == '\'') {
 			part := quoted.FindSubmatch(rest)
 			if part == nil {
