@@ -303,7 +303,7 @@ func (b *lockedBuffer) String() string {
 	return b.b.String()
 }
 
-// program runs the program as a process of its own.
+// program runs the program as a process of its own, without the variables of the tests.
 func program(t testing.TB, env []string, args ...string) *exec.Cmd {
 	t.Helper()
 	exe, err := os.Executable()
@@ -312,7 +312,9 @@ func program(t testing.TB, env []string, args ...string) *exec.Cmd {
 	}
 	cmd := exec.Command(exe, args...)
 	// The race detector would sleep for a second at the end of each process.
-	cmd.Env = append(os.Environ(), append(env, "TEST_RUN_MAIN=1", "GORACE=atexit_sleep_ms=0 "+os.Getenv("GORACE"))...)
+	own := append(env, "TEST_RUN_MAIN=1", "GORACE=atexit_sleep_ms=0 "+os.Getenv("GORACE"))
+	ours := func(variable string) bool { return strings.HasPrefix(variable, "RP_") }
+	cmd.Env = append(slices.DeleteFunc(os.Environ(), ours), own...)
 	return cmd
 }
 
