@@ -1003,12 +1003,14 @@ func TestIntegrationSlowReaderIsServed(t *testing.T) {
 }
 
 // Streams of HTTP/2 that the client takes slowly, a little of each at a time, are served to the
-// end.
+// end, which comes long after the first deadline.
 func TestIntegrationSlowHTTP2StreamsAreServed(t *testing.T) {
 	t.Parallel()
-	const streams, grants, grant = 4, 5, 32 << 10
+	const stuck, streams, grants, grant = 2 * time.Second, 4, 60, 32 << 10
 	flags := playRedis(t, func(int, []string) string { return bulk(strings.Repeat("x", grants*grant)) })
-	c := dial(t, runProxy(t, flags, func(cfg *config) { cfg.clients.writeTimeout = time.Second }).addr)
+	p := runProxy(t, append(flags, "--redis-timeout=500ms"),
+		func(cfg *config) { cfg.clients.writeTimeout = stuck })
+	c := dial(t, p.addr)
 	open, more := h2Begin, h2Update(0, streams*grant)
 	for id := 1; id < 2*streams; id += 2 {
 		open += h2Get(id, "/k")
@@ -1018,7 +1020,7 @@ func TestIntegrationSlowHTTP2StreamsAreServed(t *testing.T) {
 	go func() { // ends with its last write
 		for range grants {
 			io.WriteString(c.Conn, more)
-			time.Sleep(700 * time.Millisecond)
+			time.Sleep(3 * stuck / grants)
 		}
 	}()
 	for got := 0; got < streams*grants*grant; {
