@@ -2449,6 +2449,7 @@ func TestIntegrationFiguresOfRedis(t *testing.T) {
 			return slices.Equal(got, figures)
 		})
 	}
+	expect("at the start", "1", "0", "1", "0", "0")
 	c := dial(t, p.addr).send(request("GET", "held"))
 	<-asked
 	expect("on its way", "1", "1", "1", "0", "0")
@@ -2724,8 +2725,11 @@ func TestIntegrationUnixSockets(t *testing.T) {
 	newRawClient(t, c, err).send("PING\r\n").expect("+PONG\r\n")
 }
 
-// The log says what is on, and, before any client has asked, that Redis is not there.
+// The log says what is on, and, before any client has asked, that Redis is not there or wants a
+// password.
 func TestIntegrationStartSaysWhatIsWrong(t *testing.T) {
+	p := runProxy(t, []string{"--redis-url", "redis://" + startRedis(t, "--requirepass", "secret").addr})
+	eventually(t, "the password is missed", func() bool { return strings.Contains(p.log.String(), "NOAUTH") })
 	_, _, log := startProgram(t, nil, "--redis-port", freePort())
 	eventually(t, "Redis is missed", func() bool { return strings.Contains(log.String(), "Redis cannot be read") })
 	if !regexp.MustCompile(`serving.* tls=false password=false`).MatchString(log.String()) {

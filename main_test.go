@@ -2350,6 +2350,7 @@ func replies(_ int, args []string) string {
 const hungUp = "hung up"
 
 // playRedis has reply play a Redis, for connections numbered from 1, and returns the flags for it.
+// PING is answered without it.
 func playRedis(t testing.TB, reply func(conn int, args []string) string) (flags []string) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -2388,6 +2389,10 @@ func playConn(nc net.Conn, reply func(args []string) string) {
 	defer nc.Close()
 	r := newReader(nc)
 	for args := r.read(); args != nil; args = r.read() {
+		if string(args[0]) == "PING" {
+			io.WriteString(nc, "+PONG\r\n")
+			continue
+		}
 		s, last := strings.CutSuffix(reply(strs(args)), hungUp)
 		io.WriteString(nc, s)
 		if last {

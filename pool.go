@@ -501,6 +501,8 @@ func (n *node) work() {
 	if u, made := self.(*upstream); made {
 		if rest, err = n.exchange(u, fs); err != nil {
 			n.broke.Store(int64(p.cache.now()))
+		} else if len(fs) == 0 && p.redis.password == "" { // for the log: Redis may want a password
+			_, err = u.Do("PING")
 		}
 	}
 	conn.Close()
