@@ -376,10 +376,18 @@ func portOf(addr string) string { return addr[strings.LastIndex(addr, ":")+1:] }
 // eventually waits until a condition holds.
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
-	for end := time.Now().Add(15 * time.Second); !cond(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("never came true: %s", what)
+	within(t, 15*time.Second, what, cond)
+}
+
+// within waits until a condition holds, for so long. It fails on a try that began after that.
+func within(t testing.TB, limit time.Duration, what string, cond func() bool) {
+	t.Helper()
+	late := false
+	for end := time.Now().Add(limit); !cond(); time.Sleep(5 * time.Millisecond) {
+		if late {
+			t.Fatalf("not within %v: %s", limit, what)
 		}
+		late = time.Now().After(end)
 	}
 }
 
@@ -3342,16 +3350,6 @@ const (
 	atRest = 500 * time.Millisecond
 )
 
-// within waits until a condition holds, for so long.
-func within(t testing.TB, limit time.Duration, what string, cond func() bool) {
-	t.Helper()
-	for end := time.Now().Add(limit); !cond(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("not within %v: %s", limit, what)
-		}
-	}
-}
-
 // serverPort returns a free port outside the range from which connections get theirs: a server that
 // is down for a while must find it free again.
 func serverPort() string {
@@ -4113,7 +4111,6 @@ func (l *clusterLoad) quiet() {
 	l.pen.Lock()
 	defer l.pen.Unlock()
 	client := l.c.client(l.t)
-	end := time.Now().Add(2 * time.Second)
 	for _, keys := range l.groups {
 		for _, key := range keys {
 			want, err := redis.String(client.do(l.t, "GET", key), nil)
@@ -4122,11 +4119,14 @@ func (l *clusterLoad) quiet() {
 				continue
 			}
 			for _, r := range l.readers {
-				for got := ""; got != bulk(want); time.Sleep(time.Millisecond) {
-					if got = r.p.ask(l.t, key); got != bulk(want) && time.Now().After(end) {
+				got, late := "", false
+				for end := time.Now().Add(3 * time.Second); got != bulk(want); time.Sleep(time.Millisecond) {
+					if late {
 						l.t.Errorf("%s: GET %s, when all is quiet: got %q; want %q", r.name, key, got, want)
-						break
+						return
 					}
+					late = time.Now().After(end)
+					got = r.p.ask(l.t, key)
 				}
 			}
 		}
@@ -4189,11 +4189,12 @@ func (c *testCluster) staleness(t testing.TB, p *testProxy, keys []string) []tim
 		client.do(t, "SET", key, want)
 		acked := time.Now()
 		for got := ""; got != want; {
+			late := time.Since(acked) > 2*time.Second
 			line, _ := reader.send(request("GET", key)).ReadString('\n')
 			if got = line; strings.HasPrefix(line, "$") && line != "$-1\r\n" {
 				got, _ = reader.ReadString('\n')
 			}
-			if got = strings.TrimSpace(got); time.Since(acked) > 2*time.Second {
+			if got = strings.TrimSpace(got); got != want && late {
 				t.Fatalf("GET %s, %v after the write: got %q; want %q", key, time.Since(acked), got, want)
 			}
 		}
@@ -6243,11 +6244,13 @@ func behindReplica(t *testing.T, load string) {
 				want.WriteString(bulk(fmt.Sprint(generation, i)))
 			}
 		}
-		got := ""
+		got, late := "", false
 		for end := time.Now().Add(atRest); got != want.String(); time.Sleep(5 * time.Millisecond) {
-			if got = exchange(t, p.addr, send.String()); got != want.String() && time.Now().After(end) {
+			if late {
 				t.Fatalf("the %s values: %v", generation, difference(got, want.String()))
 			}
+			late = time.Now().After(end)
+			got = exchange(t, p.addr, send.String())
 		}
 	}
 	set := func(addr, generation string, from, step int) {
