@@ -4992,7 +4992,7 @@ func startSentinels(t testing.TB, n int, groups ...*sentinelGroup) *testSentinel
 		conf := fmt.Sprintf("port %s\nbind 127.0.0.1\ndir %s\nsentinel myid %040d\n", server.port, s.dir, i+1)
 		for _, g := range groups {
 			conf += fmt.Sprintf("sentinel monitor %s 127.0.0.1 %s %d\n", g.name, g.master.port, n/2+1)
-			conf += fmt.Sprintf("sentinel down-after-milliseconds %s 1000\nsentinel failover-timeout %s 10000\n",
+			conf += fmt.Sprintf("sentinel down-after-milliseconds %s 3000\nsentinel failover-timeout %s 10000\n",
 				g.name, g.name)
 			if g.replica != nil {
 				conf += fmt.Sprintf("sentinel known-replica %s 127.0.0.1 %s\n", g.name, g.replica.port)
