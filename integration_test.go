@@ -3347,7 +3347,7 @@ const (
 	// soonStale bounds the age of a value after an acknowledged write, where tracking is on: p99.
 	soonStale = 20 * time.Millisecond
 	// atRest bounds it at the worst, on a machine under load.
-	atRest = 500 * time.Millisecond
+	atRest = 2 * time.Second
 )
 
 // serverPort returns a free port outside the range from which connections get theirs: a server that
