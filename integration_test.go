@@ -5765,14 +5765,15 @@ func TestIntegrationClusterScripted(t *testing.T) {
 				t.Fatalf("got %.200q; want %.200q", got, want)
 			}
 		}
-		took := time.Since(began)
+		refreshes := p.figure(t, "upstream_refreshes")
 		slots := a.times("CLUSTER SLOTS") + b.times("CLUSTER SLOTS")
+		took := time.Since(began)
 		t.Logf("%d GETs were moved in %v, %d CLUSTER SLOTS", a.times("GET"), took, slots)
 		if most := int(4*took.Seconds()) + 2; slots > most || slots == 0 {
 			t.Errorf("%d CLUSTER SLOTS in %v; want some, and at most %d", slots, took, most)
 		}
-		if got := p.figure(t, "upstream_refreshes"); got < slots/2 || got > slots {
-			t.Errorf("upstream_refreshes: got %d; want about %d", got, slots)
+		if refreshes < slots/2 || refreshes > slots+1 { // one may have begun
+			t.Errorf("upstream_refreshes: got %d; want about %d", refreshes, slots)
 		}
 		if lines := strings.Count(p.log.String(), "\n"); lines > 20 {
 			t.Errorf("the log has %d lines:\n%.2000s", lines, p.log)
