@@ -4207,8 +4207,7 @@ func (c *testCluster) staleness(t testing.TB, p *testProxy, keys []string) []tim
 	return ds
 }
 
-// coherent checks the staleness through a tracking proxy. A machine under load may be slow once or
-// twice.
+// coherent checks the staleness through a tracking proxy. A machine under load may be slow.
 func (c *testCluster) coherent(t testing.TB, p *testProxy) {
 	t.Helper()
 	within(t, 5*time.Second, "tracking is live", func() bool { return p.stat(t, "tracking") == "live" })
@@ -4217,7 +4216,7 @@ func (c *testCluster) coherent(t testing.TB, p *testProxy) {
 		keys = append(keys, group...)
 	}
 	var worst time.Duration
-	for range 3 {
+	for range 10 {
 		ds := c.staleness(t, p, keys)
 		if worst = percentile(ds, 99); worst < soonStale {
 			t.Logf("stale after a write: p50 %v, p99 %v, max %v", percentile(ds, 50), worst, ds[len(ds)-1])
@@ -6224,8 +6223,10 @@ func behindReplica(t *testing.T, load string) {
 	p := trackedProxy(t, replica.addr)
 	c := &testCluster{nodes: []*testNode{master}} // the writer's way to one master
 	client := c.client(t)
+	client.do(t, "SET", "expiring", "x", "PX", 3000)
+	within(t, atRest, "the key is there", func() bool { return p.ask(t, "expiring") == bulk("x") })
 	var ds []time.Duration
-	for range 3 { // a machine under load may be slow once or twice
+	for range 10 { // a machine under load may be slow
 		if ds = c.staleness(t, p, []string{"a", "b", "c"}); percentile(ds, 99) < soonStale {
 			break
 		}
@@ -6235,9 +6236,7 @@ func behindReplica(t *testing.T, load string) {
 	if got := percentile(ds, 99); got >= soonStale {
 		t.Errorf("stale after a write to the master: p99 %v; want less than %v", got, soonStale)
 	}
-	client.do(t, "SET", "expiring", "x", "PX", 200)
-	within(t, atRest, "the key is there", func() bool { return p.ask(t, "expiring") == bulk("x") })
-	within(t, 5*time.Second, "the key expires", func() bool { return p.ask(t, "expiring") == "$-1\r\n" })
+	within(t, 10*time.Second, "the key expires", func() bool { return p.ask(t, "expiring") == "$-1\r\n" })
 
 	// Two thousand keys; half of them change while the replica hears nothing, so long that only all
 	// will do.
@@ -6297,9 +6296,7 @@ func behindReplica(t *testing.T, load string) {
 	replica.do(t, "REPLICAOF", "127.0.0.1", other.port)
 	followed(other)
 	check("third", 100)
-	if tracking := p.stat(t, "tracking"); tracking != "live" {
-		t.Errorf("tracking: got %s; want live", tracking)
-	}
+	eventually(t, "tracking is live", func() bool { return p.stat(t, "tracking") == "live" })
 }
 
 // Hostile clients, a hostile Redis and hostile conditions
