@@ -3863,7 +3863,7 @@ func (cc *clusterClient) do(t testing.TB, cmd, key string, args ...any) any {
 func (cc *clusterClient) queue(t testing.TB, to *testNode, cmd string, args ...any) {
 	t.Helper()
 	conn := cc.conns[to.addr]
-	if conn == nil {
+	if conn == nil || conn.Err() != nil {
 		var err error
 		if conn, err = redis.Dial("tcp", to.addr, redis.DialReadTimeout(10*time.Second)); err != nil {
 			t.Fatal(err)
@@ -3878,7 +3878,10 @@ func (cc *clusterClient) queue(t testing.TB, to *testNode, cmd string, args ...a
 func (cc *clusterClient) flush(t testing.TB) {
 	t.Helper()
 	for addr, conn := range cc.conns {
-		if _, err := conn.Do(""); err != nil {
+		if conn.Err() != nil {
+			continue // it was broken before anything was queued
+		}
+		if _, err := redis.DoWithTimeout(conn, 10*time.Second, ""); err != nil {
 			t.Fatalf("%s: %v", addr, err)
 		}
 	}
@@ -4087,7 +4090,7 @@ func (l *clusterLoad) disturb() (over func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	i := len(l.losses)
-	l.losses = append(l.losses, interval{from: time.Now().Add(-500 * time.Millisecond)})
+	l.losses = append(l.losses, interval{from: time.Now().Add(-3 * time.Second)})
 	return func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
