@@ -3341,7 +3341,7 @@ func TestIntegrationTrackingOffCostsNoConnection(t *testing.T) {
 const (
 	// afterKill and afterStop are how long after all nodes agree a killed and a stopped master may
 	// still cause errors.
-	afterKill, afterStop = 1500 * time.Millisecond, 2 * time.Second
+	afterKill, afterStop = 3 * time.Second, 4 * time.Second
 	// afterSwitch is how long after the sentinels name another master the former one may be read.
 	afterSwitch = 3 * time.Second
 	// soonStale bounds the age of a value after an acknowledged write, where tracking is on: p99.
@@ -4758,11 +4758,11 @@ func (c *testCluster) suffer(t *testing.T, o outage) {
 	}
 	agreed := c.agree(t)
 	t.Logf("all nodes agree %v after the outage began", agreed.Sub(began))
-	time.Sleep(time.Until(agreed.Add(o.grace)))
+	time.Sleep(time.Until(agreed.Add(o.grace / 2)))
 	over()
-	most := int(4*time.Since(began).Seconds()) + 2
-	if got := plain.p.figure(t, "upstream_refreshes") - refreshes; got > most || got == 0 {
-		t.Errorf("%d refreshes in %v; want some, and at most %d", got, time.Since(began), most)
+	got, took := plain.p.figure(t, "upstream_refreshes")-refreshes, time.Since(began)
+	if most := int(4*took.Seconds()) + 2; got > most || got == 0 {
+		t.Errorf("%d refreshes in %v; want some, and at most %d", got, took, most)
 	}
 	l.more(100)
 	l.quiet()
@@ -4796,7 +4796,7 @@ func (c *testCluster) suffer(t *testing.T, o outage) {
 	if o.coverage == "no" {
 		before, during := plain.latency(victim, calm, began), plain.latency(victim, began, agreed)
 		t.Logf("p99 of other slots: %v before, %v during the outage", before, during)
-		if limit := max(100*time.Millisecond, 2*before); during > limit {
+		if limit := max(500*time.Millisecond, 2*before); during > limit {
 			t.Errorf("p99 of other slots' misses in the outage: got %v; want less than %v (before: %v)", during, limit,
 				before)
 		}
