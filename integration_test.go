@@ -4766,7 +4766,7 @@ func (c *testCluster) suffer(t *testing.T, o outage) {
 	}
 	l.more(100)
 	l.quiet()
-	within(t, time.Second, "upstream_nodes_down is what it was",
+	within(t, o.grace, "upstream_nodes_down is what it was",
 		func() bool { return plain.p.stat(t, "upstream_nodes_down") == steady })
 	if log := plain.p.log.String(); !strings.Contains(log, victim.addr) || strings.Count(log, "\n") > 25 {
 		t.Errorf("the log does not name %s, or has too much to say:\n%s", victim.addr, log)
