@@ -7271,8 +7271,8 @@ func TestIntegrationStopUnderLoad(t *testing.T) {
 		c := dial(t, proxy)
 		clients.Go(func() {
 			for {
-				sent := time.Now()
 				_, err := io.WriteString(c.Conn, hello[i%2])
+				sent := time.Now()
 				if err == nil && i%2 == 0 {
 					_, err = c.ReadString('\n')
 					c.ReadString('\n')
