@@ -376,10 +376,18 @@ func portOf(addr string) string { return addr[strings.LastIndex(addr, ":")+1:] }
 // eventually waits until a condition holds.
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
-	for end := time.Now().Add(15 * time.Second); !cond(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("never came true: %s", what)
+	within(t, 15*time.Second, what, cond)
+}
+
+// within waits until a condition holds, for so long. It fails on a try that began after that.
+func within(t testing.TB, limit time.Duration, what string, cond func() bool) {
+	t.Helper()
+	late := false
+	for end := time.Now().Add(limit); !cond(); time.Sleep(5 * time.Millisecond) {
+		if late {
+			t.Fatalf("not within %v: %s", limit, what)
 		}
+		late = time.Now().After(end)
 	}
 }
 
@@ -2500,7 +2508,7 @@ func TestIntegrationNobodyWaitsLongerThanTheTimeout(t *testing.T) {
 // A Redis that takes nothing keeps no connection in use.
 func TestIntegrationRedisThatDoesNotRead(t *testing.T) {
 	t.Parallel()
-	p := startAt(t, scriptedAt(t, "127.0.0.1").addr, "--client-limit", "1")
+	p := startAt(t, scriptedAt(t, "127.0.0.1").addr, "--client-limit", "1", "--redis-timeout", "1s")
 	dial(t, p.addr).send(request("GET", strings.Repeat("k", 20<<20))).expect(timedOut)
 	eventually(t, "no connection in use", func() bool { return p.stat(t, "upstream_connections_used") == "0" })
 }
@@ -3337,24 +3345,14 @@ func TestIntegrationTrackingOffCostsNoConnection(t *testing.T) {
 const (
 	// afterKill and afterStop are how long after all nodes agree a killed and a stopped master may
 	// still cause errors.
-	afterKill, afterStop = 1500 * time.Millisecond, 2 * time.Second
+	afterKill, afterStop = 3 * time.Second, 4 * time.Second
 	// afterSwitch is how long after the sentinels name another master the former one may be read.
-	afterSwitch = 1200 * time.Millisecond
+	afterSwitch = 3 * time.Second
 	// soonStale bounds the age of a value after an acknowledged write, where tracking is on: p99.
 	soonStale = 20 * time.Millisecond
 	// atRest bounds it at the worst, on a machine under load.
-	atRest = 500 * time.Millisecond
+	atRest = 2 * time.Second
 )
-
-// within waits until a condition holds, for so long.
-func within(t testing.TB, limit time.Duration, what string, cond func() bool) {
-	t.Helper()
-	for end := time.Now().Add(limit); !cond(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("not within %v: %s", limit, what)
-		}
-	}
-}
 
 // serverPort returns a free port outside the range from which connections get theirs: a server that
 // is down for a while must find it free again.
@@ -3371,7 +3369,7 @@ func serverPort() string {
 // startURL runs a proxy in front of what a URL names.
 func startURL(t testing.TB, url string, flags ...string) *testProxy {
 	t.Helper()
-	return runProxy(t, append([]string{"--redis-url", url, "--redis-timeout", "1s"}, flags...))
+	return runProxy(t, append([]string{"--redis-url", url, "--redis-timeout", "3s"}, flags...))
 }
 
 // startAt runs a proxy in front of the server at an address.
@@ -3869,7 +3867,7 @@ func (cc *clusterClient) do(t testing.TB, cmd, key string, args ...any) any {
 func (cc *clusterClient) queue(t testing.TB, to *testNode, cmd string, args ...any) {
 	t.Helper()
 	conn := cc.conns[to.addr]
-	if conn == nil {
+	if conn == nil || conn.Err() != nil {
 		var err error
 		if conn, err = redis.Dial("tcp", to.addr, redis.DialReadTimeout(10*time.Second)); err != nil {
 			t.Fatal(err)
@@ -3884,7 +3882,10 @@ func (cc *clusterClient) queue(t testing.TB, to *testNode, cmd string, args ...a
 func (cc *clusterClient) flush(t testing.TB) {
 	t.Helper()
 	for addr, conn := range cc.conns {
-		if _, err := conn.Do(""); err != nil {
+		if conn.Err() != nil {
+			continue // it was broken before anything was queued
+		}
+		if _, err := redis.DoWithTimeout(conn, 10*time.Second, ""); err != nil {
 			t.Fatalf("%s: %v", addr, err)
 		}
 	}
@@ -4093,7 +4094,7 @@ func (l *clusterLoad) disturb() (over func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	i := len(l.losses)
-	l.losses = append(l.losses, interval{from: time.Now().Add(-500 * time.Millisecond)})
+	l.losses = append(l.losses, interval{from: time.Now().Add(-3 * time.Second)})
 	return func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
@@ -4117,7 +4118,6 @@ func (l *clusterLoad) quiet() {
 	l.pen.Lock()
 	defer l.pen.Unlock()
 	client := l.c.client(l.t)
-	end := time.Now().Add(2 * time.Second)
 	for _, keys := range l.groups {
 		for _, key := range keys {
 			want, err := redis.String(client.do(l.t, "GET", key), nil)
@@ -4126,11 +4126,14 @@ func (l *clusterLoad) quiet() {
 				continue
 			}
 			for _, r := range l.readers {
-				for got := ""; got != bulk(want); time.Sleep(time.Millisecond) {
-					if got = r.p.ask(l.t, key); got != bulk(want) && time.Now().After(end) {
+				got, late := "", false
+				for end := time.Now().Add(3 * time.Second); got != bulk(want); time.Sleep(time.Millisecond) {
+					if late {
 						l.t.Errorf("%s: GET %s, when all is quiet: got %q; want %q", r.name, key, got, want)
-						break
+						return
 					}
+					late = time.Now().After(end)
+					got = r.p.ask(l.t, key)
 				}
 			}
 		}
@@ -4160,7 +4163,11 @@ func (l *clusterLoad) finish(excused func(r *loadReader, f failedRead) bool) {
 		if log := r.p.log.String(); not > 0 {
 			l.t.Logf("the end of its log:\n%s", log[max(0, len(log)-2000):])
 		}
-		l.t.Logf("%s: %d answers, %d errors", r.name, r.answers.Load(), len(r.errors))
+		slow := r.latency(nil, time.Time{}, time.Now())
+		if excused == nil && slow > time.Second {
+			l.t.Errorf("%s: p99 of its answers: got %v; want a second at most", r.name, slow)
+		}
+		l.t.Logf("%s: %d answers, p99 %v, %d errors", r.name, r.answers.Load(), slow, len(r.errors))
 	}
 }
 
@@ -4193,11 +4200,12 @@ func (c *testCluster) staleness(t testing.TB, p *testProxy, keys []string) []tim
 		client.do(t, "SET", key, want)
 		acked := time.Now()
 		for got := ""; got != want; {
+			late := time.Since(acked) > 2*time.Second
 			line, _ := reader.send(request("GET", key)).ReadString('\n')
 			if got = line; strings.HasPrefix(line, "$") && line != "$-1\r\n" {
 				got, _ = reader.ReadString('\n')
 			}
-			if got = strings.TrimSpace(got); time.Since(acked) > 2*time.Second {
+			if got = strings.TrimSpace(got); got != want && late {
 				t.Fatalf("GET %s, %v after the write: got %q; want %q", key, time.Since(acked), got, want)
 			}
 		}
@@ -4206,8 +4214,7 @@ func (c *testCluster) staleness(t testing.TB, p *testProxy, keys []string) []tim
 	return ds
 }
 
-// coherent checks the staleness through a tracking proxy. A machine under load may be slow once or
-// twice.
+// coherent checks the staleness through a tracking proxy. A machine under load may be slow.
 func (c *testCluster) coherent(t testing.TB, p *testProxy) {
 	t.Helper()
 	within(t, 5*time.Second, "tracking is live", func() bool { return p.stat(t, "tracking") == "live" })
@@ -4216,7 +4223,7 @@ func (c *testCluster) coherent(t testing.TB, p *testProxy) {
 		keys = append(keys, group...)
 	}
 	var worst time.Duration
-	for range 3 {
+	for range 10 {
 		ds := c.staleness(t, p, keys)
 		if worst = percentile(ds, 99); worst < soonStale {
 			t.Logf("stale after a write: p50 %v, p99 %v, max %v", percentile(ds, 50), worst, ds[len(ds)-1])
@@ -4755,15 +4762,15 @@ func (c *testCluster) suffer(t *testing.T, o outage) {
 	}
 	agreed := c.agree(t)
 	t.Logf("all nodes agree %v after the outage began", agreed.Sub(began))
-	time.Sleep(time.Until(agreed.Add(o.grace)))
+	time.Sleep(time.Until(agreed.Add(o.grace / 2)))
 	over()
-	most := int(4*time.Since(began).Seconds()) + 2
-	if got := plain.p.figure(t, "upstream_refreshes") - refreshes; got > most || got == 0 {
-		t.Errorf("%d refreshes in %v; want some, and at most %d", got, time.Since(began), most)
+	got, took := plain.p.figure(t, "upstream_refreshes")-refreshes, time.Since(began)
+	if most := int(4*took.Seconds()) + 2; got > most || got == 0 {
+		t.Errorf("%d refreshes in %v; want some, and at most %d", got, took, most)
 	}
 	l.more(100)
 	l.quiet()
-	within(t, time.Second, "upstream_nodes_down is what it was",
+	within(t, o.grace, "upstream_nodes_down is what it was",
 		func() bool { return plain.p.stat(t, "upstream_nodes_down") == steady })
 	if log := plain.p.log.String(); !strings.Contains(log, victim.addr) || strings.Count(log, "\n") > 25 {
 		t.Errorf("the log does not name %s, or has too much to say:\n%s", victim.addr, log)
@@ -4793,7 +4800,7 @@ func (c *testCluster) suffer(t *testing.T, o outage) {
 	if o.coverage == "no" {
 		before, during := plain.latency(victim, calm, began), plain.latency(victim, began, agreed)
 		t.Logf("p99 of other slots: %v before, %v during the outage", before, during)
-		if limit := max(100*time.Millisecond, 2*before); during > limit {
+		if limit := max(500*time.Millisecond, 2*before); during > limit {
 			t.Errorf("p99 of other slots' misses in the outage: got %v; want less than %v (before: %v)", during, limit,
 				before)
 		}
@@ -4991,7 +4998,7 @@ func startSentinels(t testing.TB, n int, groups ...*sentinelGroup) *testSentinel
 		conf := fmt.Sprintf("port %s\nbind 127.0.0.1\ndir %s\nsentinel myid %040d\n", server.port, s.dir, i+1)
 		for _, g := range groups {
 			conf += fmt.Sprintf("sentinel monitor %s 127.0.0.1 %s %d\n", g.name, g.master.port, n/2+1)
-			conf += fmt.Sprintf("sentinel down-after-milliseconds %s 1000\nsentinel failover-timeout %s 10000\n",
+			conf += fmt.Sprintf("sentinel down-after-milliseconds %s 3000\nsentinel failover-timeout %s 10000\n",
 				g.name, g.name)
 			if g.replica != nil {
 				conf += fmt.Sprintf("sentinel known-replica %s 127.0.0.1 %s\n", g.name, g.replica.port)
@@ -5251,7 +5258,7 @@ func (x *sentinelSwitch) switchOver(t *testing.T, s *testSentinels) {
 
 func (x *sentinelSwitch) check(t *testing.T, s *testSentinels) {
 	g := x.group
-	time.Sleep(time.Until(x.switched.Add(2 * time.Second)))
+	time.Sleep(time.Until(x.switched.Add(afterSwitch + 2*time.Second)))
 	for _, w := range x.watchers {
 		w.name = g.name + ", " + w.name
 		w.only(t, x.switched.Add(afterSwitch), "new", "after the switch")
@@ -5586,14 +5593,14 @@ func TestIntegrationClusterScripted(t *testing.T) {
 		a, b := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
 		a.play(func() string { return b.owns() }, func(_ int, key string, _ bool) string { return b.moved(key) })
 		b.play(func() string { return a.owns() }, func(_ int, key string, _ bool) string { return a.moved(key) })
-		p := startAt(t, a.addr)
+		p := startAt(t, a.addr, "--redis-timeout", "1s")
 		got, took := p.timed(t, "k")
-		if got != timedOut || took < 500*time.Millisecond || took > 1500*time.Millisecond {
+		if got != timedOut || took < 500*time.Millisecond || took > 4*time.Second {
 			t.Errorf("got %q after %v; want %q after about 1s", got, took, timedOut)
 		}
 		gets, slots := a.times("GET")+b.times("GET"), a.times("CLUSTER SLOTS")+b.times("CLUSTER SLOTS")
-		if gets > 30 || slots > 6 {
-			t.Errorf("%d GETs and %d CLUSTER SLOTS; want at most 30 and 6", gets, slots)
+		if most := int(4*took.Seconds()) + 2; gets > 30 || slots > most {
+			t.Errorf("%d GETs and %d CLUSTER SLOTS in %v; want at most 30 and %d", gets, slots, took, most)
 		}
 	})
 	t.Run("two nodes ask each other for ever", func(t *testing.T) {
@@ -5601,8 +5608,8 @@ func TestIntegrationClusterScripted(t *testing.T) {
 		a, b := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
 		a.play(func() string { return a.owns() }, func(_ int, key string, _ bool) string { return b.ask(key) })
 		b.play(func() string { return a.owns() }, func(_ int, key string, _ bool) string { return a.ask(key) })
-		got, took := startAt(t, a.addr).timed(t, "k")
-		if gets := a.times("GET") + b.times("GET"); got != timedOut || took > 1500*time.Millisecond || gets > 30 {
+		got, took := startAt(t, a.addr, "--redis-timeout", "1s").timed(t, "k")
+		if gets := a.times("GET") + b.times("GET"); got != timedOut || took > 4*time.Second || gets > 30 {
 			t.Errorf("got %q after %v and %d GETs; want %q after about 1s and at most 30 GETs", got, took, gets,
 				timedOut)
 		}
@@ -5706,8 +5713,8 @@ func TestIntegrationClusterScripted(t *testing.T) {
 		}
 		a := scriptedAt(t, "127.0.0.1")
 		a.play(always(emptySlots), always3("-CLUSTERDOWN Hash slot not served\r\n"))
-		got, took := startAt(t, a.addr).timed(t, "k")
-		if got != timedOut && got != "-CLUSTERDOWN Hash slot not served\r\n" || took > 1500*time.Millisecond {
+		got, took := startAt(t, a.addr, "--redis-timeout", "1s").timed(t, "k")
+		if got != timedOut && got != "-CLUSTERDOWN Hash slot not served\r\n" || took > 4*time.Second {
 			t.Errorf("for ever: got %q after %v; want Redis' error or a time-out after about 1s", got, took)
 		}
 	})
@@ -5764,20 +5771,22 @@ func TestIntegrationClusterScripted(t *testing.T) {
 				t.Fatalf("got %.200q; want %.200q", got, want)
 			}
 		}
-		took := time.Since(began)
+		refreshes := p.figure(t, "upstream_refreshes")
 		slots := a.times("CLUSTER SLOTS") + b.times("CLUSTER SLOTS")
+		took := time.Since(began)
 		t.Logf("%d GETs were moved in %v, %d CLUSTER SLOTS", a.times("GET"), took, slots)
 		if most := int(4*took.Seconds()) + 2; slots > most || slots == 0 {
 			t.Errorf("%d CLUSTER SLOTS in %v; want some, and at most %d", slots, took, most)
 		}
-		if got := p.figure(t, "upstream_refreshes"); got < slots/2 || got > slots {
-			t.Errorf("upstream_refreshes: got %d; want about %d", got, slots)
+		if refreshes < slots/2 || refreshes > slots+1 { // one may have begun
+			t.Errorf("upstream_refreshes: got %d; want about %d", refreshes, slots)
 		}
 		if lines := strings.Count(p.log.String(), "\n"); lines > 20 {
 			t.Errorf("the log has %d lines:\n%.2000s", lines, p.log)
 		}
 	})
 	t.Run("a node that hangs costs its own keys only", func(t *testing.T) {
+		t.Parallel()
 		a, hung := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1") // hung never accepts
 		a.play(func() string {
 			return rows(row(0, 8191, bulk(a.host), a.port), row(8192, 16383, bulk(hung.host), hung.port))
@@ -5787,7 +5796,7 @@ func TestIntegrationClusterScripted(t *testing.T) {
 			}
 			return value
 		})
-		p := startAt(t, a.addr, "--client-limit", "2", "--redis-timeout", "2s")
+		p := startAt(t, a.addr, "--client-limit", "2", "--redis-timeout", "4s")
 		var here, there []string
 		for i := 0; len(here) < 50 || len(there) < 30; i++ {
 			if key := fmt.Sprint(i); keySlot(key) < 8192 {
@@ -5805,7 +5814,7 @@ func TestIntegrationClusterScripted(t *testing.T) {
 		for _, key := range here[:50] {
 			expectValue(t, "beside a node that hangs", p, key, value)
 		}
-		if took := time.Since(began); took > 1500*time.Millisecond {
+		if took := time.Since(began); took > 3500*time.Millisecond {
 			t.Errorf("50 misses at the other node took %v", took)
 		}
 		for _, c := range clients {
@@ -5832,7 +5841,7 @@ func TestIntegrationClusterScripted(t *testing.T) {
 					}
 					select {
 					case <-all:
-					case <-time.After(3 * time.Second):
+					case <-time.After(10 * time.Second):
 					}
 				}
 				return value
@@ -6055,10 +6064,10 @@ func TestIntegrationClusterSingleRedisIsSentNothingNew(t *testing.T) {
 			"", "-NOAUTH Authentication required.\r\n", "-ERR max number of clients reached\r\n", "+OK\r\n", ""} {
 			sick.Store(s)
 			for i := range 3 {
-				got := p.ask(t, fmt.Sprint(s, i))
-				if s == "" && i == 2 && got != bulk("value") {
-					t.Errorf("%s: got %q; want the value", name, got)
-				}
+				p.ask(t, fmt.Sprint(s, i))
+			}
+			if s == "" {
+				eventually(t, name+": a value", func() bool { return p.ask(t, "2") == bulk("value") })
 			}
 		}
 	}
@@ -6155,10 +6164,16 @@ func TestIntegrationSentinelScripted(t *testing.T) {
 		s := sentinel(t, func() string { return address(now.Load()) })
 		p := startURL(t, "redis-sentinel://"+s.addr+"/it", "--cache-timeout", "1ms")
 		expectValue(t, "before", p, "k", bulk("old"))
-		asked := s.times("SENTINEL GET-MASTER-ADDR-BY-NAME")
-		time.Sleep(1500 * time.Millisecond)
-		if got := s.times("SENTINEL GET-MASTER-ADDR-BY-NAME") - asked; got < 1 || got > 3 {
-			t.Errorf("asked %d times in 1.5s; want once a second", got)
+		times := func() int { return s.times("SENTINEL GET-MASTER-ADDR-BY-NAME") }
+		eventually(t, "the sentinel is asked again", func() bool { return times() > 1 })
+		took := time.Hour // a machine under load may be late once or twice
+		for tries := 0; tries < 5 && took > 2500*time.Millisecond; tries++ {
+			began, asked := time.Now(), times()
+			eventually(t, "the sentinel is asked twice more", func() bool { return times() >= asked+2 })
+			took = time.Since(began)
+		}
+		if took < time.Second || took > 2500*time.Millisecond {
+			t.Errorf("asked twice in %v; want once a second", took)
 		}
 		now.Store(fresh)
 		within(t, afterSwitch, "the new master is read", func() bool { return p.ask(t, "k") == bulk("new") })
@@ -6217,7 +6232,7 @@ func behindReplica(t *testing.T, load string) {
 	c := &testCluster{nodes: []*testNode{master}} // the writer's way to one master
 	client := c.client(t)
 	var ds []time.Duration
-	for range 3 { // a machine under load may be slow once or twice
+	for range 10 { // a machine under load may be slow
 		if ds = c.staleness(t, p, []string{"a", "b", "c"}); percentile(ds, 99) < soonStale {
 			break
 		}
@@ -6227,9 +6242,10 @@ func behindReplica(t *testing.T, load string) {
 	if got := percentile(ds, 99); got >= soonStale {
 		t.Errorf("stale after a write to the master: p99 %v; want less than %v", got, soonStale)
 	}
-	client.do(t, "SET", "expiring", "x", "PX", 200)
+	client.do(t, "SET", "expiring", "x")
 	within(t, atRest, "the key is there", func() bool { return p.ask(t, "expiring") == bulk("x") })
-	within(t, 5*time.Second, "the key expires", func() bool { return p.ask(t, "expiring") == "$-1\r\n" })
+	client.do(t, "PEXPIRE", "expiring", 200) // it is cached again meanwhile
+	within(t, 10*time.Second, "the key expires", func() bool { return p.ask(t, "expiring") == "$-1\r\n" })
 
 	// Two thousand keys; half of them change while the replica hears nothing, so long that only all
 	// will do.
@@ -6247,11 +6263,13 @@ func behindReplica(t *testing.T, load string) {
 				want.WriteString(bulk(fmt.Sprint(generation, i)))
 			}
 		}
-		got := ""
+		got, late := "", false
 		for end := time.Now().Add(atRest); got != want.String(); time.Sleep(5 * time.Millisecond) {
-			if got = exchange(t, p.addr, send.String()); got != want.String() && time.Now().After(end) {
+			if late {
 				t.Fatalf("the %s values: %v", generation, difference(got, want.String()))
 			}
+			late = time.Now().After(end)
+			got = exchange(t, p.addr, send.String())
 		}
 	}
 	set := func(addr, generation string, from, step int) {
@@ -6287,9 +6305,7 @@ func behindReplica(t *testing.T, load string) {
 	replica.do(t, "REPLICAOF", "127.0.0.1", other.port)
 	followed(other)
 	check("third", 100)
-	if tracking := p.stat(t, "tracking"); tracking != "live" {
-		t.Errorf("tracking: got %s; want live", tracking)
-	}
+	eventually(t, "tracking is live", func() bool { return p.stat(t, "tracking") == "live" })
 }
 
 // Hostile clients, a hostile Redis and hostile conditions
@@ -6552,9 +6568,8 @@ func TestIntegrationOutageLeavesNoQueue(t *testing.T) {
 	})
 	r := startRelay(t, net.JoinHostPort(flags[1], flags[3]))
 	p := startProxy(t, r.addr, "--redis-timeout", "500ms", "--client-limit", "2")
-	first := dial(t, p.addr)
 	for i := range 100 {
-		first.send(request("GET", fmt.Sprint("small", i))).expect(bulk("value"))
+		eventually(t, "a value", func() bool { return p.ask(t, fmt.Sprint("small", i)) == bulk("value") })
 	}
 	r.stall()
 	var wg sync.WaitGroup
@@ -6583,8 +6598,8 @@ func TestIntegrationOutageLeavesNoQueue(t *testing.T) {
 	eventually(t, "an answer with Redis back", func() bool {
 		return exchange(t, p.addr, request("GET", "small again")) == bulk("value")
 	})
-	if took := time.Since(back); took > 3*time.Second {
-		t.Errorf("the first answer after Redis was back came after %v; want 3 s at most", took)
+	if took := time.Since(back); took > 5*time.Second {
+		t.Errorf("the first answer after Redis was back came after %v; want 5 s at most", took)
 	}
 	t.Logf("%d GETs were asked for, %d of them received by Redis", asked.Load(), received.Load())
 	if got := received.Load(); got > asked.Load()/2 { // a few batches were sent before anybody knew
@@ -6981,7 +6996,7 @@ func TestIntegrationManyShortHeaderLines(t *testing.T) {
 			c.ReadString('\n')
 		})
 	}
-	over, most := make(chan struct{}), time.Duration(0)
+	over, most, slow := make(chan struct{}), time.Duration(0), 0
 	go func() { // ends with the clients
 		clients.Wait()
 		close(over)
@@ -6993,11 +7008,14 @@ func TestIntegrationManyShortHeaderLines(t *testing.T) {
 		case <-time.After(20 * time.Millisecond):
 			began := time.Now()
 			other.send(request("GET", "k")).expect(bulk("value"))
-			most = max(most, time.Since(began))
+			took := time.Since(began)
+			if most = max(most, took); took > 2*time.Second {
+				slow++
+			}
 		}
 	}
-	if t.Logf("a hit took %v at most", most); most > 2*time.Second {
-		t.Errorf("a hit took %v meanwhile; want 2 s at most", most)
+	if t.Logf("a hit took %v at most", most); most > 4*time.Second || slow > 1 {
+		t.Errorf("%d hits took more than 2 s meanwhile, one %v; want one at most, and 4 s", slow, most)
 	}
 	checkPeak(t, other, 16<<20)
 }
@@ -7005,7 +7023,7 @@ func TestIntegrationManyShortHeaderLines(t *testing.T) {
 // A client that stops taking has the time-out, from the last byte that it took.
 func TestIntegrationClientThatStopsTakingIsClosedInTime(t *testing.T) {
 	t.Parallel()
-	const timeout = 2 * time.Second
+	const timeout = 4 * time.Second
 	val := bulk(strings.Repeat("v", 12<<20))
 	flags := playRedis(t, func(int, []string) string { return val })
 	for name, send := range map[string]string{"RESP": request("GET", "k"), "HTTP": plainRequest("k")} {
@@ -7018,7 +7036,7 @@ func TestIntegrationClientThatStopsTakingIsClosedInTime(t *testing.T) {
 			io.CopyN(io.Discard, c, 256<<10)
 			last := time.Now()
 			eventually(t, "the client is closed", func() bool { return p.stat(t, "connected_clients") == "1" })
-			if took := time.Since(last); took < timeout-100*time.Millisecond || took > timeout*7/4 {
+			if took := time.Since(last); took < timeout-500*time.Millisecond || took > timeout*7/4 {
 				t.Errorf("closed %v after its last byte; want %v, and a quarter more", took, timeout)
 			}
 		})
@@ -7029,7 +7047,7 @@ func TestIntegrationClientThatStopsTakingIsClosedInTime(t *testing.T) {
 // connection go on.
 func TestIntegrationStuckHTTP2StreamIsReset(t *testing.T) {
 	t.Parallel()
-	const timeout, grants = time.Second, 30
+	const timeout, grants = 3 * time.Second, 30
 	flags := playRedis(t, func(int, []string) string { return bulk(strings.Repeat("v", 1<<20)) })
 	p := runProxy(t, flags, func(cfg *config) { cfg.clients.writeTimeout = timeout })
 	exchange(t, p.addr, request("GET", "k"))
@@ -7037,7 +7055,7 @@ func TestIntegrationStuckHTTP2StreamIsReset(t *testing.T) {
 	go func() { // ends with its last write
 		for range grants {
 			io.WriteString(c.Conn, h2Update(3, 32<<10))
-			time.Sleep(timeout / 10)
+			time.Sleep(3 * timeout / grants)
 		}
 	}()
 	got, reset := 0, []int(nil)
@@ -7259,8 +7277,8 @@ func TestIntegrationStopUnderLoad(t *testing.T) {
 		c := dial(t, proxy)
 		clients.Go(func() {
 			for {
-				sent := time.Now()
 				_, err := io.WriteString(c.Conn, hello[i%2])
+				sent := time.Now()
 				if err == nil && i%2 == 0 {
 					_, err = c.ReadString('\n')
 					c.ReadString('\n')
@@ -7487,7 +7505,11 @@ func TestIntegrationAdmin(t *testing.T) {
 	httpDo(t, "GET", "http://"+proxy+"/absent")
 
 	t.Run("metrics", func(t *testing.T) { // first, while nothing else has been asked for
-		_, metrics := httpDo(t, "GET", admin+"/metrics")
+		var metrics string
+		eventually(t, "both batches are timed, each after its answer", func() bool {
+			_, metrics = httpDo(t, "GET", admin+"/metrics")
+			return strings.Contains(metrics, "\nredis_proxy_upstream_seconds_count 2\n")
+		})
 		for _, want := range []string{
 			`redis_proxy_requests_total{protocol="resp",result="hit"} 2`,
 			`redis_proxy_requests_total{protocol="resp",result="miss"} 1`,
@@ -7495,7 +7517,6 @@ func TestIntegrationAdmin(t *testing.T) {
 			`redis_proxy_cache_keys 1`,
 			`redis_proxy_upstream_fetches_total 2`,
 			`redis_proxy_upstream_seconds_bucket{le="+Inf"} 2`,
-			`redis_proxy_upstream_seconds_count 2`,
 			`redis_proxy_tracking 0`,
 			`redis_proxy_cache_keys_max 10000`,
 			fmt.Sprintf(`redis_proxy_build_info{version=%q,go_version=%q} 1`, version, runtime.Version()),
