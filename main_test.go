@@ -61,7 +61,7 @@ type parts struct {
 // is malformed, so that a miss fails before it reaches any network.
 func newParts(t testing.TB, flags ...string) *parts {
 	t.Helper()
-	cfg, err := parseConfig(append([]string{"--redis-port", "1"}, flags...), nil)
+	cfg, err := parseConfig(slices.Concat([]string{"--redis-port", "1"}, patience, flags), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
