@@ -771,22 +771,29 @@ func TestIntegrationMaxClients(t *testing.T) {
 	for range 3 {
 		served = append(served, dial(t, p.addr).send(request("PING")).expect("+PONG\r\n"))
 	}
-	dial(t, p.addr).send(request("PING")).expect("-ERR max number of clients reached\r\n").expectClosed()
-	resp, body := dial(t, p.addr).send(plainRequest("k")).response()
-	if resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "1" || body != "too many clients\n" {
-		t.Errorf("over HTTP: got %d %q %v; want 503 with Retry-After", resp.StatusCode, body, resp.Header)
-	}
-	dial(t, p.addr).send(preface).expectClosed()
-	// One that has more to say sees the answer too.
+	var refused []*rawClient
 	for _, row := range []struct{ send, want string }{
-		{"GET / HTTP/1.1\r\nHost: h\r\nCookie: " + strings.Repeat("x", 1<<20), "HTTP/1.1 503 "},
-		{request("PING", strings.Repeat("x", 1<<20)), "-ERR max "},
+		{request("PING"), `^-ERR max number of clients reached\r\n$`},
+		{plainRequest("k"), `^HTTP/1.1 503 (?s:.*)\r\nRetry-After: 1\r\n(?s:.*)\r\n\r\ntoo many clients\n$`},
+		{preface, `^$`},
+		// One that has more to say sees the answer too.
+		{"GET / HTTP/1.1\r\nHost: h\r\nCookie: " + strings.Repeat("x", 1<<20), `^HTTP/1.1 503 `},
+		{request("PING", strings.Repeat("x", 1<<20)), `^-ERR max `},
 	} {
-		c := dial(t, p.addr)
-		go io.WriteString(c.Conn, row.send) // ends with the connection
-		if got, err := io.ReadAll(c.Reader); err != nil || !strings.HasPrefix(string(got), row.want) {
-			t.Errorf("after %.20q: got %q, %v; want %q", row.send, got, err, row.want)
+		for try := 1; ; try++ {
+			dialled, c := time.Now(), dial(t, p.addr)
+			go io.WriteString(c.Conn, row.send) // ends with the connection
+			got, err := io.ReadAll(c.Reader)
+			if time.Since(dialled) > refuseTimeout && try < 3 { // the proxy may have hung up before
+				continue
+			}
+			if refused = append(refused, c); err != nil || !regexp.MustCompile(row.want).Match(got) {
+				t.Errorf("after %.20q: got %q, %v; want %s", row.send, got, err, row.want)
+			}
+			break
 		}
+	}
+	for _, c := range refused {
 		c.expectGone()
 	}
 	// A flood, most of it silent, does not disturb clients that are served.
