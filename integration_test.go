@@ -924,14 +924,14 @@ func TestIntegrationManyClients(t *testing.T) {
 			t.Fatalf("client %d: got %d %q; want the value", i, resp.StatusCode, body)
 		}
 	}
-	slow := make([]*rawClient, 30)
-	for i := range slow {
-		slow[i] = dial(t, p.addr).send([]string{"", "*2\r\n$3\r\nGE", "GET /x HT"}[i%3])
-	}
 	clients := make([]*rawClient, n)
 	for i := range clients {
 		clients[i] = dial(t, p.addr)
 		ask(clients[i], i)
+	}
+	slow := make([]*rawClient, 30)
+	for i := range slow {
+		slow[i] = dial(t, p.addr).send([]string{"", "*2\r\n$3\r\nGE", "GET /x HT"}[i%3])
 	}
 	if got := p.stat(t, "connected_clients"); got != fmt.Sprint(n+len(slow)+1) {
 		t.Errorf("clients: got %s; want %d", got, n+len(slow)+1)
