@@ -982,7 +982,7 @@ func TestIntegrationClientThatDoesNotRead(t *testing.T) {
 // A client that reads slowly, but does read, is served to the end.
 func TestIntegrationSlowReaderIsServed(t *testing.T) {
 	t.Parallel()
-	const stuck = time.Second
+	const stuck = 3 * time.Second
 	val := strings.Repeat("0123456789abcdef", 1<<20)
 	flags := playRedis(t, func(int, []string) string { return bulk(val) })
 	p := runProxy(t, flags, func(cfg *config) { cfg.clients.writeTimeout = stuck })
@@ -999,12 +999,12 @@ func TestIntegrationSlowReaderIsServed(t *testing.T) {
 		}
 	}
 	resp := slow().send(request("GET", "k")).expect(fmt.Sprintf("$%d\r\n", len(val)))
-	const parts = 40 // in three times as long as a client that reads nothing has
+	const parts = 40 // in twice as long as a client that reads nothing has
 	var readers sync.WaitGroup
 	for name, c := range map[string]*rawClient{"RESP": resp, "HTTP": quick, "HTTP by net/http": handed} {
 		readers.Go(func() {
 			for part := range slices.Chunk([]byte(val), len(val)/parts+1) {
-				time.Sleep(3 * stuck / parts)
+				time.Sleep(2 * stuck / parts)
 				if sameContent(c, part) != len(part) {
 					t.Errorf("over %s: not the whole value", name)
 					return
@@ -1023,6 +1023,7 @@ func TestIntegrationSlowHTTP2StreamsAreServed(t *testing.T) {
 	flags := playRedis(t, func(int, []string) string { return bulk(strings.Repeat("x", grants*grant)) })
 	p := runProxy(t, append(flags, "--redis-timeout=500ms"),
 		func(cfg *config) { cfg.clients.writeTimeout = stuck })
+	eventually(t, "a value in the cache", func() bool { return strings.HasPrefix(p.ask(t, "k"), "$") })
 	c := dial(t, p.addr)
 	open, more := h2Begin, h2Update(0, streams*grant)
 	for id := 1; id < 2*streams; id += 2 {
