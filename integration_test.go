@@ -3266,7 +3266,7 @@ func TestIntegrationTrackingDownAndUp(t *testing.T) {
 	} {
 		t.Run(fault.name, func(t *testing.T) {
 			r := startRelay(t, server.addr)
-			p := startProxy(t, r.addr, "--tracking", "--cache-timeout", "1h", "--redis-timeout", "300ms")
+			p := startProxy(t, r.addr, "--tracking", "--cache-timeout", "1h")
 			eventually(t, "tracking is live", func() bool { return p.stat(t, "tracking") == "live" })
 			redisDo(t, server.addr, "SET", "k", "old")
 			eventually(t, "the old value is cached for good", func() bool {
