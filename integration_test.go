@@ -3376,6 +3376,9 @@ func TestIntegrationTrackingManyChanges(t *testing.T) {
 func TestIntegrationTrackingOffCostsNoConnection(t *testing.T) {
 	r := startRelay(t, sharedRedis(t))
 	p := startProxy(t, r.addr)
+	eventually(t, "the attempt at the start is over", func() bool {
+		return p.stat(t, "upstream_connections") == "1" && p.stat(t, "upstream_connections_used") == "0"
+	})
 	if exchange(t, p.addr, request("PING")); r.most.Load() > 1 {
 		t.Errorf("%d connections to Redis before anybody asked; want the attempt at the start alone", r.most.Load())
 	}
