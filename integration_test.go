@@ -2378,6 +2378,7 @@ func TestIntegrationEverythingAtOnce(t *testing.T) {
 	var reads, failed atomic.Int64
 	for g := range 16 {
 		c := dial(t, p.addr)
+		c.SetDeadline(time.Now().Add(3 * time.Minute))
 		wg.Go(func() {
 			for n := g; ctx.Err() == nil; n++ {
 				k := n * 7 % keys
@@ -3097,6 +3098,8 @@ func TestIntegrationTrackingRace(t *testing.T) {
 	for k := range keys {
 		key := fmt.Sprint("k", k)
 		getter, checker := dial(t, p.addr), dial(t, p.addr)
+		getter.SetDeadline(time.Now().Add(3 * time.Minute))
+		checker.SetDeadline(time.Now().Add(3 * time.Minute))
 		up, err := redis.Dial("tcp", server.addr)
 		if err != nil {
 			t.Fatal(err)
