@@ -2753,7 +2753,8 @@ func TestIntegrationUnixSockets(t *testing.T) {
 	}
 	left.(*net.UnixListener).SetUnlinkOnClose(false)
 	left.Close()
-	flags := []string{"--listen-address", "unix://" + dir + "/proxy", "--redis-url", "unix://" + dir + "/redis"}
+	flags := slices.Concat(patience,
+		[]string{"--listen-address", "unix://" + dir + "/proxy", "--redis-url", "unix://" + dir + "/redis"})
 	cmd := program(t, nil, flags...)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -6387,7 +6388,8 @@ func deafProgram(t testing.TB, redisAddr string) (cmd *exec.Cmd, addr string, st
 	w.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
 	w.Write(make([]byte, 1<<20))
 	port := freePort()
-	cmd = program(t, nil, append(redisAt(t, redisAddr), "--port", port, "--log-level", "debug")...)
+	args := slices.Concat(patience, redisAt(t, redisAddr), []string{"--port", port, "--log-level", "debug"})
+	cmd = program(t, nil, args...)
 	cmd.Stderr = w
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -6546,7 +6548,7 @@ func TestIntegrationMemoryHoldsWithHostileClients(t *testing.T) {
 
 // Idle connections to the admin address take no descriptors from clients.
 func TestIntegrationIdleAdminConnections(t *testing.T) {
-	flags := playRedis(t, func(int, []string) string { return bulk("value") })
+	flags := append(playRedis(t, func(int, []string) string { return bulk("value") }), patience...)
 	admin := "127.0.0.1:" + freePort()
 	cmd := program(t, nil, append(flags, "--port", "0", "--admin-address", admin)...)
 	cmd.Args = append([]string{"sh", "-c", `ulimit -n 300 && exec "$0" "$@"`, cmd.Path}, cmd.Args[1:]...)
