@@ -3603,12 +3603,16 @@ func (c *testCluster) launch(t testing.TB) *testNode {
 // meet has all nodes know each other.
 func (c *testCluster) meet(t testing.TB) {
 	t.Helper()
-	for i, n := range c.nodes {
-		for _, other := range c.nodes[:i] {
-			n.do(t, "CLUSTER", "MEET", "127.0.0.1", other.port, other.bus)
-		}
-	}
+	var sent time.Time
 	eventually(t, "all nodes of the cluster know each other", func() bool {
+		if time.Since(sent) > 3*time.Second { // a node gives up one that is slow to answer
+			sent = time.Now()
+			for i, n := range c.nodes {
+				for _, other := range c.nodes[:i] {
+					n.do(t, "CLUSTER", "MEET", "127.0.0.1", other.port, other.bus)
+				}
+			}
+		}
 		for _, n := range c.nodes {
 			list, _ := redis.String(n.do(t, "CLUSTER", "NODES"), nil)
 			if strings.Count(list, " connected") != len(c.nodes) || strings.Contains(list, "handshake") {
