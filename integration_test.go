@@ -1019,7 +1019,7 @@ func TestIntegrationSlowReaderIsServed(t *testing.T) {
 // end, which comes long after the first deadline.
 func TestIntegrationSlowHTTP2StreamsAreServed(t *testing.T) {
 	t.Parallel()
-	const stuck, streams, grants, grant = 2 * time.Second, 4, 60, 32 << 10
+	const stuck, streams, grants, grant = 4 * time.Second, 4, 60, 32 << 10
 	flags := playRedis(t, func(int, []string) string { return bulk(strings.Repeat("x", grants*grant)) })
 	p := runProxy(t, append(flags, "--redis-timeout=500ms"),
 		func(cfg *config) { cfg.clients.writeTimeout = stuck })
@@ -1034,7 +1034,7 @@ func TestIntegrationSlowHTTP2StreamsAreServed(t *testing.T) {
 	go func() { // ends with its last write
 		for range grants {
 			io.WriteString(c.Conn, more)
-			time.Sleep(3 * stuck / grants)
+			time.Sleep(2 * stuck / grants)
 		}
 	}()
 	for got := 0; got < streams*grants*grant; {
