@@ -1535,9 +1535,10 @@ func TestIntegrationLargeUploadIsRefusedInWords(t *testing.T) {
 // and over HTTP/2, where it opens no window.
 func TestIntegrationUnreadHTTPAnswersAreGivenUp(t *testing.T) {
 	t.Parallel()
+	big := bulk(strings.Repeat("x", 8<<20))
 	flags := playRedis(t, func(_ int, args []string) string {
 		if args[1] == "big" {
-			return bulk(strings.Repeat("x", 16<<20))
+			return big
 		}
 		return bulk("small")
 	})
@@ -1567,7 +1568,7 @@ func TestIntegrationUnreadHTTPAnswersAreGivenUp(t *testing.T) {
 			t.Parallel()
 			c := dial(t, p.addr).send(row.send)
 			if row.streams == 0 {
-				for line := ""; line != "Content-Length: 16777216\r\n"; {
+				for line := ""; line != "Content-Length: 8388608\r\n"; {
 					var err error
 					if line, err = c.ReadString('\n'); err != nil {
 						t.Fatalf("the answer is not begun: %v", err)
