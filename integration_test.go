@@ -779,22 +779,29 @@ func TestIntegrationMaxClients(t *testing.T) {
 	for range 3 {
 		served = append(served, dial(t, p.addr).send(request("PING")).expect("+PONG\r\n"))
 	}
-	dial(t, p.addr).send(request("PING")).expect("-ERR max number of clients reached\r\n").expectClosed()
-	resp, body := dial(t, p.addr).send(plainRequest("k")).response()
-	if resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "1" || body != "too many clients\n" {
-		t.Errorf("over HTTP: got %d %q %v; want 503 with Retry-After", resp.StatusCode, body, resp.Header)
-	}
-	dial(t, p.addr).send(preface).expectClosed()
-	// One that has more to say sees the answer too.
+	var refused []*rawClient
 	for _, row := range []struct{ send, want string }{
-		{"GET / HTTP/1.1\r\nHost: h\r\nCookie: " + strings.Repeat("x", 1<<20), "HTTP/1.1 503 "},
-		{request("PING", strings.Repeat("x", 1<<20)), "-ERR max "},
+		{request("PING"), `^-ERR max number of clients reached\r\n$`},
+		{plainRequest("k"), `^HTTP/1.1 503 (?s:.*)\r\nRetry-After: 1\r\n(?s:.*)\r\n\r\ntoo many clients\n$`},
+		{preface, `^$`},
+		// One that has more to say sees the answer too.
+		{"GET / HTTP/1.1\r\nHost: h\r\nCookie: " + strings.Repeat("x", 1<<20), `^HTTP/1.1 503 `},
+		{request("PING", strings.Repeat("x", 1<<20)), `^-ERR max `},
 	} {
-		c := dial(t, p.addr)
-		go io.WriteString(c.Conn, row.send) // ends with the connection
-		if got, err := io.ReadAll(c.Reader); err != nil || !strings.HasPrefix(string(got), row.want) {
-			t.Errorf("after %.20q: got %q, %v; want %q", row.send, got, err, row.want)
+		for try := 1; ; try++ {
+			dialled, c := time.Now(), dial(t, p.addr)
+			go io.WriteString(c.Conn, row.send) // ends with the connection
+			got, err := io.ReadAll(c.Reader)
+			if time.Since(dialled) > refuseTimeout && try < 3 { // the proxy may have hung up before
+				continue
+			}
+			if refused = append(refused, c); err != nil || !regexp.MustCompile(row.want).Match(got) {
+				t.Errorf("after %.20q: got %q, %v; want %s", row.send, got, err, row.want)
+			}
+			break
 		}
+	}
+	for _, c := range refused {
 		c.expectGone()
 	}
 	// A flood, most of it silent, does not disturb clients that are served.
@@ -882,10 +889,15 @@ func TestIntegrationAcceptingIsTriedAgain(t *testing.T) {
 
 func TestIntegrationIdleTimeout(t *testing.T) {
 	t.Parallel()
-	const idle = 400 * time.Millisecond
+	const idle = 3 * time.Second
 	p := startProxy(t, sharedRedis(t), "--idle-timeout", idle.String())
-	began := time.Now()
+	began, took := time.Now(), time.Duration(0)
 	silent := dial(t, p.addr)
+	var closed sync.WaitGroup
+	closed.Go(func() { // ends when silent is closed
+		silent.Peek(1)
+		took = time.Since(began)
+	})
 	resp := dial(t, p.addr).send("PING\r\n").expect("+PONG\r\n")
 	web := dial(t, p.addr).send("GET /x HTTP/1.1\r\nHost: h\r\n\r\n").expect("HTTP/1.1 404 Not Found\r\n")
 	// A client that speaks often enough stays.
@@ -894,12 +906,13 @@ func TestIntegrationIdleTimeout(t *testing.T) {
 		busy.send("PING\r\n").expect("+PONG\r\n")
 		time.Sleep(idle / 10)
 	}
+	closed.Wait()
 	silent.expectClosed()
 	resp.expectClosed()
 	if _, err := io.ReadAll(web); err != nil {
 		t.Errorf("HTTP: %v; want the connection closed", err)
 	}
-	if took := time.Since(began); took < idle || took > 5*time.Second {
+	if took < idle || took > 10*idle {
 		t.Errorf("closed after %v; want about %v", took, idle)
 	}
 }
@@ -919,14 +932,14 @@ func TestIntegrationManyClients(t *testing.T) {
 			t.Fatalf("client %d: got %d %q; want the value", i, resp.StatusCode, body)
 		}
 	}
-	slow := make([]*rawClient, 30)
-	for i := range slow {
-		slow[i] = dial(t, p.addr).send([]string{"", "*2\r\n$3\r\nGE", "GET /x HT"}[i%3])
-	}
 	clients := make([]*rawClient, n)
 	for i := range clients {
 		clients[i] = dial(t, p.addr)
 		ask(clients[i], i)
+	}
+	slow := make([]*rawClient, 30)
+	for i := range slow {
+		slow[i] = dial(t, p.addr).send([]string{"", "*2\r\n$3\r\nGE", "GET /x HT"}[i%3])
 	}
 	if got := p.stat(t, "connected_clients"); got != fmt.Sprint(n+len(slow)+1) {
 		t.Errorf("clients: got %s; want %d", got, n+len(slow)+1)
@@ -977,7 +990,7 @@ func TestIntegrationClientThatDoesNotRead(t *testing.T) {
 // A client that reads slowly, but does read, is served to the end.
 func TestIntegrationSlowReaderIsServed(t *testing.T) {
 	t.Parallel()
-	const stuck = time.Second
+	const stuck = 3 * time.Second
 	val := strings.Repeat("0123456789abcdef", 1<<20)
 	flags := playRedis(t, func(int, []string) string { return bulk(val) })
 	p := runProxy(t, flags, func(cfg *config) { cfg.clients.writeTimeout = stuck })
@@ -994,12 +1007,12 @@ func TestIntegrationSlowReaderIsServed(t *testing.T) {
 		}
 	}
 	resp := slow().send(request("GET", "k")).expect(fmt.Sprintf("$%d\r\n", len(val)))
-	const parts = 40 // in three times as long as a client that reads nothing has
+	const parts = 40 // in twice as long as a client that reads nothing has
 	var readers sync.WaitGroup
 	for name, c := range map[string]*rawClient{"RESP": resp, "HTTP": quick, "HTTP by net/http": handed} {
 		readers.Go(func() {
 			for part := range slices.Chunk([]byte(val), len(val)/parts+1) {
-				time.Sleep(3 * stuck / parts)
+				time.Sleep(2 * stuck / parts)
 				if sameContent(c, part) != len(part) {
 					t.Errorf("over %s: not the whole value", name)
 					return
@@ -1014,10 +1027,11 @@ func TestIntegrationSlowReaderIsServed(t *testing.T) {
 // end, which comes long after the first deadline.
 func TestIntegrationSlowHTTP2StreamsAreServed(t *testing.T) {
 	t.Parallel()
-	const stuck, streams, grants, grant = 2 * time.Second, 4, 60, 32 << 10
+	const stuck, streams, grants, grant = 4 * time.Second, 4, 60, 32 << 10
 	flags := playRedis(t, func(int, []string) string { return bulk(strings.Repeat("x", grants*grant)) })
 	p := runProxy(t, append(flags, "--redis-timeout=500ms"),
 		func(cfg *config) { cfg.clients.writeTimeout = stuck })
+	eventually(t, "a value in the cache", func() bool { return strings.HasPrefix(p.ask(t, "k"), "$") })
 	c := dial(t, p.addr)
 	open, more := h2Begin, h2Update(0, streams*grant)
 	for id := 1; id < 2*streams; id += 2 {
@@ -1028,7 +1042,7 @@ func TestIntegrationSlowHTTP2StreamsAreServed(t *testing.T) {
 	go func() { // ends with its last write
 		for range grants {
 			io.WriteString(c.Conn, more)
-			time.Sleep(3 * stuck / grants)
+			time.Sleep(2 * stuck / grants)
 		}
 	}()
 	for got := 0; got < streams*grants*grant; {
@@ -1503,12 +1517,18 @@ func TestIntegrationLargeUploadIsRefusedInWords(t *testing.T) {
 	p := startProxy(t, sharedRedis(t))
 	transport := new(http.Transport)
 	defer transport.CloseIdleConnections()
+	slow := 0
 	for range 5 {
 		req, err := http.NewRequest("PUT", "http://"+p.addr+"/"+t.Name(), bytes.NewReader(make([]byte, 5<<20)))
 		if err != nil {
 			t.Fatal(err)
 		}
+		began := time.Now()
 		resp, err := (&http.Client{Transport: transport}).Do(req)
+		if err != nil && time.Since(began) > 400*time.Millisecond && slow < 2 { // net/http hangs up after 500 ms
+			slow++
+			continue
+		}
 		if err != nil {
 			t.Fatalf("PUT of 5 MB: %v; want 405", err)
 		}
@@ -1522,37 +1542,64 @@ func TestIntegrationLargeUploadIsRefusedInWords(t *testing.T) {
 // A client that reads none of its answer is given up: by the quick way, by net/http over HTTP/1,
 // and over HTTP/2, where it opens no window.
 func TestIntegrationUnreadHTTPAnswersAreGivenUp(t *testing.T) {
+	t.Parallel()
+	big := bulk(strings.Repeat("x", 8<<20))
 	flags := playRedis(t, func(_ int, args []string) string {
 		if args[1] == "big" {
-			return bulk(strings.Repeat("x", 16<<20))
+			return big
 		}
 		return bulk("small")
 	})
-	flags = append(flags, "--redis-timeout", "1s") // HTTP/2 allows a stream twice that, too
-	p := runProxy(t, flags, func(cfg *config) { cfg.clients.writeTimeout = 300 * time.Millisecond })
-	exchange(t, p.addr, "GET big\r\n")
+	flags = append(flags, "--redis-timeout", "1s", "--cache-timeout", "1h") // HTTP/2 allows a stream twice that, too
+	p := runProxy(t, flags, func(cfg *config) { cfg.clients.writeTimeout = time.Second })
+	eventually(t, "both values are cached", func() bool {
+		return strings.HasPrefix(p.ask(t, "big"), "$") && strings.HasPrefix(p.ask(t, "small"), "$")
+	})
 	const handed = "GET /big HTTP/1.1\r\nHost: h\r\nRange: bytes=0-\r\n\r\n"
-	// SETTINGS with an INITIAL_WINDOW_SIZE of 0, then requests.
-	h2 := preface +
-		"\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x04\x00\x00\x00\x00"
+	h2 := h2Begin
 	for id := 1; id < 10; id += 2 {
-		h2 += "\x00\x00\x0b\x01\x05\x00\x00\x00" + string(rune(id)) + "\x82\x86\x41\x01a\x04\x04/big"
+		h2 += h2Get(id, "/big")
 	}
 	refused := h2Begin + h2Frame(1, 5, 1, "\x82\x86\x41\x01a\x84\x40\x0aconnection\x01x")
-	for _, row := range []struct{ name, send string }{
-		{"quick", plainRequest("big")},
-		{"HTTP/1.1", handed},
-		{"HTTP/1.1 after an answer", plainRequest("small") + handed},
-		{"HTTP/2", h2},
-		{"HTTP/2, a small value", h2Begin + h2Get(1, "/small")},
-		{"HTTP/2, an error of net/http", refused},
+	for _, row := range []struct {
+		name, send string
+		streams    int // of HTTP/2
+	}{
+		{"quick", plainRequest("big"), 0},
+		{"HTTP/1.1", handed, 0},
+		{"HTTP/1.1 after an answer", plainRequest("small") + handed, 0},
+		{"HTTP/2", h2, 5},
+		{"HTTP/2, a small value", h2Begin + h2Get(1, "/small"), 1},
+		{"HTTP/2, an error of net/http", refused, 1},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			writes := regexp.MustCompile(`http\.ServeContent\(|\(\*web\)\.answer\(|\.writeDataFromHandler\(`)
-			answering := func() bool { return writes.MatchString(stacks()) }
-			dial(t, p.addr).send(row.send)
-			eventually(t, "the answer is begun", answering)
-			eventually(t, "the answer is given up", func() bool { return !answering() })
+			t.Parallel()
+			c := dial(t, p.addr).send(row.send)
+			if row.streams == 0 {
+				for line := ""; line != "Content-Length: 8388608\r\n"; {
+					var err error
+					if line, err = c.ReadString('\n'); err != nil {
+						t.Fatalf("the answer is not begun: %v", err)
+					}
+				}
+				c.expectGone()
+				return
+			}
+			var begun, reset int
+			for reset < row.streams {
+				var head [9]byte
+				if _, err := io.ReadFull(c.Reader, head[:]); err != nil {
+					t.Fatalf("%d answers begun, %d given up: %v; want %d", begun, reset, err, row.streams)
+				}
+				io.CopyN(io.Discard, c.Reader, int64(head[0])<<16|int64(head[1])<<8|int64(head[2]))
+				switch head[3] {
+				case 1: // HEADERS
+					begun++
+				case 3: // RST_STREAM
+					reset++
+				}
+			}
+			compare(t, "answers begun", begun, row.streams)
 		})
 	}
 }
@@ -1655,7 +1702,7 @@ func TestIntegrationWhatIsSentTogetherWaitsOnce(t *testing.T) {
 		if args[1] != "quick" {
 			select {
 			case <-end:
-			case <-time.After(2 * timeout):
+			case <-time.After(timeout + 800*time.Millisecond): // within its grace
 			}
 		}
 		return bulk("value")
@@ -2340,6 +2387,7 @@ func TestIntegrationEverythingAtOnce(t *testing.T) {
 	var reads, failed atomic.Int64
 	for g := range 16 {
 		c := dial(t, p.addr)
+		c.SetDeadline(time.Now().Add(3 * time.Minute))
 		wg.Go(func() {
 			for n := g; ctx.Err() == nil; n++ {
 				k := n * 7 % keys
@@ -2514,14 +2562,17 @@ func TestIntegrationRedisThatDoesNotRead(t *testing.T) {
 }
 
 func TestIntegrationLateReplyFillsTheCache(t *testing.T) {
+	t.Parallel()
+	var asked atomic.Bool
 	late := make(chan struct{})
-	flags := playRedis(t, func(int, []string) string { <-late; return bulk("value") })
-	p := runProxy(t, append(flags, "--redis-timeout", "50ms", "--cache-timeout", "1h"))
-	defer close(late)
-	if got := exchange(t, p.addr, request("GET", "k")); got != "-ERR upstream timed out\r\n" {
-		t.Errorf("in time: got %q; want none", got)
-	}
-	late <- struct{}{}
+	reply := sync.OnceFunc(func() { close(late) })
+	defer reply()
+	flags := playRedis(t, func(int, []string) string { asked.Store(true); <-late; return bulk("value") })
+	p := runProxy(t, append(flags, "--redis-timeout", "1s", "--cache-timeout", "1h"))
+	eventually(t, "Redis is asked, and has not answered in time", func() bool {
+		return p.ask(t, "k") == timedOut && asked.Load()
+	})
+	reply()
 	eventually(t, "the late reply in the cache", func() bool { return p.stat(t, "cache_keys") == "1" })
 	if got := exchange(t, p.addr, request("GET", "k")); got != bulk("value") {
 		t.Errorf("afterwards: got %q; want a hit", got)
@@ -2711,7 +2762,8 @@ func TestIntegrationUnixSockets(t *testing.T) {
 	}
 	left.(*net.UnixListener).SetUnlinkOnClose(false)
 	left.Close()
-	flags := []string{"--listen-address", "unix://" + dir + "/proxy", "--redis-url", "unix://" + dir + "/redis"}
+	flags := slices.Concat(patience,
+		[]string{"--listen-address", "unix://" + dir + "/proxy", "--redis-url", "unix://" + dir + "/redis"})
 	cmd := program(t, nil, flags...)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -2830,7 +2882,7 @@ func TestIntegrationFaults(t *testing.T) {
 			r := startRelay(t, server.addr)
 			timeout := "20s"
 			if fault.resp == timedOut {
-				timeout = "300ms"
+				timeout = "1s"
 			}
 			p := startProxy(t, r.addr, "--redis-timeout", timeout, "--cache-timeout", "1h")
 			set := func() {
@@ -2839,7 +2891,7 @@ func TestIntegrationFaults(t *testing.T) {
 				}
 			}
 			set()
-			exchange(t, p.addr, request("GET", "warm"))
+			eventually(t, "a warm key", func() bool { return p.ask(t, "warm") == bulk("value") })
 			settle()
 			goroutines, files := runtime.NumGoroutine(), openFiles(t)
 
@@ -2847,7 +2899,7 @@ func TestIntegrationFaults(t *testing.T) {
 			for range 2 {
 				began := time.Now()
 				expectAnswers(t, p, "cold", fault.resp, fault.status)
-				if took := time.Since(began); took > 5*time.Second {
+				if took := time.Since(began); took > 8*time.Second {
 					t.Errorf("two misses took %v; want %s each at most", took, timeout)
 				}
 				expectAnswers(t, p, "warm", bulk("value"), 200)
@@ -2869,20 +2921,29 @@ func TestIntegrationFaults(t *testing.T) {
 	}
 }
 
-// expectAnswers asks for a key over both protocols. Each has its own unless the key is the warm
-// one.
+// expectAnswers asks for a key over both protocols, at once where both are to wait. Each has its own
+// unless the key is the warm one.
 func expectAnswers(t *testing.T, p *testProxy, key, resp string, status int) {
 	t.Helper()
 	overRESP, overHTTP := key+"-resp", key+"-http"
 	if key == "warm" {
 		overRESP, overHTTP = key, key
 	}
-	if got := exchange(t, p.addr, request("GET", overRESP)); got != resp {
-		t.Errorf("%s: got %q; want %q", overRESP, got, resp)
+	var both sync.WaitGroup
+	both.Go(func() {
+		if got := exchange(t, p.addr, request("GET", overRESP)); got != resp {
+			t.Errorf("%s: got %q; want %q", overRESP, got, resp)
+		}
+	})
+	if resp != timedOut {
+		both.Wait()
 	}
-	if got, body := httpDo(t, "GET", "http://"+p.addr+"/"+overHTTP); got.StatusCode != status {
-		t.Errorf("%s: got %d %q; want %d", overHTTP, got.StatusCode, body, status)
-	}
+	both.Go(func() {
+		if got, body := httpDo(t, "GET", "http://"+p.addr+"/"+overHTTP); got.StatusCode != status {
+			t.Errorf("%s: got %d %q; want %d", overHTTP, got.StatusCode, body, status)
+		}
+	})
+	both.Wait()
 }
 
 func restart(_ *relay, s *redisServer) {
@@ -2921,8 +2982,7 @@ func TestIntegrationOutageUnderLoad(t *testing.T) {
 			for k := range 20 {
 				exchange(t, p.addr, request("GET", fmt.Sprint("k", k)))
 			}
-			var outage atomic.Bool
-			var inside, answered atomic.Int64
+			var outage, inside, answered atomic.Int64 // outage is odd in one
 			ctx, stop := context.WithCancel(context.Background())
 			var clients sync.WaitGroup
 			for i := range 50 {
@@ -2942,8 +3002,8 @@ func TestIntegrationOutageUnderLoad(t *testing.T) {
 							continue
 						}
 						upstream := strings.HasPrefix(line, "-ERR upstream ") || strings.HasPrefix(line, "-LOADING")
-						if !upstream || stale != "0" || !began && !outage.Load() {
-							t.Errorf("got %q; in the outage: %v", line, began)
+						if !upstream || stale != "0" || began%2 == 0 && outage.Load() == began {
+							t.Errorf("got %q; in the outage: %v", line, began%2 == 1)
 							return
 						}
 						inside.Add(1)
@@ -2956,7 +3016,7 @@ func TestIntegrationOutageUnderLoad(t *testing.T) {
 			}
 			for range soak(2, 20) {
 				more()
-				outage.Store(true)
+				outage.Add(1)
 				server.kill()
 				if stale == "0" {
 					n := inside.Load()
@@ -2968,7 +3028,7 @@ func TestIntegrationOutageUnderLoad(t *testing.T) {
 					t.Fatal(err)
 				}
 				more() // what was asked before Redis was back may still fail
-				outage.Store(false)
+				outage.Add(1)
 			}
 			more()
 			stop()
@@ -3048,6 +3108,8 @@ func TestIntegrationTrackingRace(t *testing.T) {
 	for k := range keys {
 		key := fmt.Sprint("k", k)
 		getter, checker := dial(t, p.addr), dial(t, p.addr)
+		getter.SetDeadline(time.Now().Add(3 * time.Minute))
+		checker.SetDeadline(time.Now().Add(3 * time.Minute))
 		up, err := redis.Dial("tcp", server.addr)
 		if err != nil {
 			t.Fatal(err)
@@ -3217,7 +3279,7 @@ func TestIntegrationTrackingDownAndUp(t *testing.T) {
 	} {
 		t.Run(fault.name, func(t *testing.T) {
 			r := startRelay(t, server.addr)
-			p := startProxy(t, r.addr, "--tracking", "--cache-timeout", "1h", "--redis-timeout", "300ms")
+			p := startProxy(t, r.addr, "--tracking", "--cache-timeout", "1h")
 			eventually(t, "tracking is live", func() bool { return p.stat(t, "tracking") == "live" })
 			redisDo(t, server.addr, "SET", "k", "old")
 			eventually(t, "the old value is cached for good", func() bool {
@@ -3327,6 +3389,9 @@ func TestIntegrationTrackingManyChanges(t *testing.T) {
 func TestIntegrationTrackingOffCostsNoConnection(t *testing.T) {
 	r := startRelay(t, sharedRedis(t))
 	p := startProxy(t, r.addr)
+	eventually(t, "the attempt at the start is over", func() bool {
+		return p.stat(t, "upstream_connections") == "1" && p.stat(t, "upstream_connections_used") == "0"
+	})
 	if exchange(t, p.addr, request("PING")); r.most.Load() > 1 {
 		t.Errorf("%d connections to Redis before anybody asked; want the attempt at the start alone", r.most.Load())
 	}
@@ -3537,12 +3602,16 @@ func (c *testCluster) launch(t testing.TB) *testNode {
 // meet has all nodes know each other.
 func (c *testCluster) meet(t testing.TB) {
 	t.Helper()
-	for i, n := range c.nodes {
-		for _, other := range c.nodes[:i] {
-			n.do(t, "CLUSTER", "MEET", "127.0.0.1", other.port, other.bus)
-		}
-	}
+	var sent time.Time
 	eventually(t, "all nodes of the cluster know each other", func() bool {
+		if time.Since(sent) > 3*time.Second { // a node gives up one that is slow to answer
+			sent = time.Now()
+			for i, n := range c.nodes {
+				for _, other := range c.nodes[:i] {
+					n.do(t, "CLUSTER", "MEET", "127.0.0.1", other.port, other.bus)
+				}
+			}
+		}
 		for _, n := range c.nodes {
 			list, _ := redis.String(n.do(t, "CLUSTER", "NODES"), nil)
 			if strings.Count(list, " connected") != len(c.nodes) || strings.Contains(list, "handshake") {
@@ -6340,7 +6409,8 @@ func deafProgram(t testing.TB, redisAddr string) (cmd *exec.Cmd, addr string, st
 	w.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
 	w.Write(make([]byte, 1<<20))
 	port := freePort()
-	cmd = program(t, nil, append(redisAt(t, redisAddr), "--port", port, "--log-level", "debug")...)
+	args := slices.Concat(patience, redisAt(t, redisAddr), []string{"--port", port, "--log-level", "debug"})
+	cmd = program(t, nil, args...)
 	cmd.Stderr = w
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -6499,7 +6569,7 @@ func TestIntegrationMemoryHoldsWithHostileClients(t *testing.T) {
 
 // Idle connections to the admin address take no descriptors from clients.
 func TestIntegrationIdleAdminConnections(t *testing.T) {
-	flags := playRedis(t, func(int, []string) string { return bulk("value") })
+	flags := append(playRedis(t, func(int, []string) string { return bulk("value") }), patience...)
 	admin := "127.0.0.1:" + freePort()
 	cmd := program(t, nil, append(flags, "--port", "0", "--admin-address", admin)...)
 	cmd.Args = append([]string{"sh", "-c", `ulimit -n 300 && exec "$0" "$@"`, cmd.Path}, cmd.Args[1:]...)

@@ -61,7 +61,7 @@ type parts struct {
 // is malformed, so that a miss fails before it reaches any network.
 func newParts(t testing.TB, flags ...string) *parts {
 	t.Helper()
-	cfg, err := parseConfig(append([]string{"--redis-port", "1"}, flags...), nil)
+	cfg, err := parseConfig(slices.Concat([]string{"--redis-port", "1"}, patience, flags), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -727,11 +727,16 @@ func TestLinkSeesWhatIsTaken(t *testing.T) {
 	}
 	defer nc.Close()
 	c := newConn(nc, serverSettings{})
-	nc.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
-	written, _ := nc.Write(make([]byte, 64<<20))
-	left := c.link.untaken()
-	if left <= 0 || left > written {
-		t.Fatalf("%d bytes are not taken of %d that were written; want some of them", left, written)
+	much, written, left := make([]byte, 64<<20), 0, 0
+	eventually(t, "some bytes are not taken", func() bool {
+		nc.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+		n, _ := nc.Write(much)
+		written += n
+		left = c.link.untaken()
+		return left > 0
+	})
+	if left > written {
+		t.Errorf("%d bytes are not taken of %d that were written", left, written)
 	}
 	io.CopyN(io.Discard, client, int64(written))
 	eventually(t, "all is taken", func() bool { return c.link.untaken() == 0 })
@@ -2624,7 +2629,7 @@ func TestPoolRefusesWhatIsNoReplyToGet(t *testing.T) {
 func TestPoolStoresALateReply(t *testing.T) {
 	release := make(chan struct{})
 	p := newParts(t, append(playRedis(t, func(int, []string) string { <-release; return bulk("late") }),
-		"--redis-timeout", "20ms")...)
+		"--redis-timeout", "500ms")...)
 	answers := askFor(p, "key")
 	p.wait(answers)
 	compare(t, "answer in time", answers[0].err, errTimeout)
@@ -2731,19 +2736,19 @@ func TestPoolBoundsAnExpiry(t *testing.T) {
 // A batch is not sent again when those who asked have long gone.
 func TestPoolDoesNotRetryForNobody(t *testing.T) {
 	var fetches atomic.Int64
-	hangUp := make(chan struct{})
-	p := newParts(t, append(playRedis(t, func(int, []string) string {
-		fetches.Add(1)
+	begun, hangUp := make(chan struct{}), make(chan struct{})
+	p := newParts(t, playRedis(t, func(int, []string) string {
+		if fetches.Add(1) == 1 {
+			close(begun)
+		}
 		<-hangUp
 		return hungUp
-	}), "--redis-timeout", "20ms")...)
-	asked := make([]answer, 1)
-	p.cache.decide(p.now()+300*time.Millisecond, [][]byte{[]byte("key")}, asked) // time enough to be sent
-	for gone := p.now() + 400*time.Millisecond; p.now() <= gone; {
-		p.wait(asked) // for another 20 ms
-	}
+	})...)
+	f := askFor(p, "key")[0].flight
+	<-begun
+	f.until.Store(int64(p.now()))
 	close(hangUp)
-	p.cache.await(asked[0].flight, nil)
+	p.cache.await(f, nil)
 	compare(t, "GETs", fetches.Load(), 1)
 }
 
@@ -2757,7 +2762,7 @@ func TestPoolForgetsWhatNobodyWaitsFor(t *testing.T) {
 			<-release
 		}
 		return bulk("value")
-	}), "--client-limit", "1", "--redis-timeout", "20ms")...)
+	}), "--client-limit", "1", "--redis-timeout", "500ms")...)
 	p.cache.decide(p.now()+time.Hour, [][]byte{[]byte("first")}, make([]answer, 1))
 	<-begun
 	p.wait(askFor(p, "a", "b", "c"))
