@@ -2635,7 +2635,9 @@ func TestPoolStoresALateReply(t *testing.T) {
 	compare(t, "answer in time", answers[0].err, errTimeout)
 	close(release)
 	p.cache.await(answers[0].flight, nil)
-	compare(t, "answer of the cache", outcomeOf(p.get("key")), "late")
+	a := p.get("key")
+	compare(t, "answer", outcomeOf(a), "late")
+	compare(t, "source", a.source, fromCache)
 }
 
 func TestPoolStoresNothingThatWasSuperseded(t *testing.T) {
