@@ -546,9 +546,7 @@ func init() {
 		"info":     {arity: -1, run: (*client).info},
 		"readonly": off, "readwrite": off, "asking": off,
 		"cluster": {arity: -2, run: disabled, sub: make(map[string]command)},
-		"config": {arity: -2, sub: map[string]command{
-			"get": {arity: -3, run: emptyMap, form: "<pattern>"},
-		}},
+		"config":  {arity: -2, sub: map[string]command{"get": {arity: -3, run: emptyMap, form: "<pattern>"}}},
 		// Without DOCS, redis-cli completes and explains commands from what it knows itself.
 		"command": {arity: -1, run: commandInfo, sub: map[string]command{
 			"count":   {arity: 2, run: func(*client, [][]byte) string { return head(':', len(commands)) }},
@@ -567,10 +565,14 @@ func init() {
 			"no-touch": {arity: 3, run: onOff, form: "(ON|OFF)"},
 		}},
 	}
+}
+
+// The subcommands of CLUSTER, and HELP of the others, go in here.
+func init() {
 	for name := range strings.FieldsSeq("addslots addslotsrange bumpepoch count-failure-reports countkeysinslot " +
 		"delslots delslotsrange failover flushslots forget getkeysinslot help info keyslot links meet myid nodes " +
 		"replicate replicas reset saveconfig set-config-epoch setslot shards slaves slots") {
-		commands["cluster"].sub[name] = command{arity: -2, run: disabled}
+		commands["cluster"].sub[name] = command{arity: -2, run: commands["cluster"].run}
 	}
 	for _, name := range []string{"config", "command", "client"} {
 		sub := commands[name].sub
