@@ -2375,7 +2375,14 @@ func playRedis(t testing.TB, reply func(conn int, args []string) string) (flags 
 			conns = append(conns, nc)
 			n := len(conns)
 			// ends when nc is closed
-			serving.Go(func() { playConn(nc, func(args []string) string { return reply(n, args) }) })
+			serving.Go(func() {
+				playConn(nc, func(args []string) string {
+					if args[0] == "PING" {
+						return "+PONG\r\n"
+					}
+					return reply(n, args)
+				})
+			})
 		}
 	}()
 	t.Cleanup(func() {
@@ -2394,10 +2401,6 @@ func playConn(nc net.Conn, reply func(args []string) string) {
 	defer nc.Close()
 	r := newReader(nc)
 	for args := r.read(); args != nil; args = r.read() {
-		if string(args[0]) == "PING" {
-			io.WriteString(nc, "+PONG\r\n")
-			continue
-		}
 		s, last := strings.CutSuffix(reply(strs(args)), hungUp)
 		io.WriteString(nc, s)
 		if last {
