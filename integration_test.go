@@ -373,6 +373,14 @@ func fails(t testing.TB, cmd *exec.Cmd) string {
 
 func portOf(addr string) string { return addr[strings.LastIndex(addr, ":")+1:] }
 
+// tried waits until the attempt at the start to reach Redis is over.
+func (p *testProxy) tried(t testing.TB) {
+	t.Helper()
+	eventually(t, "one connection, which is idle", func() bool {
+		return p.stat(t, "upstream_connections") == "1" && p.stat(t, "upstream_connections_used") == "0"
+	})
+}
+
 // eventually waits until a condition holds.
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
@@ -1220,7 +1228,7 @@ func TestIntegrationAbsentEmptyAndWrongType(t *testing.T) {
 
 func TestIntegrationHundredMegabytes(t *testing.T) {
 	addr := sharedRedis(t)
-	p := startProxy(t, addr)
+	p := startProxy(t, addr, "--redis-timeout", "1m")
 	val := make([]byte, 100<<20)
 	for part := range slices.Chunk(val, 1<<20) {
 		rand.Read(part[:1<<10])
@@ -2584,6 +2592,7 @@ func TestIntegrationConnectionThatDiedIdleCostsNobodyAnError(t *testing.T) {
 	r := startRelay(t, addr)
 	p := startProxy(t, r.addr, "--cache-timeout", "1ms", "--client-limit", "4")
 	redisDo(t, addr, "SET", t.Name(), "value")
+	p.tried(t)
 	for range 20 {
 		// Several idle connections, all of which die.
 		r.stall()
@@ -3389,9 +3398,7 @@ func TestIntegrationTrackingManyChanges(t *testing.T) {
 func TestIntegrationTrackingOffCostsNoConnection(t *testing.T) {
 	r := startRelay(t, sharedRedis(t))
 	p := startProxy(t, r.addr)
-	eventually(t, "the attempt at the start is over", func() bool {
-		return p.stat(t, "upstream_connections") == "1" && p.stat(t, "upstream_connections_used") == "0"
-	})
+	p.tried(t)
 	if exchange(t, p.addr, request("PING")); r.most.Load() > 1 {
 		t.Errorf("%d connections to Redis before anybody asked; want the attempt at the start alone", r.most.Load())
 	}
