@@ -14,7 +14,7 @@ port = $(or $(RP_PORT),8080)
 go_build = CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
 # The race detector needs cgo, whatever the environment says, except on macOS.
 go_test = $(if $(filter-out Darwin,$(shell uname)),CGO_ENABLED=1) \
-	go test -race -count=1 -timeout $(TIMEOUT) $(TESTFLAGS) ./...
+	go test -race -count=1 -parallel 4 -timeout $(TIMEOUT) $(TESTFLAGS) ./...
 
 compose = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || \
 	{ command -v docker-compose >/dev/null && echo docker-compose; })

@@ -1035,7 +1035,7 @@ func TestIntegrationSlowReaderIsServed(t *testing.T) {
 // end, which comes long after the first deadline.
 func TestIntegrationSlowHTTP2StreamsAreServed(t *testing.T) {
 	t.Parallel()
-	const stuck, streams, grants, grant = 4 * time.Second, 4, 60, 32 << 10
+	const stuck, streams, grants, grant = 6 * time.Second, 4, 60, 32 << 10
 	flags := playRedis(t, func(int, []string) string { return bulk(strings.Repeat("x", grants*grant)) })
 	p := runProxy(t, append(flags, "--redis-timeout=500ms"),
 		func(cfg *config) { cfg.clients.writeTimeout = stuck })
@@ -1751,6 +1751,7 @@ func TestIntegrationWhatIsSentTogetherWaitsOnce(t *testing.T) {
 // Neither the replies of a pipeline nor the elements of an MGET pile up in memory while the
 // client does not read.
 func TestIntegrationMemoryHoldsWithManyLargeValues(t *testing.T) {
+	t.Parallel()
 	const clients, each, size, limit = 16, 20, 512 << 10, 2*(16<<20) + 64<<20
 	server := startRedis(t)
 	c, err := redis.Dial("tcp", server.addr)
