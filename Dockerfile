@@ -27,6 +27,6 @@ COPY --from=race /src /src
 WORKDIR /src
 USER redis
 ENTRYPOINT ["./redis_proxy.test"]
-CMD ["-test.timeout=10m"]
+CMD ["-test.timeout=10m", "-test.parallel=4"]
 
 FROM proxy

@@ -142,7 +142,7 @@ test-compose: docker
 	@echo "Redis: in a container, with $(compose)"
 	@trap : INT TERM; compose="$(compose) --profile test -p redis_proxy_test_$$$$"; \
 	$$compose build test && \
-	$$compose run -T --rm test -test.timeout $(TIMEOUT) $(patsubst -%,-test.%,$(TESTFLAGS)); \
+	$$compose run -T --rm test -test.timeout $(TIMEOUT) -test.parallel 4 $(patsubst -%,-test.%,$(TESTFLAGS)); \
 	code=$$?; $$compose down; exit $$code
 
 .PHONY: test-local
