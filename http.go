@@ -627,12 +627,9 @@ func writeMetrics(out io.Writer, figures []figure) {
 			f.metric = "redis_proxy_" + f.metric
 		}
 		name, _, _ := strings.Cut(f.metric, "{")
-		kind, lines := "gauge", fmt.Sprintf("%s %d\n", f.metric, f.value) // %d: a state has a name, too
-		switch v := f.value.(type) {
-		case histogram:
-			kind, lines = "histogram", bucketLines(name, v)
-		case float64:
-			lines = fmt.Sprintln(f.metric, v)
+		kind, lines := "gauge", fmt.Sprintln(f.metric, f.value)
+		if h, ok := f.value.(histogram); ok {
+			kind, lines = "histogram", bucketLines(name, h)
 		}
 		if strings.HasSuffix(name, "_total") {
 			kind = "counter"

@@ -242,9 +242,9 @@ func (p *pool) ready() bool {
 func (p *pool) figures() []figure {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	connections, used, down, state := 0, 0, 0, trackingState(0)
+	connections, used, down, tracking := 0, 0, 0, 0
 	if p.tracking {
-		state = 2
+		tracking = 2
 	}
 	for _, n := range p.nodes {
 		connections += n.conns.ActiveCount()
@@ -253,7 +253,7 @@ func (p *pool) figures() []figure {
 			down++
 		}
 		if n.owns > 0 && p.tracking && !n.tracked.Load() {
-			state = 1
+			tracking = 1
 		}
 	}
 	latency := p.latency
@@ -268,16 +268,12 @@ func (p *pool) figures() []figure {
 		{"Cache", "upstream_nodes_down", "upstream_nodes_down", "Owners of keys that cannot be read.", down},
 		{"Cache", "upstream_refreshes", "upstream_refreshes_total", "Rounds of asking for owners.", p.refreshes.Load()},
 		{"Cache", "upstream_redirects", "upstream_redirects_total", "GETs that a node redirected.", p.redirects.Load()},
-		{"Cache", "tracking", "tracking", "Whether Redis reports changes: 0 is off, 1 down, 2 live.", state},
+		{"Cache", "tracking", "", "", [...]string{"off", "down", "live"}[tracking]},
+		{"", "", "tracking", "Whether Redis reports changes: 0 is off, 1 down, 2 live.", tracking},
 		{"Cache", "tracking_invalidations", "invalidations_total", "Changes reported.", p.invalidations.Load()},
 		{"", "", "upstream_seconds", "Time from taking up a batch to its last reply, connecting included.", latency},
 	}
 }
-
-// A trackingState is whether Redis reports changes: 0 is off, 1 down, 2 live.
-type trackingState int
-
-func (s trackingState) String() string { return [...]string{"off", "down", "live"}[s] }
 
 // hint has watch learn soon, from the server at an address if that is one. It does not block.
 func (p *pool) hint(addr string) {
