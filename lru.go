@@ -92,14 +92,13 @@ type value struct {
 	header  string        // what HTTP says about the value; empty until the cache's annotate
 }
 
+// newValue returns what Redis had for a key; nil: nothing, and data is the key alone.
 func newValue(key string, val []byte, fetched time.Duration) value {
-	data := key + "$" + strconv.Itoa(len(val)) + "\r\n" + string(val) + "\r\n"
+	data := key
+	if val != nil {
+		data = key + "$" + strconv.Itoa(len(val)) + "\r\n" + string(val) + "\r\n"
+	}
 	return value{data: data, keyLen: len(key), fetched: fetched}
-}
-
-// newAbsent is the value of a key that Redis does not have: data is the key alone.
-func newAbsent(key string, fetched time.Duration) value {
-	return value{data: key, keyLen: len(key), fetched: fetched}
 }
 
 func (v value) absent() bool { return len(v.data) == v.keyLen }

@@ -1992,7 +1992,7 @@ func TestCacheRefillRenewsTheExpiryAndAReadDoesNot(t *testing.T) {
 	compare(t, "after the first TTL", holds(c, 10*time.Second, "ab"), "b")
 	compare(t, "before the second", holds(c, 15*time.Second-1, "ab"), "b")
 	compare(t, "after the second", holds(c, 15*time.Second, "ab"), "")
-	putValue(c, 15*time.Second, newValue("a", nil, 12*time.Second)) // the fetch took three seconds
+	putValue(c, 15*time.Second, newValue("a", []byte{}, 12*time.Second)) // the fetch took three seconds
 	compare(t, "before the TTL from the fetch", holds(c, 22*time.Second-1, "a"), "a")
 	compare(t, "after the TTL from the fetch", holds(c, 22*time.Second, "a"), "")
 }
@@ -2011,8 +2011,8 @@ func TestCacheExpiredCostsNoLiveEntryItsPlace(t *testing.T) {
 
 func TestCacheExpiredCostsNoLiveEntryItsPlaceAfterASlowFetch(t *testing.T) {
 	c := newTestCache(2, 1<<20, 10*time.Second, 0)
-	putValue(c, 3*time.Second, newValue("a", nil, 2*time.Second))
-	putValue(c, 4*time.Second, newValue("b", nil, 1*time.Second)) // asked for earlier, answered later
+	putValue(c, 3*time.Second, newValue("a", []byte{}, 2*time.Second))
+	putValue(c, 4*time.Second, newValue("b", []byte{}, 1*time.Second)) // asked for earlier, answered later
 	putAt(c, 11*time.Second, "c")
 	compare(t, "b expired", holds(c, 11*time.Second, "abc"), "ac")
 }
@@ -2109,7 +2109,7 @@ func TestCacheKeepsAbsencesForTheirTime(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			d := newFlightDeck(cacheSettings{ttl: 10 * time.Second, absent: absent, stale: time.Hour})
 			compare(t, "at first", d.ask("k"), "flight")
-			d.land(newAbsent("k", d.now()), errAbsent)
+			d.land(newValue("k", nil, d.now()), errAbsent)
 			time.Sleep(absent - 1)
 			compare(t, "within its time", d.ask("k"), "absent_hit")
 			time.Sleep(time.Nanosecond)
@@ -2202,7 +2202,7 @@ func TestCacheKeepsWhatIsNewerThanAnAbsence(t *testing.T) {
 		d.ask("k")
 		old, renewed := d.begun[0], d.begun[1]
 		d.finish(renewed, newValue("k", []byte("new"), d.now()), nil)
-		d.finish(old, newAbsent("k", 0), err)
+		d.finish(old, newValue("k", nil, 0), err)
 		compare(t, fmt.Sprintf("after a late %q", err), d.ask("k"), "hit")
 	}
 }
@@ -2218,7 +2218,7 @@ func TestCacheLearnsHowLargeValuesAre(t *testing.T) {
 		d.forget(nil)
 	}
 	land(0, errUnavailable)
-	d.finish(&flight{key: "ready", dirty: true}, newAbsent("ready", 0), errAbsent)
+	d.finish(&flight{key: "ready", dirty: true}, newValue("ready", nil, 0), errAbsent)
 	compare(t, "before the first", d.typical.Load(), 0)
 	land(1600, nil)
 	compare(t, "after the first", d.typical.Load(), size(1600))

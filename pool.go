@@ -641,10 +641,8 @@ func (n *node) refuses(reply redis.Error) {
 func (n *node) receive(u *upstream, f *flight, sent time.Duration) (v value, err error) {
 	reply, err := u.reply(f.asking != "", "-$")
 	val, found := reply.([]byte)
-	if found {
-		v = newValue(f.key, val, sent)
-	} else if err == nil {
-		v, err = newAbsent(f.key, sent), errAbsent
+	if v = newValue(f.key, val, sent); err == nil && !found {
+		err = errAbsent
 	}
 	if n.pool.keyTTL {
 		left, failure := redis.Int64(u.reply(f.asking != "", "-:"))

@@ -610,20 +610,17 @@ func newCertificate[Hello any](of, certFile, keyFile string, log *slog.Logger) (
 	}
 	var current atomic.Pointer[tls.Certificate]
 	var looked atomic.Int64  // when the files were read last
-	var problem atomic.Value // the text of the last failure, which is logged once
+	var problem atomic.Value // what was wrong with them then, which is logged once
 	current.Store(&first)
 	return func(*Hello) (*tls.Certificate, error) {
-		if now := time.Now().Unix() / 2; looked.Swap(now) == now {
-			return current.Load(), nil
-		}
-		renewed, err := tls.LoadX509KeyPair(certFile, keyFile)
-		text := fmt.Sprint(err)
-		if before := problem.Swap(text); err != nil && before != text {
-			log.Warn("the certificate was not renewed; the old one goes on", "error", err)
-		} else if err != nil {
-			return current.Load(), nil
-		} else if old := current.Swap(&renewed); !renewed.Leaf.Equal(old.Leaf) {
-			log.Info("the certificate was renewed", "expires", renewed.Leaf.NotAfter)
+		if now := time.Now().Unix() / 2; looked.Swap(now) != now {
+			renewed, err := tls.LoadX509KeyPair(certFile, keyFile)
+			text := fmt.Sprint(err)
+			if before := problem.Swap(text); err != nil && before != text {
+				log.Warn("the certificate was not renewed; the old one goes on", "error", err)
+			} else if err == nil && !renewed.Leaf.Equal(current.Swap(&renewed).Leaf) {
+				log.Info("the certificate was renewed", "expires", renewed.Leaf.NotAfter)
+			}
 		}
 		return current.Load(), nil
 	}, nil
