@@ -5709,6 +5709,14 @@ func TestIntegrationClusterScripted(t *testing.T) {
 	})
 	t.Run("addresses", testScriptedAddresses)
 	t.Run("tables", testScriptedTables)
+	t.Run("an owner is cut off from the others", func(t *testing.T) {
+		t.Parallel()
+		a, b := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
+		a.play(func() string { return a.owns() }, always3("-CLUSTERDOWN The cluster is down\r\n"))
+		b.play(func() string { return b.owns() }, always3(value))
+		p := startURL(t, "redis://"+a.addr+","+b.addr, "--redis-timeout", "1s")
+		eventually(t, "the others are asked", func() bool { return p.ask(t, "k") == value })
+	})
 	t.Run("an unknown node is to be asked", func(t *testing.T) {
 		a, b := scriptedAt(t, "127.0.0.1"), scriptedAt(t, "127.0.0.1")
 		a.play(func() string { return a.owns() }, func(_ int, key string, _ bool) string { return b.ask(key) })

@@ -320,19 +320,19 @@ func (c *cache) lookAgain(keys [][]byte, answers []answer) {
 // wait completes answers. It begins with the last: replies come in the order of the questions, so
 // that a request for many keys is woken once.
 func (c *cache) wait(since time.Duration, keys [][]byte, answers []answer) {
-	var late <-chan time.Time
-	for i := range slices.Backward(answers) {
+	var late <-chan struct{} // closed when the time is over
+	for i := len(answers) - 1; i >= 0; i-- {
 		a := &answers[i]
 		if a.flight == nil {
 			continue
 		}
 		if late == nil {
-			late = time.After(since + c.timeout - c.now())
+			over := make(chan struct{})
+			defer time.AfterFunc(since+c.timeout-c.now(), func() { close(over) }).Stop()
+			late = over
 		}
-		if c.await(a.flight, late) {
+		if a.err = errTimeout; c.await(a.flight, late) {
 			a.value, a.err = a.flight.value, a.flight.err
-		} else {
-			a.err, late = errTimeout, time.After(0) // the other flights have had their time too
 		}
 		if c.stale > 0 && isOutage(a.err) {
 			c.lookAgain(keys[i:i+1], answers[i:i+1])
@@ -340,8 +340,8 @@ func (c *cache) wait(since time.Duration, keys [][]byte, answers []answer) {
 	}
 }
 
-// await waits until a flight ends or late fires, and reports whether the flight ended.
-func (c *cache) await(f *flight, late <-chan time.Time) bool {
+// await waits until a flight ends or late is closed, and reports whether the flight ended.
+func (c *cache) await(f *flight, late <-chan struct{}) bool {
 	if f.finished.Load() { // of a pipeline, only the last is waited for
 		return true
 	}
@@ -375,6 +375,21 @@ func (c *cache) await(f *flight, late <-chan time.Time) bool {
 func (c *cache) finish(f *flight, v value, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.finishLocked(f, v, err)
+}
+
+// abandon ends a flight unless a request waits for it, and reports whether it did.
+func (c *cache) abandon(f *flight, now time.Duration) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if f.wanted(now) { // a request has joined it just now
+		return false
+	}
+	c.finishLocked(f, value{}, errTimeout)
+	return true
+}
+
+func (c *cache) finishLocked(f *flight, v value, err error) {
 	if c.flights[f.key] == f { // else a report of a change, or a newer flight, has taken its place
 		delete(c.flights, f.key)
 		size := int64(len(f.key) + len(v.data))

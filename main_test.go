@@ -2193,6 +2193,36 @@ func TestCacheStoresNothingThatChangedInFlight(t *testing.T) {
 	}
 }
 
+// A flight that nobody waited for goes on if a request joins it at the last moment.
+func TestCacheAbandonsOnlyWhatNobodyWaitsFor(t *testing.T) {
+	d := newFlightDeck(cacheSettings{ttl: time.Hour, timeout: time.Second})
+	d.decide(d.now()-d.timeout, [][]byte{[]byte("k")}, make([]answer, 1)) // it is late already
+	f := d.begun[0]
+	compare(t, "wanted", f.wanted(d.now()), false)
+	d.ask("k")
+	compare(t, "joined, abandoned", d.abandon(f, d.now()), false)
+	compare(t, "joined, finished", f.finished.Load(), false)
+	compare(t, "past all time-outs, abandoned", d.abandon(f, d.now()+2*d.timeout), true)
+	compare(t, "its error", f.err, errTimeout)
+}
+
+// A flight that ends just when the time is over does not have the others waited for without limit.
+func TestCacheWaitsNoLongerThanTheTimeout(t *testing.T) {
+	for range 40 { // the end of a flight and of the time are both there: either may be seen first
+		synctest.Test(t, func(t *testing.T) {
+			d := newFlightDeck(cacheSettings{ttl: time.Hour, timeout: time.Second})
+			d.typical.Store(1)
+			keys, answers := [][]byte{[]byte("hung"), []byte("late")}, make([]answer, 2)
+			d.decide(0, keys, answers)
+			time.AfterFunc(d.timeout, func() { d.finish(d.begun[1], newValue("late", nil, 0), errAbsent) })
+			time.AfterFunc(time.Minute, func() { d.finish(d.begun[0], value{}, errTimeout) })
+			d.wait(0, keys, answers)
+			compare(t, "waited", d.now(), d.timeout)
+			time.Sleep(time.Minute)
+		})
+	}
+}
+
 // What Redis said about a key before it changed removes nothing that was stored since.
 func TestCacheKeepsWhatIsNewerThanAnAbsence(t *testing.T) {
 	for _, err := range []error{errAbsent, errWrongType} {
@@ -2492,7 +2522,7 @@ func TestPoolRedirects(t *testing.T) {
 		f := &flight{key: "foo"}
 		f.until.Store(int64(time.Hour))
 		p.pool.mu.Lock()
-		p.pool.queued = maxQueue // it gets no further than that
+		p.pool.queueBytes = maxQueueBytes // it gets no further than that
 		n := p.pool.nodeLocked("h:1")
 		for i := range slots {
 			p.pool.giveLocked(i, n)
@@ -2568,7 +2598,7 @@ func TestPoolSendsWhatWaitsTogether(t *testing.T) {
 		return p.pool.flights.Load() == n+1 && p.pool.batches.Load() == 2
 	})
 	p.pool.mu.Lock()
-	compare(t, "queued at the end", fmt.Sprint(p.pool.queued, p.pool.queueBytes), "0 0")
+	compare(t, "queued at the end", p.pool.queueBytes, 0)
 	p.pool.mu.Unlock()
 }
 
@@ -2626,6 +2656,36 @@ func TestPoolRefusesWhatIsNoReplyToGet(t *testing.T) {
 		answers = askFor(p, "text")
 		p.wait(answers)
 		compare(t, "next answer after "+defect, outcomeOf(answers[0]), "hello")
+	}
+}
+
+// What comes behind the reply to a login is not taken for the reply to the first GET.
+func TestPoolRefusesWhatIsLeftOfTheLogin(t *testing.T) {
+	flags := playRedis(t, func(_ int, args []string) string {
+		if args[0] == "AUTH" {
+			return "+OK\r\n" + bulk("of nobody")
+		}
+		return bulk("of " + args[1])
+	})
+	url := "redis://:password@" + net.JoinHostPort(flags[1], flags[3])
+	p := newParts(t, append(flags, "--redis-url", url, "--redis-timeout", "3s")...)
+	compare(t, "answer", outcomeOf(p.get("key")), errUnavailable.Error())
+}
+
+// A node that was only named by ASK, and is not tracked any more, leaves nothing in the cache.
+func TestPoolForgetsWhatIsNoLongerTracked(t *testing.T) {
+	for _, tracked := range []bool{true, false} {
+		p := newParts(t)
+		cacheNow(p, "k", "from there")
+		p.pool.mu.Lock()
+		n := p.pool.nodeLocked("h:1")
+		n.tracked.Store(tracked)
+		n.named = time.Now().Add(-2 * clusterTick)
+		p.pool.mu.Unlock()
+		p.pool.settle()
+		compare(t, fmt.Sprint("node left, tracked ", tracked), p.pool.nodes["h:1"] == nil, true)
+		_, kept := lookUp(p.cache, p.now(), "k")
+		compare(t, fmt.Sprint("kept, tracked ", tracked), kept, !tracked)
 	}
 }
 
@@ -2695,7 +2755,8 @@ func TestPoolRetriesOnAFreshConnection(t *testing.T) {
 	compare(t, "after the restart", outcomeOf(first[0]), "value")
 }
 
-// A connection that cannot be made says nothing of those that are there.
+// A connection that cannot be made says nothing of those that are there, and one that is being made
+// keeps nobody from those that are free.
 func TestPoolKeepsIdleConnectionsWhenOneCannotBeMade(t *testing.T) {
 	held, dialled, release := make(chan struct{}), make(chan struct{}), make(chan struct{})
 	flags := playRedis(t, func(conn int, args []string) string {
@@ -2722,7 +2783,7 @@ func TestPoolKeepsIdleConnectionsWhenOneCannotBeMade(t *testing.T) {
 	close(release)
 	p.wait(first)
 	p.wait(second)
-	compare(t, "without a connection", outcomeOf(second[0]), errTimeout.Error())
+	compare(t, "queued for the one that is being made", outcomeOf(second[0]), "value")
 	compare(t, "by the one that is idle", outcomeOf(p.get("after")), outcomeOf(first[0]))
 }
 
@@ -2812,7 +2873,13 @@ func TestPoolBoundsWhatWaits(t *testing.T) {
 	compare(t, "the last that fits: refused", refused("last"), false)
 	compare(t, "one too many: refused", refused("x"), true)
 	compare(t, "one too many", outcomeOf(p.get("x")), errTimeout.Error())
-	p.pool.routeLocked(new(flight)).queue, p.pool.queued, p.pool.queueBytes = nil, 0, maxQueueBytes-5
+	p.pool.mu.Lock()
+	p.pool.nodeLocked("h:1").busy = p.pool.limit
+	p.pool.mu.Unlock()
+	elsewhere := &flight{key: "x", asking: "h:1"}
+	p.pool.enqueue([]*flight{elsewhere})
+	compare(t, "one for another node: refused", elsewhere.finished.Load(), false)
+	p.pool.routeLocked(new(flight)).queue, p.pool.queueBytes = nil, maxQueueBytes-5
 	compare(t, "keys too large: refused", refused("longer"), true)
 	compare(t, "keys too large", outcomeOf(p.get("longer")), errTimeout.Error())
 	compare(t, "the last bytes: refused", refused("bytes"), false)

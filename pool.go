@@ -36,8 +36,8 @@ const (
 	// values.
 	maxBatch   = 1 << 12
 	batchBytes = 1 << 20
-	// maxQueue bounds the flights that wait for a connection, and maxQueueBytes their keys. More of
-	// them end with errTimeout at once: they would not be carried out in time.
+	// maxQueue bounds the flights that wait for a node, and maxQueueBytes the keys of those of all
+	// nodes. More of them end with errTimeout at once: they would not be carried out in time.
 	maxQueue      = 1 << 16
 	maxQueueBytes = 64 << 20
 	// grace is how much longer than a request a connection waits: the reply still fills the cache.
@@ -114,8 +114,7 @@ type pool struct {
 	latency    histogram        // of batches
 	nodes      map[string]*node // by address
 	owners     []*node          // of each slot, or whoever may know
-	queued     int              // flights, over all queues
-	queueBytes int              // of their keys
+	queueBytes int              // of the keys of all flights that are queued
 }
 
 func newPool(s poolSettings, c *cache, log *slog.Logger) *pool {
@@ -207,13 +206,12 @@ func (p *pool) enqueue(fs []*flight) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, f := range fs {
-		if p.queued >= maxQueue || p.queueBytes+len(f.key) > maxQueueBytes {
+		n := p.routeLocked(f)
+		if len(n.queue) >= maxQueue || p.queueBytes+len(f.key) > maxQueueBytes {
 			p.cache.finish(f, value{}, errTimeout)
 			continue
 		}
-		n := p.routeLocked(f)
 		n.queue = append(n.queue, f)
-		p.queued++
 		p.queueBytes += len(f.key)
 		n.startLocked()
 	}
@@ -231,7 +229,9 @@ func (p *pool) ready() bool {
 	f := &flight{key: key, dirty: true, began: now}
 	f.until.Store(int64(now + p.timeout))
 	p.enqueue([]*flight{f})
-	if !p.cache.await(f, time.After(p.timeout)) {
+	late, cancel := context.WithTimeout(p.ctx, p.timeout)
+	defer cancel()
+	if !p.cache.await(f, late.Done()) {
 		return false
 	}
 	rest, forbidden := strings.CutPrefix(fmt.Sprint(f.err), upstreamRefused+"NOPERM ")
@@ -397,12 +397,13 @@ func (p *pool) giveLocked(slot int, n *node) {
 // the owners of today.
 func (p *pool) settle() {
 	var owners []string
-	changed := false
+	changed, untracked := false, false
 	p.mu.Lock()
 	for addr, n := range p.nodes {
 		if n.owns > 0 {
 			owners = append(owners, addr)
 		} else if n.master || time.Since(n.named) > clusterTick {
+			untracked = untracked || n.tracked.Load() && !n.master
 			delete(p.nodes, addr)
 			n.stop()
 		}
@@ -410,6 +411,9 @@ func (p *pool) settle() {
 		n.master = n.owns > 0
 	}
 	p.mu.Unlock()
+	if untracked { // ASK named it: what came from there is in the cache, and its changes are not reported any more
+		p.cache.forget(nil)
+	}
 	if changed {
 		slices.Sort(owners)
 		p.log.Info("other nodes own the keys now", "nodes", strings.Join(owners, " "))
@@ -468,10 +472,13 @@ func (n *node) test(c redis.Conn, idleSince time.Time) error {
 		usable = usable && err == syscall.EAGAIN
 	})
 	if !usable {
-		return errors.New("it may be dead, or out of step")
+		return errOutOfStep
 	}
 	return nil
 }
+
+// errOutOfStep ends connections whose next bytes may be no reply to the next command.
+var errOutOfStep = errors.New("the connection is dead, or has more replies than questions")
 
 // startLocked starts a worker for the queue, unless one is on its way to it. If too many are busy,
 // the first that ends does.
@@ -497,7 +504,7 @@ func (n *node) work() {
 	if u, made := self.(*upstream); made {
 		if rest, err = n.exchange(u, fs); err != nil {
 			n.broke.Store(int64(p.cache.now()))
-		} else if len(fs) == 0 && p.redis.password == "" { // for the log: Redis may want a password
+		} else if len(fs) == 0 && n.answered.Load() == 0 && p.redis.password == "" { // for the log: Redis may want a password
 			_, err = u.Do("PING")
 		}
 	}
@@ -511,6 +518,7 @@ func (n *node) work() {
 		p.latency.add(p.cache.now() - began)
 	}
 	n.busy--
+	n.coming = false // the worker that was on its way may be making a connection; this one is free
 	n.startLocked()
 }
 
@@ -525,17 +533,11 @@ func (n *node) take() []*flight {
 	for _, f := range fs {
 		p.queueBytes -= len(f.key)
 	}
-	p.queued -= len(fs)
 	n.coming = false
 	n.startLocked() // what does not fit is another worker's
 	p.mu.Unlock()
 	now := p.cache.now()
-	fs = slices.DeleteFunc(fs, func(f *flight) bool {
-		if !f.wanted(now) {
-			p.cache.finish(f, value{}, errTimeout)
-		}
-		return f.finished.Load()
-	})
+	fs = slices.DeleteFunc(fs, func(f *flight) bool { return !f.wanted(now) && p.cache.abandon(f, now) })
 	p.batches.Add(int64(min(len(fs), 1)))
 	p.flights.Add(int64(len(fs)))
 	return fs
@@ -605,6 +607,7 @@ func (n *node) exchange(u *upstream, fs []*flight) (rest []*flight, err error) {
 			err = asAnswer(reply, true)
 		}
 		if isOutage(err) {
+			p.errors.Add(1)
 			n.refuses(reply)
 		} else if !answered {
 			answered = true
@@ -623,12 +626,11 @@ func (n *node) answers() {
 	}
 }
 
-// refuses counts an error reply that is not about a key, and logs one a minute. A node that loads
-// its data is down, and another may own its keys by now.
+// refuses notes an error reply that is not about a key, and logs one a minute. A node that loads its
+// data, or is cut off from its cluster, is down, and another may own its keys by now.
 func (n *node) refuses(reply redis.Error) {
 	now := n.pool.cache.now()
-	n.pool.errors.Add(1)
-	if strings.HasPrefix(string(reply), "LOADING ") {
+	if strings.HasPrefix(string(reply), "LOADING ") || strings.HasPrefix(string(reply), "CLUSTERDOWN ") {
 		n.warned.Store(int64(now))
 		n.pool.hint("")
 	}
@@ -665,6 +667,9 @@ func (n *node) redirect(f *flight, reply redis.Error) bool {
 	if code != "MOVED" && code != "ASK" && !mayPass {
 		return false
 	}
+	if code == "CLUSTERDOWN" {
+		n.refuses(reply)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.several.Store(true)
@@ -678,13 +683,13 @@ func (n *node) redirect(f *flight, reply redis.Error) bool {
 			f.asking = addr
 		} else {
 			p.giveLocked(slot(f.key), to)
+			p.hint(n.addr)
 		}
 		if to == n { // it may be another server by now: connections that are in use are not used again
 			n.broke.Store(int64(p.cache.now() + retryPause))
 		}
-	}
-	if code != "ASK" {
-		p.hint(n.addr)
+	} else {
+		p.hint("")
 	}
 	f.hops++
 	time.AfterFunc(pause, func() { p.enqueue([]*flight{f}) })
@@ -760,8 +765,8 @@ func (p *pool) dial(ctx context.Context, addr string, patience time.Duration, se
 	}
 	u.Conn = redis.NewConn(inside, 0, 0)
 	u.in, u.out = bufio.NewReaderSize(inside, 16<<10), bufio.NewWriterSize(inside, 16<<10)
-	if err == nil {
-		err = u.login(&p.redis, sentinel)
+	if err = cmp.Or(err, u.login(&p.redis, sentinel)); err == nil && u.in.Buffered() > 0 {
+		err = errOutOfStep
 	}
 	if err != nil {
 		u.Close()
