@@ -1288,6 +1288,7 @@ func TestIntegrationPassword(t *testing.T) {
 		request("AUTH", "a", "b", "c"),
 		request("HELLO", "3", "AUTH", "default", "wrong"),
 		request("HELLO", "3", "AUTH", "default"),
+		"*2\r\n$3\r\nGET\r\n$100000000\r\n",
 		request("AUTH", "open sesame") + request("PING"),
 		request("AUTH", "default", "open sesame") + request("PING"),
 		request("AUTH", "open sesame") + request("RESET") + request("PING"),
@@ -1953,10 +1954,19 @@ func sameBytes(key, list, absent string, is70 bool) (all []string) {
 		request("COMMAND", "GETKEYS", "ping", "a"),
 		request("COMMAND", "GETKEYS", "nosuch", "a"),
 		request("COMMAND", "GETKEYS", "get", "a", "b"),
+		request("COMMAND", "GETKEYS", "config", "nonsense"),
+		request("COMMAND", "GETKEYS", "config", "get", "a"),
 		request("COMMAND", "LIST", "FILTERBY"),
 		request("CLUSTER", "INFO"),
 		request("CLUSTER"),
 		request("CLUSTER", "FOO"),
+		request("CLUSTER", "KEYSLOT"),
+		request("CLUSTER", "KEYSLOT", "a", "b"),
+		request("CLUSTER", "NODES", "x"),
+		request("CLUSTER", "ADDSLOTS"),
+		request("CLUSTER", "MEET", "h"),
+		request("CLUSTER", "FAILOVER"),
+		"MULTI\r\nCLUSTER KEYSLOT\r\nEXEC\r\n",
 		request("CLUSTER", "SLOTS"),
 		request("READONLY"),
 		request("READONLY", "x"),
@@ -7350,6 +7360,25 @@ func TestIntegrationStopFinishesWhatHasBegun(t *testing.T) {
 	idle.expectClosed()
 	answer()
 	waiting.expect(bulk("value")).expectClosed()
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("got %v; want exit code 0", err)
+	}
+}
+
+// A pipeline that has been read in part when the server stops ends with a whole reply, although the
+// client has sent more.
+func TestIntegrationStopEndsAfterAWholeReply(t *testing.T) {
+	reply := bulk(strings.Repeat("v", 60_000))
+	cmd, addr, _ := startProgram(t, nil, playRedis(t, func(int, []string) string { return reply })...)
+	c := dial(t, addr).send(request("GET", "big")).expect(reply)
+	c.send(strings.Repeat(request("GET", "big"), 2000))
+	c.expect(reply)
+	cmd.Process.Signal(syscall.SIGTERM)
+	time.Sleep(3 * drainTime) // the client is slow
+	rest, err := io.ReadAll(c)
+	if whole := strings.Repeat(reply, len(rest)/len(reply)); err != nil || string(rest) != whole {
+		t.Errorf("got %d bytes, %v; want whole replies of %d bytes and then the end", len(rest), err, len(reply))
+	}
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("got %v; want exit code 0", err)
 	}

@@ -545,6 +545,38 @@ func TestDetectConsumesNothing(t *testing.T) {
 	}
 }
 
+// A long first line counts against the budget of requests, and only until the protocol is known.
+// Without room for it, RESP answers.
+func TestDetectCountsALongLine(t *testing.T) {
+	line := []byte("GET /" + strings.Repeat("k", maxFirstLine/2) + " HTTP/1.1\r\n")
+	for _, tt := range []struct {
+		max  int
+		want protocol
+	}{{8 * maxFirstLine, protoHTTP}, {maxFirstLine / 4, protoRESP}} {
+		budget := newBudget(tt.max)
+		budget.used = tt.max/2 + 1 // there is no room for just anything
+		before := budget.used
+		most := 0
+		client, nc := net.Pipe()
+		go func() { // ends when the line is read, or with the connection
+			for b := range slices.Chunk(line, 1000) {
+				client.Write(b)
+				budget.mu.Lock()
+				most = max(most, budget.used-before)
+				budget.mu.Unlock()
+			}
+			client.Close()
+		}()
+		c := newConn(nc, serverSettings{requests: budget})
+		proto, err := c.detect()
+		compare(t, fmt.Sprint("with ", tt.max, ": error"), err, nil)
+		compare(t, fmt.Sprint("with ", tt.max, ": protocol"), proto, tt.want)
+		io.Copy(io.Discard, c)
+		compare(t, fmt.Sprint("with ", tt.max, ": held at the end"), budget.used, before)
+		compare(t, fmt.Sprint("with ", tt.max, ": counted"), most > len(line)/2, tt.want == protoHTTP)
+	}
+}
+
 func TestDetectDeadlines(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
@@ -590,7 +622,7 @@ func TestProtocolIsThatAgreedOn(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	settings := serverSettings{writeTimeout: time.Second,
+	settings := serverSettings{writeTimeout: time.Second, requests: newBudget(1 << 20),
 		tls: &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"h2", "http/1.1"}}}
 	ends := map[protocol]frontEnd{protoHTTP: echo{}, protoRESP: echo{}}
 	s := newServer(nil, settings, slog.New(slog.DiscardHandler), ends)
@@ -1639,6 +1671,7 @@ func TestRESPDescribesItself(t *testing.T) {
 		{"CLIENT SETNAME me\r\nCLIENT INFO\n", "id=1 |name=me |resp=2 "},
 		{"COMMAND INFO cluster config command client get\r\n", "*5\r\n*10\r\n$7\r\ncluster\r\n:-2\r\n|" +
 			"config\r\n:-2\r\n|command\r\n:-1\r\n|client\r\n:-2\r\n|get\r\n:2\r\n*2\r\n"},
+		{"HELLO 3\r\nCOMMAND INFO get\r\n", "*1\r\n*10\r\n$3\r\nget\r\n:2\r\n~2\r\n+readonly\r\n+fast\r\n:1\r\n:1\r\n:1\r\n~0\r\n"},
 		{"CLIENT LIST TYPE normal\n", "\r\nid=1 "},
 		{"CLIENT LIST ID 7 1 8\n", "\r\nid=1 "},
 		{"CLIENT SETINFO LIB-NAME x\r\nHELLO 3\r\nCLIENT LIST\n", "\r\ntxt:id=1 |resp=3 lib-name=x "},
@@ -1792,6 +1825,43 @@ func TestRESPTransactionsAreOfOneMoment(t *testing.T) {
 	compare(t, "replies with little room", got, "+OK\r\n"+strings.Repeat("+QUEUED\r\n", 3)+
 		"*3\r\n"+bulk("of a")+bulk("of b")+"*2\r\n"+bulk("of b")+bulk("of a"))
 	compare(t, "GETs with little room", asked.Load(), 2)
+}
+
+// A transaction that is too large for one moment is asked for in lots, not a key at a time.
+func TestRESPLargeTransactionsAskTogether(t *testing.T) {
+	p := newParts(t, playRedis(t, func(int, []string) string { return "$-1\r\n" })...)
+	p.cache.typical.Store(aheadBytes / 8)
+	in, want := "MULTI\r\n", ""
+	for i := range 160 {
+		in += request("GET", fmt.Sprint(i))
+		want += "$-1\r\n"
+	}
+	got := talk(t, p, strings.NewReader(in+"EXEC\r\n"))
+	compare(t, "replies", got, "+OK\r\n"+strings.Repeat("+QUEUED\r\n", 160)+"*160\r\n"+want)
+	compare(t, "GETs", p.pool.flights.Load(), 168) // the first lot twice, as absences are not kept
+	if n := p.pool.batches.Load(); n > 60 {
+		t.Errorf("got %d batches; want about 21", n)
+	}
+}
+
+// The time-out is for all that a request waits, in however many lots it asks.
+func TestRESPWaitsNoLongerThanTheTimeout(t *testing.T) {
+	for _, begin := range []string{"MGET", "EXISTS"} {
+		p := newParts(t, append(playRedis(t, func(int, []string) string {
+			time.Sleep(100 * time.Millisecond)
+			return "$-1\r\n"
+		}), "--redis-timeout", "500ms", "--client-limit", "1")...)
+		p.cache.typical.Store(aheadBytes) // one at a time
+		args := []string{begin}
+		for i := range 30 {
+			args = append(args, fmt.Sprint(i))
+		}
+		began := time.Now()
+		got := talk(t, p, strings.NewReader(request(args...)+"PING\r\n"))
+		if took := time.Since(began); !strings.Contains(got, timedOut) || took > 2*time.Second {
+			t.Errorf("%s: got %.100q after %v; want %q after 500ms", begin, got, took, timedOut)
+		}
+	}
 }
 
 // However many nulls and errors come before a value, none of them is lost, and none held back for

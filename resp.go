@@ -164,10 +164,10 @@ func (r *reader) readArray() {
 		case r.err != nil:
 		case n < 0 || n > 512<<20:
 			r.err = protocolError("invalid bulk length")
-		case r.next-r.start+n > maxRequest:
-			r.err = errTooLarge
 		case n > 16384 && r.strict:
 			r.err = protocolError("unauthenticated bulk length")
+		case r.next-r.start+n > maxRequest:
+			r.err = errTooLarge
 		}
 		for r.err == nil && r.next+n+2 > r.end {
 			r.fill()
@@ -288,15 +288,16 @@ type client struct {
 	since    time.Time
 	proto    int // 2 or 3
 	name     string
-	library  [2]string  // name and version
-	late     bool       // Redis was too slow for what has been read: the rest does not wait
-	multi    [][][]byte // requests of a transaction that has begun; nil outside MULTI
-	broken   bool       // a command was refused: EXEC discards the transaction
-	moment   []answer   // to the keys of a transaction that are still to be asked for; nil outside EXEC
-	few      int        // how many keys are asked for at once: twice as many as last, or 1 if there was no room
-	sent     bool       // something has been written since MGET began
-	err      error      // ends the connection
-	*buffers            // while there is something to answer
+	library  [2]string     // name and version
+	late     bool          // Redis was too slow for what has been read: the rest does not wait
+	waited   time.Duration // for Redis, during the request
+	multi    [][][]byte    // requests of a transaction that has begun; nil outside MULTI
+	broken   bool          // a command was refused: EXEC discards the transaction
+	moment   []answer      // to the keys of a transaction that are still to be asked for; nil outside EXEC
+	few      int           // how many keys are asked for at once: twice as many as last, or 1 if there was no room
+	sent     bool          // something has been written since MGET began
+	err      error         // ends the connection
+	*buffers               // while there is something to answer
 }
 
 // Buffers are what a client needs only while it is being answered, and borrows for that.
@@ -322,7 +323,9 @@ func (s *resp) serve(nc *conn) {
 		c.answer(c.in.read())
 	}
 	if _, ok := c.err.(protocolError); ok {
-		nc.linger()
+		nc.linger(refuseTimeout)
+	} else if nc.link.server.readUntil.Load() != nil { // it may have sent more than was read
+		nc.linger(drainTime)
 	}
 }
 
@@ -341,10 +344,11 @@ func (c *client) answer(args [][]byte) {
 		write(c, c.execute(args))
 		return
 	}
-	if broken, ok := c.in.err.(protocolError); ok {
+	if broken, ok := c.in.err.(protocolError); ok && broken != "" {
 		write(c, failure("ERR %v", broken))
 	}
-	c.end(c.in.err)
+	c.flush()
+	c.err = cmp.Or(c.err, c.in.err)
 }
 
 // pause answers all that has been read before more is, and limits the time of a request that has
@@ -369,6 +373,7 @@ func (c *client) pause() error {
 // get answers the GETs that have been gathered.
 func (c *client) get() {
 	for keys := c.keys; len(keys) > 0 && c.err == nil; {
+		c.waited = 0 // each is a request
 		keys = c.ask(keys)
 		c.writeAnswers()
 	}
@@ -387,13 +392,15 @@ func (c *client) ask(keys [][]byte) (rest [][]byte) {
 		return nil
 	}
 	c.letGo()
-	n, link, since := min(len(keys), c.few), c.conn.link, c.resp.cache.now()
+	n, link, now := min(len(keys), c.few), c.conn.link, c.resp.cache.now()
 	if c.late {
-		since -= c.resp.cache.timeout
+		c.waited = c.resp.cache.timeout
 	}
 	c.answers = slices.Grow(c.answers, n)[:n]
-	got := c.resp.cache.get(since, keys[:n], c.answers)
-	c.in.wide = c.answers[got-1].flight != nil
+	got := c.resp.cache.get(now-c.waited, keys[:n], c.answers)
+	if c.in.wide = c.answers[got-1].flight != nil; c.in.wide {
+		c.waited += c.resp.cache.now() - now
+	}
 	size, first := 0, c.answers[0].data
 	for i := range got {
 		size += len(c.answers[i].data) + answerSize
@@ -425,11 +432,12 @@ func (c *client) writeAnswers() {
 	}
 }
 
-// letGo lets go of the answers.
+// letGo lets go of the answers, and of their count against the budget with the last of a transaction.
 func (c *client) letGo() {
 	clear(c.answers)
-	c.answers = c.answers[:0]
-	c.conn.link.letGo()
+	if c.answers = c.answers[:0]; len(c.moment) == 0 {
+		c.conn.link.letGo()
+	}
 }
 
 // flush writes the replies, unless the connection has ended.
@@ -439,12 +447,6 @@ func (c *client) flush() {
 		c.sent = true
 	}
 	c.out = c.out[:0]
-}
-
-// end ends the connection after the replies.
-func (c *client) end(err error) {
-	c.flush()
-	c.err = cmp.Or(c.err, err)
 }
 
 // write adds s to the replies. What is long is written and not copied.
@@ -517,7 +519,7 @@ func (c *client) echo(b []byte) string {
 type command struct {
 	arity int
 	keys  bool                                  // all arguments are keys
-	run   func(c *client, args [][]byte) string // nil for those that have only subcommands
+	run   func(c *client, args [][]byte) string // nil for GET, which is gathered, and where only subcommands are
 	sub   map[string]command
 	form  string // of a subcommand's arguments, for HELP
 }
@@ -530,7 +532,7 @@ func init() {
 	disabled := func(*client, [][]byte) string { return failure("ERR This instance has cluster support disabled") }
 	off := command{arity: 1, run: disabled}
 	commands = map[string]command{
-		"get":      {arity: 2, keys: true, run: (*client).getOne},
+		"get":      {arity: 2, keys: true},
 		"mget":     {arity: -2, keys: true, run: (*client).mget},
 		"exists":   {arity: -2, keys: true, run: (*client).exists},
 		"multi":    {arity: 1, run: (*client).begin},
@@ -569,10 +571,14 @@ func init() {
 
 // The subcommands of CLUSTER, and HELP of the others, go in here.
 func init() {
-	for name := range strings.FieldsSeq("addslots addslotsrange bumpepoch count-failure-reports countkeysinslot " +
-		"delslots delslotsrange failover flushslots forget getkeysinslot help info keyslot links meet myid nodes " +
-		"replicate replicas reset saveconfig set-config-epoch setslot shards slaves slots") {
-		commands["cluster"].sub[name] = command{arity: -2, run: commands["cluster"].run}
+	for arity, names := range map[int]string{
+		-2: "failover reset", -3: "addslots delslots", -4: "addslotsrange delslotsrange meet setslot",
+		2: "bumpepoch flushslots help info links myid nodes saveconfig shards slots", 4: "getkeysinslot",
+		3: "count-failure-reports countkeysinslot forget keyslot replicas replicate set-config-epoch slaves",
+	} {
+		for name := range strings.FieldsSeq(names) {
+			commands["cluster"].sub[name] = command{arity: arity, run: commands["cluster"].run}
+		}
 	}
 	for _, name := range []string{"config", "command", "client"} {
 		sub := commands[name].sub
@@ -585,15 +591,12 @@ func init() {
 	}
 }
 
-// takes reports whether a command takes n arguments, its name among them.
-func (cmd command) takes(n int) bool { return n == cmd.arity || cmd.arity < 0 && n >= -cmd.arity }
-
 // execute answers one command, or queues it in a transaction.
 func (c *client) execute(args [][]byte) string {
 	name, cmd, refusal := c.find(args)
 	switch multi := c.multi != nil; {
 	case refusal != "" && slices.Contains([]string{"post", "host:"}, word(args[0])):
-		c.end(protocolError("no reply")) // a browser was made to speak to a Redis (securityWarningCommand)
+		c.in.err = protocolError("") // a browser was made to speak to a Redis (securityWarningCommand)
 		return ""
 	case refusal != "" && name == "exec":
 		c.discard(nil)
@@ -608,6 +611,7 @@ func (c *client) execute(args [][]byte) string {
 	case multi && !slices.Contains([]string{"exec", "discard", "quit", "reset"}, name):
 		return c.queue(args)
 	}
+	c.waited = 0
 	return cmd.run(c, args)
 }
 
@@ -625,7 +629,7 @@ func (c *client) find(args [][]byte) (name string, cmd command, refusal string) 
 	switch {
 	case !known:
 		refusal = unknownCommand(args)
-	case !cmd.takes(len(args)):
+	case len(args) != cmd.arity && (cmd.arity > 0 || len(args) < -cmd.arity):
 		refusal = failure("ERR wrong number of arguments for '%s' command", name)
 	case c.in.strict && !slices.Contains([]string{"auth", "hello", "quit", "reset"}, name):
 		refusal = failure("NOAUTH Authentication required.")
@@ -657,13 +661,6 @@ var lower = strings.NewReplacer(strings.Split("AaBbCcDdEeFfGgHhIiJjKkLlMmNnOoPpQ
 
 // word returns an option, which ends at a zero byte as for strcasecmp.
 func word(b []byte) string { return nameOf([]byte(cString(b, maxWord))) }
-
-// getOne answers a GET of a transaction.
-func (c *client) getOne(args [][]byte) string {
-	c.ask(args[1:])
-	c.writeAnswers()
-	return ""
-}
 
 // mget answers MGET as Redis does: with null for a key that holds another type, and with an error
 // instead of the array. An error that comes after a part of the array has been sent is an element.
@@ -750,10 +747,13 @@ func (c *client) exec([][]byte) string {
 	}
 	write(c, head('*', len(queue)))
 	for _, args := range queue {
-		if c.err == nil {
+		if nameOf(args[0]) == "get" {
+			c.keys = append(c.keys, args[1])
+		} else if c.get(); c.err == nil {
 			write(c, c.execute(args))
 		}
 	}
+	c.get()
 	c.moment, c.answers = nil, nil
 	return ""
 }
@@ -867,19 +867,18 @@ func commandList(_ *client, args [][]byte) string {
 func commandInfo(c *client, args [][]byte) string {
 	names := args[min(len(args), 2):]
 	if len(names) == 0 {
-		for _, name := range slices.Sorted(maps.Keys(commands)) {
-			names = append(names, []byte(name))
-		}
+		names = bytes.Fields([]byte(strings.Join(slices.Sorted(maps.Keys(commands)), " ")))
 	}
 	write(c, head('*', len(names)))
 	for _, arg := range names {
-		row, flags, step := c.null(), "*0\r\n", 0
+		set := c.choose("*", "~")
+		row, flags, step := c.null(), set+"0\r\n", 0
 		if cmd, known := commands[nameOf(arg)]; known {
 			if cmd.keys {
-				flags, step = "*2\r\n+readonly\r\n+fast\r\n", 1
+				flags, step = set+"2\r\n+readonly\r\n+fast\r\n", 1
 			}
 			row = head('*', 10) + bulks(nameOf(arg)) + head(':', cmd.arity) + flags + head(':', step) +
-				head(':', step*cmp.Compare(cmd.arity, 0)) + head(':', step) + strings.Repeat(head('*', 0), 4)
+				head(':', step*cmp.Compare(cmd.arity, 0)) + head(':', step) + strings.Repeat(set+"0\r\n", 4)
 		}
 		write(c, row)
 	}
@@ -888,12 +887,12 @@ func commandInfo(c *client, args [][]byte) string {
 
 // commandKeys answers COMMAND GETKEYS (db.c, getKeysSubcommandImpl).
 func commandKeys(c *client, args [][]byte) string {
-	switch cmd, known := commands[nameOf(args[2])]; {
-	case !known:
+	switch _, cmd, refusal := c.find(args[2:]); {
+	case cmd.arity == 0:
 		return failure("ERR Invalid command specified")
 	case !cmd.keys:
 		return failure("ERR The command has no key arguments")
-	case !cmd.takes(len(args) - 2):
+	case refusal != "":
 		return failure("ERR Invalid number of arguments specified for command")
 	}
 	write(c, head('*', len(args)-3))

@@ -177,7 +177,7 @@ func (s *server) handle(l *link) {
 		l.Close()
 	case l.refused:
 		s.frontEnds[proto].refuse(c)
-		c.linger()
+		c.linger(refuseTimeout)
 	default:
 		s.frontEnds[proto].serve(c)
 	}
@@ -262,9 +262,17 @@ func (c *conn) WriteString(s string) (int, error) {
 
 // detect reads until the protocol is known. Read returns that again.
 func (c *conn) detect() (protocol, error) {
+	held := 0 // of the budget of requests
+	defer func() { c.link.server.requests.release("", held) }()
 	for {
 		begun := len(c.unread)
 		c.unread = slices.Grow(c.unread, 512)
+		if more := cap(c.unread) - maxFirstLine/16 - held; more > 0 {
+			if c.link.server.requests.hold("", more) != nil {
+				return protoRESP, nil // its reader says so
+			}
+			held += more
+		}
 		n, err := c.Conn.Read(c.unread[begun:cap(c.unread)])
 		c.unread = c.unread[:begun+n]
 		proto, ok := protocolOf(c.unread)
@@ -323,11 +331,12 @@ func (c *conn) CloseWrite() error {
 	return nil
 }
 
-// linger ends the sending side and reads on until the client has ended too, or for a moment: the
-// last words would be lost if bytes that nobody has read were there at the end (RFC 9112 §9.6).
-func (c *conn) linger() {
+// linger ends the sending side and reads on until the client has ended too, or for d: the last words
+// would be lost if bytes that nobody has read were there at the end (RFC 9112 §9.6).
+func (c *conn) linger(d time.Duration) {
+	c.link.exemptFromStop()
 	c.CloseWrite()
-	c.link.hurry(refuseTimeout)
+	c.link.hurry(d)
 	io.Copy(io.Discard, c.link)
 	c.Close()
 }
@@ -344,10 +353,11 @@ type link struct {
 	readsOn bool          // no goroutine reads while one writes: Write may read on
 	ahead   [][]byte      // what Write has read; its capacity counts against the budget of requests
 	held    hold          // of values on their way to the client
-	exempt  bool          // stop does not end reading; set before the first read by net/http
+	exempt  bool          // stop does not end reading; set before a read, by the goroutine that reads
 }
 
-// exemptFromStop is for HTTP/2: net/http ends its connections itself, in web.shutdown.
+// exemptFromStop is for HTTP/2, whose connections net/http ends itself in web.shutdown, and for the
+// end of others.
 func (l *link) exemptFromStop() {
 	l.server.mu.Lock()
 	defer l.server.mu.Unlock()
