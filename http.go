@@ -42,6 +42,9 @@ const (
 	lineCost       = 128         // what net/http makes of a line of it, beside its bytes
 	maxStreams     = 100         // of an HTTP/2 connection
 	maxFrame       = 16 << 10    // of HTTP/2, the least that may be allowed: net/http makes room for a whole one
+	h2Window       = 64 << 10    // of a request's body, over HTTP/2; clients send as much before they hear of less
+	streamCost     = 12 << 10    // what a stream of HTTP/2 takes until it is answered
+	maxBody        = 256 << 10   // is read of a body, as much as net/http reads over HTTP/1
 	valuePiece     = 32 << 10    // is what http.ServeContent writes at once of a value
 	maxRanges      = 16          // in a Range field
 	maxAdmin       = 64          // connections to the admin listener
@@ -69,7 +72,8 @@ func newWeb(s serverSettings, c *cache, pw *password, logger *slog.Logger) *web 
 		MaxHeaderBytes:               maxHeaderBytes,
 		ErrorLog:                     log.New(complaints{logger}, "", 0),
 		Protocols:                    new(http.Protocols),
-		HTTP2:                        &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReadFrameSize: maxFrame},
+		HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReadFrameSize: maxFrame,
+			MaxReceiveBufferPerConnection: h2Window, MaxReceiveBufferPerStream: h2Window},
 	}
 	w.server.Protocols.SetHTTP1(true)
 	w.server.Protocols.SetUnencryptedHTTP2(true)
@@ -92,7 +96,8 @@ func (w *web) serve(c *conn) {
 // refuse answers a connection that is one too many.
 func (w *web) refuse(c *conn) {
 	if !bytes.HasPrefix(c.unread, []byte(preface)) { // HTTP/2 has no answer before a request
-		head, body := w.appendAnswer(nil, new(quickRequest), &answer{err: errFull}, 0)
+		r := quickRequest{head: bytes.HasPrefix(afterEmptyLines(c.unread), []byte("HEAD "))}
+		head, body := w.appendAnswer(nil, &r, &answer{err: errFull}, 0)
 		io.WriteString(c, string(head)+body)
 	}
 }
@@ -111,14 +116,23 @@ func (w *web) shutdown(ctx context.Context) {
 // ServeHTTP answers GET and HEAD for the key that is everything after the path's first slash. There
 // is no ServeMux in front, as that would clean the path.
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
-	a := answer{}
-	body := r.ContentLength != 0 && r.ProtoMajor == 1 // it means nothing here
-	if body || w.draining.Load() {
+	control, h2, cost := http.NewResponseController(rw), r.ProtoMajor == 2, keepFields(r)
+	if w.requests.hold("", cost) != nil {
+		panic(http.ErrAbortHandler) // which closes the connection, or resets the stream
+	}
+	defer w.requests.release("", cost)
+	defer control.Flush()        // before the release: a client may take its time with any answer
+	body := r.ContentLength != 0 // it means nothing here
+	if body {                    // some of it is read, or the client might not see the answer
+		control.SetReadDeadline(time.Now().Add(bodyTimeout))
+	}
+	if body && h2 {
+		io.CopyN(io.Discard, r.Body, maxBody)
+		r.Body.Close()
+	} else if body || w.draining.Load() {
 		rw.Header().Set("Connection", "close")
 	}
-	if body { // net/http reads some of it, or the client might not see the answer
-		http.NewResponseController(rw).SetReadDeadline(time.Now().Add(bodyTimeout))
-	}
+	a := answer{}
 	path, ok := strings.CutPrefix(r.URL.Path, "/")
 	switch {
 	case !w.authorised([]byte(r.Header.Get("Authorization"))):
@@ -129,13 +143,25 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		return
 	case r.Method != http.MethodGet && r.Method != http.MethodHead:
 		a.err = errMethod
-	case !ok && (path != "" || r.URL.Host == ""): // in absolute form there may be no path (RFC 9110 §4.2.3)
+	case !ok && path != "", r.URL.Host == "" && (!ok || r.URL.Scheme != ""): // absolute form: RFC 9110 §4.2
 		a.err = errPath
 	default:
 		a = w.cache.getHeld(&w.tally, []byte(path), w.values.hold) // a client may take its time with any value
 		defer w.values.release(a.data, 0)
 	}
 	w.write(rw, r, &a, w.cache.now())
+}
+
+// keepFields drops the fields of a request that mean nothing here, as the client may take its time
+// with the answer, and joins repeated ones (RFC 9110 §5.3). It returns about what the request takes.
+func keepFields(r *http.Request) (size int) {
+	kept := make(http.Header)
+	for _, name := range []string{"Authorization", "If-Match", "If-None-Match", "If-Range", "Range"} {
+		kept.Set(name, strings.Join(r.Header[name], ", "))
+		size += len(kept.Get(name))
+	}
+	r.Header = kept
+	return size + 2*len(r.RequestURI) + (r.ProtoMajor-1)*streamCost
 }
 
 // write answers a request as quick does, and with parts of a value and by other conditions.
@@ -158,20 +184,20 @@ func (w *web) write(rw http.ResponseWriter, r *http.Request, a *answer, now time
 	http.ServeContent(out, r, "", time.Time{}, strings.NewReader(body))
 }
 
-// correct changes a request where http.ServeContent reads it otherwise than RFC 9110. It joins
-// repeated fields (§5.3). It drops Range for HEAD, for other units and for too many parts, ignores
-// the case of the unit, makes a suffix of 0 bytes unsatisfiable, and caps large numbers (§14). Of
-// If-None-Match it leaves *, if the tag is listed, or nothing. header is that of the value.
+// correct changes a request where http.ServeContent reads it otherwise than RFC 9110. It drops Range
+// for HEAD, for other units, for too many parts and for an empty value, ignores the case of the unit,
+// makes a suffix of 0 bytes unsatisfiable, and caps large numbers (§14). Of If-None-Match it leaves *,
+// if the tag is listed, or nothing. header is that of the value.
 func correct(r *http.Request, header string) {
-	list := func(name string) string { return strings.Join(r.Header[name], ", ") }
-	if r.Header.Set("If-Match", list("If-Match")); lists([]byte(list("If-None-Match")), header) {
+	if lists([]byte(r.Header.Get("If-None-Match")), header) {
 		r.Header.Set("If-None-Match", "*")
 	} else {
 		r.Header.Del("If-None-Match")
 	}
-	unit, parts, _ := strings.Cut(list("Range"), "=")
+	unit, parts, _ := strings.Cut(r.Header.Get("Range"), "=")
 	r.Header.Del("Range")
-	if r.Method == http.MethodGet && strings.ToLower(unit) == "bytes" && strings.Count(parts, ",") < maxRanges {
+	if r.Method == http.MethodGet && strings.ToLower(unit) == "bytes" && strings.Count(parts, ",") < maxRanges &&
+		!strings.HasSuffix(header, ": 0\r\n") {
 		parts = tooLarge.ReplaceAllString(parts, "999999999999999999")
 		r.Header.Set("Range", "bytes="+emptySuffix.ReplaceAllString(parts, "${1}999999999999999999-"))
 	}
@@ -201,6 +227,10 @@ func (w valueWriter) Write(p []byte) (int, error) {
 func (w valueWriter) WriteHeader(status int) {
 	if status >= http.StatusBadRequest {
 		w.Header().Set("Cache-Control", "no-store")
+	}
+	if status == http.StatusPreconditionFailed {
+		http.Error(w.ResponseWriter, "the value has another tag", status)
+		return
 	}
 	w.ResponseWriter.WriteHeader(status)
 }
@@ -528,11 +558,12 @@ func (l *oneConn) Addr() net.Addr { return nil }
 
 // A counted connection is one of HTTP/1 that net/http serves. It counts what net/http reads of a
 // header against the budget of requests, until the next deadline: net/http sets some around each
-// header.
+// header. It skips empty lines before a request (RFC 9112 §2.2), which net/http refuses.
 type counted struct {
 	*conn
-	header atomic.Bool // it is read; a body is not kept
-	held   atomic.Int64
+	header        atomic.Bool // it is read; a body is not kept
+	held          atomic.Int64
+	lines, length int // of the header so far, and of its last line
 }
 
 // ConnectionState keeps net/http from looking for HTTP/2 in the middle of a connection.
@@ -544,8 +575,15 @@ func (h *counted) SetReadDeadline(t time.Time) error {
 	return h.conn.SetReadDeadline(t)
 }
 
-func (h *counted) Read(p []byte) (int, error) {
-	n, err := h.conn.Read(p)
+func (h *counted) Read(p []byte) (n int, err error) {
+	for n == 0 && err == nil {
+		n, err = h.conn.Read(p)
+		header, rest := h.cut(p[:n])
+		if len(rest) > 0 {
+			h.unread = slices.Concat(rest, h.unread)
+		}
+		n = copy(p, header)
+	}
 	if !h.header.Load() {
 		return n, err
 	}
@@ -555,6 +593,25 @@ func (h *counted) Read(p []byte) (int, error) {
 	}
 	h.held.Add(int64(cost))
 	return n, err
+}
+
+// cut returns b without empty lines before a header, up to the header's end, and the rest.
+func (h *counted) cut(b []byte) (header, rest []byte) {
+	if h.lines+h.length == 0 {
+		b = bytes.TrimLeft(b, "\r\n")
+	}
+	for i, c := range b {
+		switch {
+		case c == '\n' && h.length == 0:
+			h.lines = 0
+			return b[:i+1], b[i+1:]
+		case c == '\n':
+			h.lines, h.length = h.lines+1, 0
+		case c != '\r':
+			h.length++
+		}
+	}
+	return b, nil
 }
 
 func (h *counted) Close() error {

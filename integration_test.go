@@ -791,6 +791,7 @@ func TestIntegrationMaxClients(t *testing.T) {
 	for _, row := range []struct{ send, want string }{
 		{request("PING"), `^-ERR max number of clients reached\r\n$`},
 		{plainRequest("k"), `^HTTP/1.1 503 (?s:.*)\r\nRetry-After: 1\r\n(?s:.*)\r\n\r\ntoo many clients\n$`},
+		{"HEAD /k HTTP/1.1\r\nHost: h\r\n\r\n", `^HTTP/1.1 503 (?s:.*)\r\nContent-Length: 17\r\n(?s:.*)\r\n\r\n$`},
 		{preface, `^$`},
 		// One that has more to say sees the answer too.
 		{"GET / HTTP/1.1\r\nHost: h\r\nCookie: " + strings.Repeat("x", 1<<20), `^HTTP/1.1 503 `},
@@ -1405,6 +1406,13 @@ func TestIntegrationHTTPProtocols(t *testing.T) {
 			plainRequest(t.Name()) + "OPTIONS " + path + end,
 			`^HTTP/1.1 200 OK\r\n(?s:.*)\r\n\r\nvalueHTTP/1.1 204 No Content\r\nAllow: GET, HEAD, OPTIONS\r\n`,
 		},
+		{
+			"empty lines between requests that are not ordinary",
+			strings.Repeat("GET "+path+" HTTP/1.1\r\nHost: h\r\nRange: bytes=0-1\r\n\r\n\r\n\n", 3) + "GET " + path + end,
+			`^(HTTP/1.1 206 Partial Content\r\n(?s:.*?)\r\n\r\nva){3}HTTP/1.1 200 OK\r\n(?s:.*)\r\n\r\nvalue$`,
+		},
+		{"HEAD of another tag", "HEAD " + path + " HTTP/1.1\r\nHost: h\r\nConnection: close\r\nIf-Match: \"x\"\r\n\r\n",
+			`^HTTP/1.1 412 (?s:.*)\r\n\r\n$`},
 		{"absolute form without a path", "GET http://h" + end, `^HTTP/1.1 404 `},
 		{"absolute form with a query and no path", "GET http://h?q" + end, `^HTTP/1.1 404 `},
 		{
@@ -7142,6 +7150,39 @@ func TestIntegrationClientThatStopsTakingIsClosedInTime(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A request over HTTP/2 with a body, which means nothing, is answered: the body is read first.
+func TestIntegrationHTTP2BodiesAreRead(t *testing.T) {
+	p := runProxy(t, playRedis(t, func(int, []string) string { return bulk("value") }))
+	h2 := &http.Transport{Protocols: new(http.Protocols)}
+	h2.Protocols.SetUnencryptedHTTP2(true)
+	t.Cleanup(h2.CloseIdleConnections)
+	for _, size := range []int{1, 70_000, maxBody} {
+		for range 20 {
+			body := &countingReader{Reader: strings.NewReader(strings.Repeat("b", size))}
+			resp, err := (&http.Client{Transport: h2}).Post("http://"+p.addr+"/k", "text/plain", io.MultiReader(body))
+			if err != nil {
+				t.Fatalf("%d bytes: %v", size, err)
+			}
+			resp.Body.Close()
+			if n := body.n.Load(); resp.StatusCode != 405 || n != int64(size) {
+				t.Fatalf("%d bytes: got %d after %d bytes; want 405 after all", size, resp.StatusCode, n)
+			}
+		}
+	}
+}
+
+// A countingReader counts the bytes that it has read.
+type countingReader struct {
+	io.Reader
+	n atomic.Int64
+}
+
+func (r *countingReader) Read(p []byte) (int, error) {
+	n, err := r.Reader.Read(p)
+	r.n.Add(int64(n))
+	return n, err
 }
 
 // A stream of HTTP/2 that takes nothing for the write time-out is reset, and the others of its

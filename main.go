@@ -407,11 +407,16 @@ var (
 	timeOr0   = rule{must: "a time such as 30, 1.5 or 250ms, or 0"}
 	aHost     = rule{"a host name or an IP address, without a port", isHost}
 	anAddress = rule{aHost.must + ", or unix:///path", isListenAddress}
+	aFile     = rule{"the name of a file", func(s string) bool { return !noFile.MatchString(s) }}
 	hostPort  = rule{"host:port, such as 127.0.0.1:9090 or :9090", isHostPort}
 	aLevel    = rule{"one of debug, info, warn, error", func(s string) bool { return !strings.ContainsAny(s, "+-") }}
 	aFormat   = rule{"one of text, json", func(s string) bool { return s == "text" || s == "json" }}
 	aRedis    = rule{must: redisURLForms}
 )
+
+// secret matches values that are not shown, as they may be URLs with a password or keys in PEM, and
+// noFile those that name no file.
+var secret, noFile = regexp.MustCompile("@|-----|\n"), regexp.MustCompile("://|-----|\n")
 
 // between is the rule for whole numbers.
 func between(low, high int) rule {
@@ -434,14 +439,14 @@ func (c *config) options() []option {
 		{"listen-address", "127.0.0.1", "address to serve on, or unix:///path", &c.listenAddress, anAddress},
 		{"port", "8080", "port to serve on; 0 picks a free one", &c.port, between(0, 65535)},
 		{"password", "", "what clients must present; empty: anyone who can connect", &c.password, rule{}},
-		{"tls-cert", "", "certificate in PEM: serve TLS only, both protocols", &c.tlsCert, rule{}},
-		{"tls-key", "", "key of the certificate in PEM", &c.tlsKey, rule{}},
+		{"tls-cert", "", "certificate in PEM: serve TLS only, both protocols", &c.tlsCert, aFile},
+		{"tls-key", "", "key of the certificate in PEM", &c.tlsKey, aFile},
 		{"redis-host", "127.0.0.1", "host of the backing Redis", &c.redisHost, aHost},
 		{"redis-port", "6379", "port of the backing Redis", &c.redisPort, between(1, 65535)},
 		{"redis-url", "", "instead of host and port:\n" + redisURLForms, &c.pool.redis, aRedis},
-		{"redis-cacert", "", "whom to trust for rediss:// besides the system, in PEM", &c.redisCACert, rule{}},
-		{"redis-cert", "", "client certificate for rediss://, in PEM", &c.redisCert, rule{}},
-		{"redis-key", "", "key of the client certificate, in PEM", &c.redisKey, rule{}},
+		{"redis-cacert", "", "whom to trust for rediss:// besides the system, in PEM", &c.redisCACert, aFile},
+		{"redis-cert", "", "client certificate for rediss://, in PEM", &c.redisCert, aFile},
+		{"redis-key", "", "key of the client certificate, in PEM", &c.redisKey, aFile},
 		{"redis-insecure", "false", "do not check the certificate of Redis", &c.redisInsecure, truth},
 		{"redis-timeout", "1s", "longest wait for Redis: queue, dial, reply", &c.pool.timeout, aTime},
 		{"redis-ttl", "false", "end an entry when its key expires in Redis", &c.pool.keyTTL, truth},
@@ -495,7 +500,7 @@ func (o option) assign(where, val string) (err error) {
 		return nil
 	}
 	must := strings.ReplaceAll(o.must, "\n", " ")
-	if o.name != "redis-url" && !strings.Contains(val, "@") { // or it may be a URL with a password
+	if o.name != "redis-url" && !secret.MatchString(val) {
 		where += " " + strconv.Quote(val)
 	}
 	return fmt.Errorf("%s: must be %s", where, must)
@@ -526,8 +531,11 @@ func parseConfig(args, environ []string) (config, error) {
 		return cfg, err
 	case err != nil:
 		what, _, _ := strings.Cut(err.Error(), "=") // what follows may be a secret
+		if secret.MatchString(what) {
+			what = "malformed argument"
+		}
 		return cfg, errors.New(what + " (--help lists the flags)")
-	case fs.NArg() > 0 && (cfg.password != "" || strings.Contains(fs.Arg(0), "@")): // part of a secret, perhaps
+	case fs.NArg() > 0 && (cfg.password != "" || secret.MatchString(fs.Arg(0))): // part of a secret, perhaps
 		return cfg, errors.New("unexpected argument: only flags are allowed (--help lists them)")
 	case fs.NArg() > 0:
 		return cfg, fmt.Errorf("unexpected argument %q: only flags are allowed (--help lists them)", fs.Arg(0))

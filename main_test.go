@@ -375,8 +375,11 @@ func TestConfigRefusesRedisURLWithoutTellingIt(t *testing.T) {
 			}
 		}
 	}
+	const key = "-----BEGIN PRIVATE KEY-----\ns3cret\n-----END PRIVATE KEY-----\n"
 	for _, args := range [][]string{{"--redis-ulr=redis://:s3cret@h"}, {"--redis-url=", "redis://:s3cret@h"},
-		{"--password", "my", "s3cret"}, {"--redis-host", "redis://:s3cret@h"}} {
+		{"--password", "my", "s3cret"}, {"--redis-host", "redis://:s3cret@h"}, {"--redis-key", key},
+		{"--tls-key", strings.ReplaceAll(key, "\n", "")}, {"--redis-cacert", key}, {"--port", key}, {key},
+		{"--tls-cert", "redis://:s3cret@h"}} {
 		if got := refusal(t, args, nil); strings.Contains(got, "s3cret") {
 			t.Errorf("%q: got error %q; want the secret left out", args, got)
 		}
@@ -840,8 +843,11 @@ func TestHTTPAnswers(t *testing.T) {
 		{"GET /text", "Range: bytes=" + strings.Repeat("-1,", maxRanges) + "-1", 200, "0123456789", "Content-Range:"},
 		{"GET /text", "If-None-Match: \"other\"\r\nIf-None-Match: " + tag, 304, "", "ETag: " + tag},
 		{"GET /text", "If-Match: \"other\"\r\nIf-Match: " + tag, 200, "0123456789", "ETag: " + tag},
-		{"GET /text", "If-Match: \"other\"\r\nIf-Match: \"another\"", 412, "",
-			"Cache-Control: no-store|Content-Length:"},
+		{"GET /text", "If-Match: \"other\"\r\nIf-Match: \"another\"", 412, "the value has another tag\n",
+			"Cache-Control: no-store|Content-Type: text/plain; charset=utf-8"},
+		{"GET /empty", "Range: bytes=-5", 200, "", "Content-Length: 0|Content-Range:"},
+		{"GET /empty", "Range: bytes=0-", 200, "", "Content-Length: 0|Content-Range:"},
+		{"GET http:///text", "", 400, "the path must begin with a slash\n", ""},
 		{"GET /text", "Range: bytes=10-", 416, "invalid range: failed to overlap\n",
 			"Content-Range: bytes */10|Cache-Control: no-store|ETag:"},
 		{"POST /text", "Content-Length: 1\r\n\r\nx", 405, "only GET, HEAD, OPTIONS are allowed\n",
@@ -1013,6 +1019,70 @@ func TestHTTPBodiesHaveNoBudget(t *testing.T) {
 		c.Read(make([]byte, 10))
 		compare(t, tt.what, budget.used, tt.want)
 	}
+}
+
+// An empty line may come while a request is answered, byte by byte, and before the next.
+func TestHTTPEmptyLinesBetweenRequests(t *testing.T) {
+	const requests = "GET / HTTP/1.1\r\nHost: h\r\n\r\n" + "GET / HTTP/1.1\nHost: h\n\n"
+	const empty = "\r\n"
+	in := requests[:27] + empty + requests[27:] + empty + "\n" + requests
+	for _, size := range []int{1, 2, 3, 7, 28, 30, 100} {
+		nc := &scripted{pieces: slices.Collect(slices.Chunk([]byte(in), size)), closed: make(chan struct{})}
+		c := &counted{conn: newConn(nc, serverSettings{requests: newBudget(1 << 20)})}
+		got, _ := io.ReadAll(c)
+		compare(t, fmt.Sprint("in pieces of ", size), string(got), requests+requests)
+	}
+}
+
+// A stream of HTTP/2 counts against the budget of requests until the client has taken the answer:
+// what does not fit is reset. Fields that mean nothing count nothing.
+func TestHTTPStreamsHaveABudget(t *testing.T) {
+	p := newParts(t, "--cache-timeout", "1h")
+	cacheNow(p, "k", "value")
+	budget := newBudget(3*streamCost + 100) // for each stream a little more
+	p.web.requests = budget
+	client, nc := net.Pipe()
+	go p.web.serve(&conn{Conn: nc, unread: []byte(preface), link: newConn(nc, serverSettings{}).link}) // ends with client
+	go func() {                                                                                        // ends with client
+		io.WriteString(client, h2Frame(4, 0, 0, "\x00\x04\x00\x00\x00\x00")) // no window
+		for i := range 4 {
+			io.WriteString(client, h2Get(2*i+1, "/k"))
+		}
+	}()
+	headers, reset := 0, 0
+	for headers+reset < 4 {
+		var head [9]byte
+		if _, err := io.ReadFull(client, head[:]); err != nil {
+			t.Fatal(err)
+		}
+		io.CopyN(io.Discard, client, int64(head[1])<<8|int64(head[2]))
+		switch head[3] {
+		case 1:
+			headers++
+		case 3:
+			reset++
+		}
+	}
+	compare(t, "answered, and reset", fmt.Sprint(headers, " ", reset), "3 1")
+	budget.mu.Lock()
+	held := budget.used
+	budget.mu.Unlock()
+	if held < 3*streamCost || held > budget.max {
+		t.Errorf("held: got %d bytes; want about %d", held, 3*streamCost)
+	}
+	client.Close()
+	eventually(t, "nothing is held at the end", func() bool {
+		budget.mu.Lock()
+		defer budget.mu.Unlock()
+		return budget.used == 0
+	})
+	p.web.shutdown(context.Background())
+
+	r := httptest.NewRequest("GET", "/key", nil)
+	r.Header.Set("Cookie", strings.Repeat("x", 1000))
+	r.Header["Range"] = []string{"bytes=0-1", "2-3"}
+	compare(t, "cost", keepFields(r), 2*len("/key")+len("bytes=0-1, 2-3"))
+	compare(t, "Cookie", r.Header.Get("Cookie"), "")
 }
 
 // A connection that net/http answers for long holds no more than its latest request.
