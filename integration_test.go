@@ -1074,8 +1074,8 @@ func TestIntegrationPanicEndsItsConnection(t *testing.T) {
 		t.Fatal(err)
 	}
 	log := new(lockedBuffer)
-	s := newServer(l, serverSettings{maxClients: 10, writeTimeout: time.Second, grown: func(int) {}},
-		slog.New(slog.NewTextHandler(log, nil)),
+	settings := serverSettings{maxClients: 10, writeTimeout: time.Second, grown: func(int) {}, requests: newBudget(1)}
+	s := newServer(l, settings, slog.New(slog.NewTextHandler(log, nil)),
 		map[protocol]frontEnd{protoHTTP: panicker{}, protoRESP: echo{}})
 	go s.run()
 	other := dial(t, l.Addr().String()).send("*\r\n").expect("*\r\n")
@@ -1411,8 +1411,11 @@ func TestIntegrationHTTPProtocols(t *testing.T) {
 			strings.Repeat("GET "+path+" HTTP/1.1\r\nHost: h\r\nRange: bytes=0-1\r\n\r\n\r\n\n", 3) + "GET " + path + end,
 			`^(HTTP/1.1 206 Partial Content\r\n(?s:.*?)\r\n\r\nva){3}HTTP/1.1 200 OK\r\n(?s:.*)\r\n\r\nvalue$`,
 		},
-		{"HEAD of another tag", "HEAD " + path + " HTTP/1.1\r\nHost: h\r\nConnection: close\r\nIf-Match: \"x\"\r\n\r\n",
-			`^HTTP/1.1 412 (?s:.*)\r\n\r\n$`},
+		{
+			"HEAD of another tag",
+			"HEAD " + path + " HTTP/1.1\r\nHost: h\r\nConnection: close\r\nIf-Match: \"x\"\r\n\r\n",
+			`^HTTP/1.1 412 (?s:.*)\r\n\r\n$`,
+		},
 		{"absolute form without a path", "GET http://h" + end, `^HTTP/1.1 404 `},
 		{"absolute form with a query and no path", "GET http://h?q" + end, `^HTTP/1.1 404 `},
 		{

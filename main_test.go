@@ -1042,8 +1042,10 @@ func TestHTTPStreamsHaveABudget(t *testing.T) {
 	budget := newBudget(3*streamCost + 100) // for each stream a little more
 	p.web.requests = budget
 	client, nc := net.Pipe()
-	go p.web.serve(&conn{Conn: nc, unread: []byte(preface), link: newConn(nc, serverSettings{}).link}) // ends with client
-	go func() {                                                                                        // ends with client
+	c := newConn(nc, serverSettings{})
+	c.unread = []byte(preface)
+	go p.web.serve(c) // ends with client
+	go func() {       // ends with client
 		io.WriteString(client, h2Frame(4, 0, 0, "\x00\x04\x00\x00\x00\x00")) // no window
 		for i := range 4 {
 			io.WriteString(client, h2Get(2*i+1, "/k"))
@@ -1741,7 +1743,8 @@ func TestRESPDescribesItself(t *testing.T) {
 		{"CLIENT SETNAME me\r\nCLIENT INFO\n", "id=1 |name=me |resp=2 "},
 		{"COMMAND INFO cluster config command client get\r\n", "*5\r\n*10\r\n$7\r\ncluster\r\n:-2\r\n|" +
 			"config\r\n:-2\r\n|command\r\n:-1\r\n|client\r\n:-2\r\n|get\r\n:2\r\n*2\r\n"},
-		{"HELLO 3\r\nCOMMAND INFO get\r\n", "*1\r\n*10\r\n$3\r\nget\r\n:2\r\n~2\r\n+readonly\r\n+fast\r\n:1\r\n:1\r\n:1\r\n~0\r\n"},
+		{"HELLO 3\r\nCOMMAND INFO get\r\n", "*1\r\n*10\r\n$3\r\nget\r\n:2\r\n~2\r\n+readonly\r\n+fast\r\n" +
+			":1\r\n:1\r\n:1\r\n~0\r\n"},
 		{"CLIENT LIST TYPE normal\n", "\r\nid=1 "},
 		{"CLIENT LIST ID 7 1 8\n", "\r\nid=1 "},
 		{"CLIENT SETINFO LIB-NAME x\r\nHELLO 3\r\nCLIENT LIST\n", "\r\ntxt:id=1 |resp=3 lib-name=x "},

@@ -477,7 +477,6 @@ func (n *node) test(c redis.Conn, idleSince time.Time) error {
 	return nil
 }
 
-// errOutOfStep ends connections whose next bytes may be no reply to the next command.
 var errOutOfStep = errors.New("the connection is dead, or has more replies than questions")
 
 // startLocked starts a worker for the queue, unless one is on its way to it. If too many are busy,
@@ -504,7 +503,7 @@ func (n *node) work() {
 	if u, made := self.(*upstream); made {
 		if rest, err = n.exchange(u, fs); err != nil {
 			n.broke.Store(int64(p.cache.now()))
-		} else if len(fs) == 0 && n.answered.Load() == 0 && p.redis.password == "" { // for the log: Redis may want a password
+		} else if len(fs) == 0 && p.redis.password == "" { // for the log: Redis may want a password
 			_, err = u.Do("PING")
 		}
 	}
@@ -518,7 +517,9 @@ func (n *node) work() {
 		p.latency.add(p.cache.now() - began)
 	}
 	n.busy--
-	n.coming = false // the worker that was on its way may be making a connection; this one is free
+	if err == nil && n.conns.ActiveCount()-n.conns.IdleCount() == n.busy {
+		n.coming = false // the worker that is coming makes a connection; the one of this worker is free
+	}
 	n.startLocked()
 }
 
