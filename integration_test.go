@@ -6599,6 +6599,9 @@ func TestIntegrationMemoryHoldsWithHostileClients(t *testing.T) {
 			send := "*2\r\n$3\r\nGET\r\n$1000000\r\n" + val[:999000]
 			go io.WriteString(dial(t, proxy).Conn, send) // ends with the connection
 		}, soak(150, 300)},
+		{"first lines that are not finished", func(t *testing.T, proxy string, n int) {
+			dial(t, proxy).send("GET /" + val[:maxFirstLine-100])
+		}, soak(300, 3000)},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			_, proxy, _ := startProgram(t, nil, flags...)
