@@ -56,13 +56,14 @@ type web struct {
 	cache    *cache
 	password *password
 	server   http.Server // for the connections that the web does not answer itself
+	streams  *budget     // what requests take that it answers, and its streams of HTTP/2
 	draining atomic.Bool
 	date     atomic.Pointer[dateField]
 	tally    tally
 }
 
 func newWeb(s serverSettings, c *cache, pw *password, logger *slog.Logger) *web {
-	w := &web{serverSettings: s, cache: c, password: pw}
+	w := &web{serverSettings: s, cache: c, password: pw, streams: newBudget(s.requests.max)}
 	w.server = http.Server{
 		Handler:                      w,
 		DisableGeneralOptionsHandler: true,
@@ -117,11 +118,10 @@ func (w *web) shutdown(ctx context.Context) {
 // is no ServeMux in front, as that would clean the path.
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	control, h2, cost := http.NewResponseController(rw), r.ProtoMajor == 2, keepFields(r)
-	if w.requests.hold("", cost) != nil {
+	if w.streams.hold("", cost) != nil {
 		panic(http.ErrAbortHandler) // which closes the connection, or resets the stream
 	}
-	defer w.requests.release("", cost)
-	defer control.Flush()        // before the release: a client may take its time with any answer
+	defer w.streams.release("", cost)
 	body := r.ContentLength != 0 // it means nothing here
 	if body {                    // some of it is read, or the client might not see the answer
 		control.SetReadDeadline(time.Now().Add(bodyTimeout))
@@ -129,7 +129,8 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	if body && h2 {
 		io.CopyN(io.Discard, r.Body, maxBody)
 		r.Body.Close()
-	} else if body || w.draining.Load() {
+	}
+	if body && !h2 || w.draining.Load() {
 		rw.Header().Set("Connection", "close")
 	}
 	a := answer{}
@@ -149,7 +150,9 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		a = w.cache.getHeld(&w.tally, []byte(path), w.values.hold) // a client may take its time with any value
 		defer w.values.release(a.data, 0)
 	}
-	w.write(rw, r, &a, w.cache.now())
+	if w.write(rw, r, &a, w.cache.now()); cost > quickBuffer { // it is released when the answer is taken
+		control.Flush()
+	}
 }
 
 // keepFields drops the fields of a request that mean nothing here, as the client may take its time
@@ -161,7 +164,7 @@ func keepFields(r *http.Request) (size int) {
 		size += len(kept.Get(name))
 	}
 	r.Header = kept
-	return size + 2*len(r.RequestURI) + (r.ProtoMajor-1)*streamCost
+	return size + 2*len(r.RequestURI) + lineCost*len(r.Trailer) + (r.ProtoMajor-1)*streamCost
 }
 
 // write answers a request as quick does, and with parts of a value and by other conditions.
@@ -562,6 +565,7 @@ func (l *oneConn) Addr() net.Addr { return nil }
 type counted struct {
 	*conn
 	header        atomic.Bool // it is read; a body is not kept
+	body          atomic.Bool // a body is read, and no header after it
 	held          atomic.Int64
 	lines, length int // of the header so far, and of its last line
 }
@@ -570,26 +574,29 @@ type counted struct {
 func (h *counted) ConnectionState() (none tls.ConnectionState) { return }
 
 func (h *counted) SetReadDeadline(t time.Time) error {
-	h.header.Store(time.Until(t) > bodyTimeout)
+	left := time.Until(t)
+	h.header.Store(left > bodyTimeout)
+	h.body.Store(h.body.Load() || 0 < left && left <= bodyTimeout)
 	h.link.server.requests.release("", int(h.held.Swap(0)))
 	return h.conn.SetReadDeadline(t)
 }
 
 func (h *counted) Read(p []byte) (n int, err error) {
 	for n == 0 && err == nil {
-		n, err = h.conn.Read(p)
-		header, rest := h.cut(p[:n])
-		if len(rest) > 0 {
-			h.unread = slices.Concat(rest, h.unread)
+		if n, err = h.conn.Read(p); !h.body.Load() {
+			header, rest := h.cut(p[:n])
+			if len(rest) > 0 {
+				h.unread = slices.Concat(rest, h.unread)
+			}
+			n = copy(p, header)
 		}
-		n = copy(p, header)
 	}
 	if !h.header.Load() {
 		return n, err
 	}
 	cost := n + lineCost*bytes.Count(p[:n], []byte("\n"))
 	if h.link.server.requests.hold("", cost) != nil {
-		return 0, errors.New("too much of all clients' requests is unanswered")
+		return 0, errTooMuchSent
 	}
 	h.held.Add(int64(cost))
 	return n, err
@@ -598,7 +605,9 @@ func (h *counted) Read(p []byte) (n int, err error) {
 // cut returns b without empty lines before a header, up to the header's end, and the rest.
 func (h *counted) cut(b []byte) (header, rest []byte) {
 	if h.lines+h.length == 0 {
-		b = bytes.TrimLeft(b, "\r\n")
+		if b = afterEmptyLines(b); string(b) == "\r" { // perhaps half of an empty line
+			b = nil
+		}
 	}
 	for i, c := range b {
 		switch {

@@ -288,16 +288,15 @@ type client struct {
 	since    time.Time
 	proto    int // 2 or 3
 	name     string
-	library  [2]string     // name and version
-	late     bool          // Redis was too slow for what has been read: the rest does not wait
-	waited   time.Duration // for Redis, during the request
-	multi    [][][]byte    // requests of a transaction that has begun; nil outside MULTI
-	broken   bool          // a command was refused: EXEC discards the transaction
-	moment   []answer      // to the keys of a transaction that are still to be asked for; nil outside EXEC
-	few      int           // how many keys are asked for at once: twice as many as last, or 1 if there was no room
-	sent     bool          // something has been written since MGET began
-	err      error         // ends the connection
-	*buffers               // while there is something to answer
+	library  [2]string  // name and version
+	late     bool       // Redis was too slow for what has been read: the rest does not wait
+	multi    [][][]byte // requests of a transaction that has begun; nil outside MULTI
+	broken   bool       // a command was refused: EXEC discards the transaction
+	moment   []answer   // to the keys of a transaction that are still to be asked for; nil outside EXEC
+	few      int        // how many keys are asked for at once: twice as many as last, or 1 if there was no room
+	sent     bool       // something has been written since MGET began
+	err      error      // ends the connection
+	*buffers            // while there is something to answer
 }
 
 // Buffers are what a client needs only while it is being answered, and borrows for that.
@@ -357,7 +356,7 @@ func (c *client) pause() error {
 	if b := c.buffers; b != nil {
 		c.get()
 		c.flush()
-		if c.buffers = nil; cap(b.answers) <= 1024 {
+		if c.buffers = nil; cap(b.answers) <= 1024 && cap(b.keys) <= 1024 {
 			spareBuffers.Put(b) // empty
 		}
 	}
@@ -373,7 +372,6 @@ func (c *client) pause() error {
 // get answers the GETs that have been gathered.
 func (c *client) get() {
 	for keys := c.keys; len(keys) > 0 && c.err == nil; {
-		c.waited = 0 // each is a request
 		keys = c.ask(keys)
 		c.writeAnswers()
 	}
@@ -392,15 +390,14 @@ func (c *client) ask(keys [][]byte) (rest [][]byte) {
 		return nil
 	}
 	c.letGo()
-	n, link, now := min(len(keys), c.few), c.conn.link, c.resp.cache.now()
+	n, link, since := min(len(keys), c.few), c.conn.link, c.resp.cache.now()
 	if c.late {
-		c.waited = c.resp.cache.timeout
+		since -= c.resp.cache.timeout
 	}
 	c.answers = slices.Grow(c.answers, n)[:n]
-	got := c.resp.cache.get(now-c.waited, keys[:n], c.answers)
-	if c.in.wide = c.answers[got-1].flight != nil; c.in.wide {
-		c.waited += c.resp.cache.now() - now
-	}
+	got := c.resp.cache.get(since, keys[:n], c.answers)
+	c.late = c.late || c.resp.cache.now()-since >= c.resp.cache.timeout
+	c.in.wide = c.answers[got-1].flight != nil
 	size, first := 0, c.answers[0].data
 	for i := range got {
 		size += len(c.answers[i].data) + answerSize
@@ -482,7 +479,6 @@ func failure(format string, args ...any) string {
 
 // refusal returns what stands for the error of an answer. Redis' own replies pass as they are.
 func (c *client) refusal(err error) string {
-	c.late = c.late || err == errTimeout
 	switch err {
 	case errAbsent:
 		return c.null()
@@ -611,7 +607,6 @@ func (c *client) execute(args [][]byte) string {
 	case multi && !slices.Contains([]string{"exec", "discard", "quit", "reset"}, name):
 		return c.queue(args)
 	}
-	c.waited = 0
 	return cmd.run(c, args)
 }
 

@@ -214,7 +214,9 @@ func (s *server) stop() {
 	s.listener.Close()
 	s.mu.Lock()
 	for l := range s.links {
-		l.SetReadDeadline(time.Time{}) // it is until, unless the link is exempt
+		if !l.exempt {
+			l.Conn.SetReadDeadline(until)
+		}
 	}
 	s.mu.Unlock()
 	time.Sleep(drainTime)
@@ -260,6 +262,8 @@ func (c *conn) WriteString(s string) (int, error) {
 	return c.Write(unsafe.Slice(unsafe.StringData(s), len(s)))
 }
 
+var errTooMuchSent = errors.New("too much of all clients' requests is unanswered")
+
 // detect reads until the protocol is known. Read returns that again.
 func (c *conn) detect() (protocol, error) {
 	held := 0 // of the budget of requests
@@ -269,7 +273,7 @@ func (c *conn) detect() (protocol, error) {
 		c.unread = slices.Grow(c.unread, 512)
 		if more := cap(c.unread) - maxFirstLine/16 - held; more > 0 {
 			if c.link.server.requests.hold("", more) != nil {
-				return protoRESP, nil // its reader says so
+				return "", errTooMuchSent
 			}
 			held += more
 		}
