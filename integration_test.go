@@ -6273,6 +6273,14 @@ func TestIntegrationSentinelScripted(t *testing.T) {
 		expectValue(t, "the second knows", startURL(t, "redis-sentinel://"+ignorant.addr+","+s.addr+"/it"), "k",
 			bulk("value"))
 	})
+	t.Run("the first goes on naming a master that is gone", func(t *testing.T) {
+		t.Parallel()
+		master := play(t, "master", "value")
+		lags := sentinel(t, always("*2\r\n"+bulk("127.0.0.1")+bulk(freePort())))
+		s := sentinel(t, func() string { return address(master) })
+		p := startURL(t, "redis-sentinel://"+lags.addr+","+s.addr+"/it")
+		eventually(t, "the second is believed", func() bool { return p.ask(t, "k") == bulk("value") })
+	})
 	t.Run("asked every second, a former master is left at once", func(t *testing.T) {
 		t.Parallel()
 		old, fresh := play(t, "master", "old"), play(t, "master", "new")

@@ -1953,6 +1953,15 @@ func TestRESPWaitsOnceForASlowRedis(t *testing.T) {
 			t.Errorf("took %v; want %v", took, p.cache.timeout)
 		}
 	}
+	flags = playRedis(t, func(int, []string) string { return "-CLUSTERDOWN any\r\n" })
+	p = newParts(t, append(flags, "--redis-timeout", "500ms")...)
+	p.cache.typical.Store(100 * aheadBytes) // one at a time
+	began := time.Now()
+	refusals := talk(t, p, strings.NewReader(gets))
+	compare(t, "refusals", refusals, "-CLUSTERDOWN any\r\n"+strings.Repeat("-ERR upstream timed out\r\n", 7))
+	if took := time.Since(began); took > 3*p.cache.timeout {
+		t.Errorf("took %v; want %v", took, p.cache.timeout)
+	}
 	p = newParts(t, append(playRedis(t, func(int, []string) string {
 		time.Sleep(200 * time.Millisecond)
 		return bulk("v")
@@ -2840,15 +2849,17 @@ func TestPoolRefusesWhatIsLeftOfTheLogin(t *testing.T) {
 	compare(t, "answer", outcomeOf(p.get("key")), errUnavailable.Error())
 }
 
-// A node that was only named by ASK, and is not tracked any more, leaves nothing in the cache.
+// A node that is not tracked any more leaves nothing in the cache, whether it was an owner or only
+// named by ASK.
 func TestPoolForgetsWhatIsNoLongerTracked(t *testing.T) {
-	for _, tracked := range []bool{true, false} {
+	for i := range 4 {
+		tracked, master := i%2 > 0, i/2 > 0
 		p := newParts(t)
 		cacheNow(p, "k", "from there")
 		p.pool.mu.Lock()
 		n := p.pool.nodeLocked("h:1")
 		n.tracked.Store(tracked)
-		n.named = time.Now().Add(-2 * clusterTick)
+		n.master, n.named = master, time.Now().Add(-2*clusterTick)
 		p.pool.mu.Unlock()
 		p.pool.settle()
 		compare(t, fmt.Sprint("node left, tracked ", tracked), p.pool.nodes["h:1"] == nil, true)
@@ -3028,6 +3039,22 @@ func TestPoolHasNoErrorAfterTheFirstSuccess(t *testing.T) {
 	close(refuse)
 	p.wait(asked)
 	compare(t, "answer", outcomeOf(asked[0]), "value")
+}
+
+// An outage is as long as from the first refusal.
+func TestPoolNotesWhenRefusalsBegan(t *testing.T) {
+	p := newParts(t)
+	n := p.pool.routeLocked(new(flight))
+	n.warned.Store(0)
+	n.refuses("ERR any")
+	compare(t, "down after an error of another kind", n.down(), false)
+	n.refuses("LOADING any")
+	first := n.warned.Load()
+	compare(t, "down", n.down(), true)
+	n.refuses("CLUSTERDOWN any")
+	compare(t, "when it began", n.warned.Load(), first)
+	n.answers()
+	compare(t, "down after an answer", n.down(), false)
 }
 
 // What is too much is refused at once: nobody waits for it.

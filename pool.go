@@ -217,17 +217,14 @@ func (p *pool) enqueue(fs []*flight) {
 	}
 }
 
-// probe connects once, so that the log says what is wrong before the first request. No request
-// waits for it.
+// probe connects once, for the log. No request waits for it.
 func (p *pool) probe() { p.enqueue([]*flight{{dirty: true}}) }
 
 // ready reports whether Redis answers, by a flight like any other, for a key that nobody has. That
 // Redis does not let the proxy read this key is an answer.
 func (p *pool) ready() bool {
-	now := p.cache.now()
-	key := fmt.Sprint("redis_proxy:ready:", p.cache.started.UnixNano())
-	f := &flight{key: key, dirty: true, began: now}
-	f.until.Store(int64(now + p.timeout))
+	f := &flight{key: fmt.Sprint("redis_proxy:ready:", p.cache.started.UnixNano()), dirty: true}
+	f.until.Store(int64(p.cache.now() + p.timeout))
 	p.enqueue([]*flight{f})
 	late, cancel := context.WithTimeout(p.ctx, p.timeout)
 	defer cancel()
@@ -382,6 +379,9 @@ func (p *pool) adopt(from string, rows []any) error {
 		}
 		err = nil
 	}
+	if err == nil && p.redis.master != "" && p.owners[0].down() {
+		err = errors.New("it names a master that cannot be read") // another sentinel may know more
+	}
 	return err
 }
 
@@ -403,7 +403,7 @@ func (p *pool) settle() {
 		if n.owns > 0 {
 			owners = append(owners, addr)
 		} else if n.master || time.Since(n.named) > clusterTick {
-			untracked = untracked || n.tracked.Load() && !n.master
+			untracked = untracked || n.tracked.Load()
 			delete(p.nodes, addr)
 			n.stop()
 		}
@@ -411,7 +411,7 @@ func (p *pool) settle() {
 		n.master = n.owns > 0
 	}
 	p.mu.Unlock()
-	if untracked { // ASK named it: what came from there is in the cache, and its changes are not reported any more
+	if untracked { // what came from there is in the cache, and its changes are not reported any more
 		p.cache.forget(nil)
 	}
 	if changed {
@@ -632,7 +632,9 @@ func (n *node) answers() {
 func (n *node) refuses(reply redis.Error) {
 	now := n.pool.cache.now()
 	if strings.HasPrefix(string(reply), "LOADING ") || strings.HasPrefix(string(reply), "CLUSTERDOWN ") {
-		n.warned.Store(int64(now))
+		if !n.down() {
+			n.warned.Store(int64(now))
+		}
 		n.pool.hint("")
 	}
 	if due(&n.refused, now, time.Minute) {
@@ -719,15 +721,13 @@ var aboutProxy = regexp.MustCompile("^(NOAUTH|NOPERM|WRONGPASS|DENIED|MOVED|ASK|
 // asAnswer returns the answer to a request that failed with err. An error reply that is not to GET,
 // or that is aboutProxy, is marked, so that a client does not take it for its own.
 func asAnswer(err error, toGET bool) error {
-	var reply redis.Error
-	var network net.Error
-	if errors.As(err, &reply) {
+	if reply, ok := errors.AsType[redis.Error](err); ok {
 		if toGET && !aboutProxy.MatchString(string(reply)) {
 			return replyError(reply)
 		}
 		return upstreamRefused + replyError(reply)
 	}
-	if errors.As(err, &network) && network.Timeout() {
+	if network, ok := errors.AsType[net.Error](err); ok && network.Timeout() {
 		return errTimeout
 	}
 	return errUnavailable
@@ -941,7 +941,7 @@ func (w *wire) Write(p []byte) (int, error) {
 // between connections until one has lasted.
 func (n *node) track() {
 	p := n.pool
-	for pause := retryPause; n.ctx.Err() == nil; pause = min(2*pause, 5*time.Second) {
+	for pause := retryPause; n.ctx.Err() == nil; pause = min(2*pause, time.Second) {
 		began := p.cache.now()
 		err := n.follow()
 		if n.tracked.Swap(false) && p.cache.now()-began > 2*pingEvery {

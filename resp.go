@@ -396,7 +396,9 @@ func (c *client) ask(keys [][]byte) (rest [][]byte) {
 	}
 	c.answers = slices.Grow(c.answers, n)[:n]
 	got := c.resp.cache.get(since, keys[:n], c.answers)
-	c.late = c.late || c.resp.cache.now()-since >= c.resp.cache.timeout
+	if took := c.resp.cache.now() - since; 2*took > c.resp.cache.timeout { // an outage may end a little earlier
+		c.late = took >= c.resp.cache.timeout || isOutage(c.answers[0].err)
+	}
 	c.in.wide = c.answers[got-1].flight != nil
 	size, first := 0, c.answers[0].data
 	for i := range got {
