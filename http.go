@@ -56,7 +56,7 @@ type web struct {
 	cache    *cache
 	password *password
 	server   http.Server // for the connections that the web does not answer itself
-	streams  *budget     // what requests take that it answers, and its streams of HTTP/2
+	streams  *budget     // what the requests take that the server answers
 	draining atomic.Bool
 	date     atomic.Pointer[dateField]
 	tally    tally
