@@ -76,9 +76,7 @@ func (r *reader) fill() {
 	}
 	switch {
 	case len(rest) == size:
-		if size *= 2; !r.grant(size) {
-			size -= size / 4
-		}
+		size *= 2
 	case full && size < pipelineBuffer:
 		size = pipelineBuffer
 	case full && r.wide && size < wideBuffer && r.grant(wideBuffer):
