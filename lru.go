@@ -11,7 +11,6 @@ import (
 	"cmp"
 	"container/list"
 	"errors"
-	"fmt"
 	"slices"
 	"strconv"
 	"strings"
@@ -210,15 +209,6 @@ func (t *tally) add(answers []answer) {
 			t[o].Add(n[o])
 		}
 	}
-}
-
-// figures reports the outcomes of a protocol's requests.
-func (t *tally) figures(protocol string) (fs []figure) {
-	for o, name := range outcomes {
-		metric := fmt.Sprintf("requests_total{protocol=%q,result=%q}", protocol, name)
-		fs = append(fs, figure{"", "", metric, "Keys asked for, by protocol and how they were answered.", t[o].Load()})
-	}
-	return fs
 }
 
 func newCache(s cacheSettings, enqueue func([]*flight)) *cache {

@@ -284,7 +284,7 @@ func run(ctx context.Context, cfg config, l, admin net.Listener, log *slog.Logge
 	s := newServer(l, cfg.clients, log, map[protocol]frontEnd{protoHTTP: web, protoRESP: resp})
 	resp.figures = func() []figure {
 		return slices.Concat(cfg.figures(l.Addr(), c.started, pw), keyFigures(&web.tally, &resp.tally), s.figures(),
-			c.figures(), p.figures(), web.tally.figures("http"), resp.tally.figures("resp"))
+			c.figures(), p.figures())
 	}
 	log.Info("serving", "version", version, "address", l.Addr().String(), "protocols", "http resp",
 		"tls", cfg.clients.tls != nil, "password", pw.needed, "redis", cfg.pool.redis.hosts,
@@ -354,20 +354,22 @@ func (c *config) figures(addr net.Addr, started time.Time, pw *password) []figur
 	}
 }
 
-// keyFigures reports how keys were answered over all protocols.
-func keyFigures(tallies ...*tally) (fs []figure) {
+// keyFigures reports how keys were answered: by protocol in the metrics, and over both in INFO.
+func keyFigures(web, resp *tally) (fs []figure) {
+	const help = "Keys asked for, by protocol and how they were answered."
+	var counts [len(outcomes)]int64
 	all := int64(0)
 	for o, name := range [...]string{"hits", "misses", "collapsed", "stale", "absent", "absent_hits", "errors"} {
-		n := int64(0)
-		for _, t := range tallies {
-			n += t[o].Load()
-		}
-		all += n
-		fs = append(fs, figure{"Cache", "cache_" + name, "", "", n})
+		http, resp := web[o].Load(), resp[o].Load()
+		labels := fmt.Sprintf(`,result=%q}`, outcomes[o])
+		fs = append(fs, figure{"Cache", "cache_" + name, "", "", http + resp},
+			figure{"", "", `requests_total{protocol="http"` + labels, help, http},
+			figure{"", "", `requests_total{protocol="resp"` + labels, help, resp})
+		counts[o], all = http+resp, all+http+resp
 	}
-	hits := fs[hit].value.(int64)
 	return append(fs, figure{"Stats", "total_commands_processed", "", "", all},
-		figure{"Stats", "keyspace_hits", "", "", hits}, figure{"Stats", "keyspace_misses", "", "", all - hits})
+		figure{"Stats", "keyspace_hits", "", "", counts[hit]},
+		figure{"Stats", "keyspace_misses", "", "", all - counts[hit]})
 }
 
 // A config holds the flags' values. The zero value is not useful: parseConfig makes one.
