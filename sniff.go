@@ -356,7 +356,7 @@ type link struct {
 	writeBy time.Time     // the write deadline that Write set last
 	readsOn bool          // no goroutine reads while one writes: Write may read on
 	ahead   [][]byte      // what Write has read; its capacity counts against the budget of requests
-	held    hold          // of values on their way to the client
+	release func()        // ends the hold of values on their way to the client; nil: there is none
 	exempt  bool          // stop does not end reading; set before a read, by the goroutine that reads
 }
 
@@ -465,7 +465,7 @@ func (l *link) patience() time.Duration {
 	v := l.server.values
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if l.held != (hold{}) && v.freed != nil {
+	if l.release != nil && v.freed != nil {
 		return min(l.server.writeTimeout, time.Second)
 	}
 	return l.server.writeTimeout
@@ -494,7 +494,7 @@ func (l *link) readOn() bool {
 func (l *link) hold(value string, more int) (full <-chan struct{}) {
 	if len(value)+more > flushAt {
 		if full = l.server.values.hold(value, more); full == nil {
-			l.held = hold{value, more}
+			l.release = func() { l.server.values.release(value, more) }
 		}
 	}
 	return full
@@ -502,9 +502,9 @@ func (l *link) hold(value string, more int) (full <-chan struct{}) {
 
 // letGo ends the hold, if there is one.
 func (l *link) letGo() {
-	if l.held != (hold{}) {
-		l.server.values.release(l.held.value, l.held.more)
-		l.held = hold{}
+	if l.release != nil {
+		l.release()
+		l.release = nil
 	}
 }
 
@@ -537,12 +537,6 @@ type budget struct {
 	used  int
 	held  map[*byte]int // how many hold the value that begins there
 	freed chan struct{} // closed when bytes come back; nil unless they were wanted
-}
-
-// A hold is a value and other bytes that a budget counts.
-type hold struct {
-	value string
-	more  int
 }
 
 func newBudget(max int) *budget { return &budget{max: max, held: make(map[*byte]int)} }
