@@ -367,9 +367,6 @@ func (w *web) answer(c *conn, b []byte) (rest []byte, ordinary bool, err error) 
 		if w.authorised(r.authorization) {
 			a = w.cache.getHeld(&w.tally, r.key, c.link.hold)
 		}
-		if out.Available() < 1<<10 { // a header has less
-			out.Flush()
-		}
 		head, body := w.appendAnswer(out.AvailableBuffer(), &r, &a, w.cache.now())
 		out.Write(head)
 		_, err = out.WriteString(body) // which does not copy the rest of a large one
