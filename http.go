@@ -18,7 +18,6 @@ import (
 	"io"
 	"log"
 	"log/slog"
-	"math"
 	"net"
 	"net/http"
 	_ "net/http/pprof"
@@ -708,12 +707,8 @@ func writeMetrics(out io.Writer, figures []figure) {
 // bucketLines returns the lines of a histogram, whose buckets are cumulative.
 func bucketLines(name string, h histogram) (lines string) {
 	count := int64(0)
-	for i, n := range h.counts {
-		count += n
-		bound := math.Inf(1)
-		if i < len(h.bounds) {
-			bound = h.bounds[i].Seconds()
-		}
+	for i, bound := range bounds {
+		count += h.counts[i]
 		lines += fmt.Sprintf("%s_bucket{le=\"%v\"} %d\n", name, bound, count)
 	}
 	return lines + fmt.Sprintf("%s_sum %g\n%s_count %d\n", name, h.sum.Seconds(), name, count)

@@ -11,6 +11,7 @@ import (
 	"cmp"
 	"container/list"
 	"errors"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -553,13 +554,15 @@ type figure struct {
 
 // A histogram counts durations by how long they are.
 type histogram struct {
-	bounds []time.Duration
-	counts []int64 // up to each bound, and longer than all
+	counts [len(bounds)]int64 // up to each bound
 	sum    time.Duration
 }
 
+// bounds are those of histograms, in seconds.
+var bounds = [...]float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, math.Inf(1)}
+
 func (h *histogram) add(d time.Duration) {
-	i, _ := slices.BinarySearch(h.bounds, d)
+	i, _ := slices.BinarySearch(bounds[:], d.Seconds())
 	h.counts[i]++
 	h.sum += d
 }

@@ -120,10 +120,6 @@ type pool struct {
 func newPool(s poolSettings, c *cache, log *slog.Logger) *pool {
 	p := &pool{poolSettings: s, cache: c, log: log, hints: make(chan string, 1),
 		nodes: make(map[string]*node), servers: strings.Split(s.redis.hosts, ",")}
-	p.latency.bounds = []time.Duration{100 * time.Microsecond, 250 * time.Microsecond, 500 * time.Microsecond,
-		time.Millisecond, 2500 * time.Microsecond, 5 * time.Millisecond, 10 * time.Millisecond, 25 * time.Millisecond,
-		50 * time.Millisecond, 100 * time.Millisecond, 250 * time.Millisecond, 500 * time.Millisecond, time.Second}
-	p.latency.counts = make([]int64, len(p.latency.bounds)+1)
 	p.ctx, p.stop = context.WithCancel(context.Background())
 	p.learnt, p.markLearnt = context.WithCancel(p.ctx)
 	p.several.Store(s.redis.master != "" || len(p.servers) > 1)
@@ -253,8 +249,6 @@ func (p *pool) figures() []figure {
 			tracking = 1
 		}
 	}
-	latency := p.latency
-	latency.counts = slices.Clone(latency.counts)
 	return []figure{
 		{"Cache", "upstream_connections", "upstream_connections", "Connections to Redis.", connections},
 		{"Cache", "upstream_connections_used", "upstream_connections_used", "Connections to Redis in use.", used},
@@ -268,7 +262,7 @@ func (p *pool) figures() []figure {
 		{"Cache", "tracking", "", "", [...]string{"off", "down", "live"}[tracking]},
 		{"", "", "tracking", "Whether Redis reports changes: 0 is off, 1 down, 2 live.", tracking},
 		{"Cache", "tracking_invalidations", "invalidations_total", "Changes reported.", p.invalidations.Load()},
-		{"", "", "upstream_seconds", "Time from taking up a batch to its last reply, connecting included.", latency},
+		{"", "", "upstream_seconds", "Time from taking up a batch to its last reply, connecting included.", p.latency},
 	}
 }
 
