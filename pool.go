@@ -222,13 +222,10 @@ func (p *pool) ready() bool {
 	f := &flight{key: fmt.Sprint("redis_proxy:ready:", p.cache.started.UnixNano()), dirty: true}
 	f.until.Store(int64(p.cache.now() + p.timeout))
 	p.enqueue([]*flight{f})
-	late, cancel := context.WithTimeout(p.ctx, p.timeout)
-	defer cancel()
-	if !p.cache.await(f, late.Done()) {
-		return false
-	}
-	rest, forbidden := strings.CutPrefix(fmt.Sprint(f.err), upstreamRefused+"NOPERM ")
-	return !isOutage(f.err) || forbidden && strings.Contains(rest, " key")
+	a := [1]answer{{flight: f}}
+	p.cache.wait(p.cache.now(), [][]byte{[]byte(f.key)}, a[:])
+	rest, forbidden := strings.CutPrefix(fmt.Sprint(a[0].err), upstreamRefused+"NOPERM ")
+	return !isOutage(a[0].err) || forbidden && strings.Contains(rest, " key")
 }
 
 // figures reports the connections and what became of flights.
