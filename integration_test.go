@@ -1408,7 +1408,8 @@ func TestIntegrationHTTPProtocols(t *testing.T) {
 		},
 		{
 			"empty lines between requests that are not ordinary",
-			strings.Repeat("GET "+path+" HTTP/1.1\r\nHost: h\r\nRange: bytes=0-1\r\n\r\n\r\n\n", 3) + "GET " + path + end,
+			strings.Repeat("GET "+path+" HTTP/1.1\r\nHost: h\r\nRange: bytes=0-1\r\n\r\n\r\n\n", 3) +
+				"GET " + path + end,
 			`^(HTTP/1.1 206 Partial Content\r\n(?s:.*?)\r\n\r\nva){3}HTTP/1.1 200 OK\r\n(?s:.*)\r\n\r\nvalue$`,
 		},
 		{
