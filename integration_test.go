@@ -2474,6 +2474,87 @@ func TestIntegrationEverythingAtOnce(t *testing.T) {
 
 // Redis
 
+// Redis has said that the key is gone: it does not come back when Redis goes too.
+func TestIntegrationForgetsWhatRedisSaysIsGone(t *testing.T) {
+	for _, gone := range []string{"$-1\r\n", "-WRONGTYPE Operation against a key holding the wrong kind of value\r\n"} {
+		var reply atomic.Value
+		reply.Store(bulk("old"))
+		flags := playRedis(t, func(int, []string) string { return reply.Load().(string) })
+		p := newParts(t, append(flags, "--cache-timeout", "1ms", "--stale-timeout", "1h")...)
+		get := func() answer {
+			time.Sleep(2 * time.Millisecond) // past the TTL
+			return p.get("k")
+		}
+		get()
+		reply.Store(gone)
+		get()
+		reply.Store(hungUp)
+		if a := get(); a.err != errUnavailable {
+			t.Errorf("after %q and an outage: got %q, %v; want %v", gone, a.data, a.err, errUnavailable)
+		}
+	}
+}
+
+// Redis takes longer than anybody waits, and the key is asked for all the time: its replies are
+// stored.
+func TestIntegrationStoresLateRepliesForAHotKey(t *testing.T) {
+	p := newParts(t, append(playRedis(t, func(int, []string) string {
+		time.Sleep(60 * time.Millisecond)
+		return bulk("v")
+	}), "--redis-timeout", "40ms")...)
+	for end := time.Now().Add(10 * time.Second); askFor(p,
+		"k")[0].source != fromCache; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("never a hit")
+		}
+	}
+}
+
+// After one wait that was too long, the rest of what a client has sent does not wait, also where
+// stale values are the answers. A Redis that answers each lot in time is not too slow.
+func TestIntegrationWaitsOnceForASlowRedis(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	flags := playRedis(t, func(int, []string) string {
+		<-release
+		return "$-1\r\n"
+	})
+	t.Cleanup(func() { close(release) })
+	p := newParts(t, append(flags, "--redis-timeout", "500ms", "--cache-timeout", "1ms", "--stale-timeout", "1h")...)
+	large := strings.Repeat("v", aheadBytes/2)
+	mget, gets, want := []string{"MGET"}, "", ""
+	for i := range 16 {
+		key := fmt.Sprint(i)
+		cacheNow(p, key, large)
+		mget, gets, want = append(mget, key), gets+request("GET", key), want+bulk(large)
+	}
+	time.Sleep(2 * time.Millisecond) // they are stale
+	for _, in := range []string{request(mget...) + gets, gets + request(mget...)} {
+		began := time.Now()
+		got := talk(t, p, strings.NewReader(in))
+		compare(t, "replies", len(got), 2*len(want)+len("*16\r\n"))
+		if took := time.Since(began); took > 8*p.cache.timeout {
+			t.Errorf("took %v; want %v", took, p.cache.timeout)
+		}
+	}
+	flags = playRedis(t, func(int, []string) string { return "-CLUSTERDOWN any\r\n" })
+	p = newParts(t, append(flags, "--redis-timeout", "500ms")...)
+	p.cache.typical.Store(100 * aheadBytes) // one at a time
+	began := time.Now()
+	refusals := talk(t, p, strings.NewReader(gets))
+	compare(t, "refusals", strings.Count(refusals, "-CLUSTERDOWN any\r\n")+strings.Count(refusals, "timed out\r\n"), 16)
+	if took := time.Since(began); took > 8*p.cache.timeout {
+		t.Errorf("took %v; want %v", took, p.cache.timeout)
+	}
+	p = newParts(t, append(playRedis(t, func(int, []string) string {
+		time.Sleep(200 * time.Millisecond)
+		return bulk("v")
+	}), "--redis-timeout", "2s", "--client-limit", "1")...)
+	p.cache.typical.Store(100 * aheadBytes) // one at a time
+	got := talk(t, p, strings.NewReader(request(append(mget, "a", "b")...)))
+	compare(t, "lots in time", got, "*18\r\n"+strings.Repeat(bulk("v"), 18))
+}
+
 func TestIntegrationOneFetchForAllWhoAskMeanwhile(t *testing.T) {
 	addr := sharedRedis(t)
 	r := startRelay(t, addr)
